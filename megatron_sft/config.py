@@ -1,0 +1,272 @@
+"""What a run is: frozen dataclasses, one a concern, and the checks that need only them.
+
+Not here: flag spellings (arguments.py), anything that changes while training (train/loop.py: TrainState).
+`problems(run, world_size)` returns every contradiction at once; an empty list means that the run can start.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a decoder-only transformer, in Megatron's words. One value a field; nothing is derived later."""
+
+    num_layers: int = 0
+    """Transformer layers over all pipeline stages."""
+    hidden_size: int = 0
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 0
+    """Width of the dense MLP (of one of its two halves when gated)."""
+    num_attention_heads: int = 0
+    """Query heads."""
+    num_query_groups: int = 0
+    """Key/value heads; equal to num_attention_heads without grouped-query attention."""
+    kv_channels: int = 0
+    """Width of one head."""
+    vocab_size: int = 0
+    """Rows of the embedding table of the HF checkpoint; the table here may be padded beyond it (padded_vocab_size)."""
+    padded_vocab_size: int = 0
+    """Rows of the embedding table here, over all tensor-parallel ranks. 0: the smallest that TP divides."""
+    max_position_embeddings: int = 0
+    """Longest position that the model was made for."""
+    normalization: str = "RMSNorm"
+    """RMSNorm or LayerNorm."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in every norm."""
+    norm_zero_centered: bool = False
+    """Norm weights are stored as w - 1 (Gemma, Nemotron: --apply-layernorm-1p)."""
+    activation: str = "silu"
+    """silu, gelu, gelu_tanh or squared_relu."""
+    gated_mlp: bool = True
+    """Two halves of linear_fc1, one gating the other (--swiglu)."""
+    add_bias_linear: bool = False
+    """Biases on linear_proj, linear_fc1 and linear_fc2 (and on linear_qkv)."""
+    add_qkv_bias: bool = False
+    """Bias on linear_qkv alone (Qwen2)."""
+    qk_layernorm: bool = False
+    """A norm over each head's query and key, before RoPE (Qwen3)."""
+    share_embeddings_and_output_weights: bool = True
+    """Tied embeddings. False: --untie-embeddings-and-output-weights."""
+    position_embedding_type: str = "rope"
+    """rope, yarn or none."""
+    rotary_base: float = 10000.0
+    """RoPE theta."""
+    rotary_percent: float = 1.0
+    """Share of each head that RoPE turns."""
+    rope_scaling: Mapping[str, Any] | None = None
+    """HF's rope_scaling ({"rope_type": "llama3" | "linear" | "yarn", "factor": ...}); None without scaling."""
+    window_size: int | None = None
+    """Sliding attention window in tokens, this one included; None: full attention."""
+    window_layers: tuple[bool, ...] = ()
+    """Per layer: uses window_size. Empty: every layer does when window_size is set."""
+    init_method_std: float = 0.02
+    """Standard deviation of fresh weights."""
+    core: Mapping[str, Any] = field(default_factory=dict)
+    """Any other field of megatron-core's TransformerConfig, by its own name (MoE, MLA, recompute kernels ...)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the data are cut over processes. Data parallel is what remains of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks a pipeline rank."""
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    sequence_parallel: bool = False
+    """Activations between tensor-parallel regions are cut along the sequence."""
+    cp_comm_type: str = "a2a"
+    """a2a or allgather (ours); p2p needs TransformerEngine."""
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    distributed_timeout_minutes: int = 30
+    distributed_backend: str | None = None
+    """nccl or gloo; None: nccl on CUDA, gloo elsewhere."""
+    decoder_first_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = None
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the dense model (tensor x pipeline x context)."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, how it becomes tokens and masks, and how it is packed."""
+
+    train_data: tuple[str, ...] = ()
+    """Files, folders or hub names, read in this order. More than one source: train_names tells them apart."""
+    train_names: tuple[str, ...] = ()
+    """One name a source (--prompt-data NAME PATH ...); empty: the file stems."""
+    train_epochs: tuple[float, ...] = ()
+    """Passes over each source in one epoch of the mixture (--prompt-data-epochs); empty: 1 each."""
+    valid_data: tuple[str, ...] = ()
+    """Held-out sources; empty: taken from train_data by split."""
+    split: tuple[float, float, float] = (100.0, 0.0, 0.0)
+    """Shares of the rows for training, validation and test; used when valid_data is empty."""
+    data_split: str = "train"
+    """Split name of a hub data set (--finetune-data-split)."""
+    tokenizer_model: str = ""
+    """Folder or hub name of the Hugging Face tokenizer, or a sentencepiece tokenizer.model file."""
+    chat_template: str | None = None
+    """Jinja text or file that replaces the tokenizer's own template."""
+    trust_remote_code: bool = False
+    seq_length: int = 4096
+    """Tokens a pack."""
+    packing: str = "best-fit"
+    """best-fit, sequential or none."""
+    truncation: str = "error"
+    """Rows longer than seq_length: error, right, left, drop or split."""
+    train_on: str = "assistant"
+    """assistant, last-turn or all."""
+    train_on_tool_calls: bool = True
+    history_thinking: str = "keep"
+    """keep, drop, mask or expand."""
+    role_map: Mapping[str, str] = field(default_factory=dict)
+    input_key: str | None = None
+    """Column that holds the messages; None: detected."""
+    tool_key: str = "tools"
+    prompt_key: str | None = None
+    response_key: str | None = None
+    prompt_dict_keys: tuple[str, ...] = ()
+    response_dict_keys: tuple[str, ...] = ()
+    custom_dataset: str | None = None
+    """FILE.py:CLASS of a row source of the user's own."""
+    max_bad_rows: int = 0
+    """Bad rows that may be set aside (quarantined in a file) before the run is refused."""
+    reset_position_ids: bool = True
+    """Position ids restart at every conversation."""
+    reset_attention_mask: bool = True
+    """Conversations in a pack do not see each other."""
+    eod_mask_loss: bool = True
+    """No loss on the step from one conversation to the next."""
+    shuffle: bool = True
+    seed: int = 1234
+    data_cache_path: str | None = None
+    """Folder of the token store; None: a folder below the user's cache."""
+    num_workers: int = 0
+    """Tokenising processes; 0: one a core."""
+    prefetch: int = 2
+    """Micro-batches prepared ahead by the loader thread; 0: none."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule. Exactly one of *_iters and *_samples may be given for decay and warm-up."""
+
+    optimizer: str = "adam"
+    lr: float = 5e-5
+    min_lr: float = 0.0
+    lr_decay_style: str = "cosine"
+    """constant, linear, cosine, inverse-square-root or WSD."""
+    lr_decay_iters: int | None = None
+    lr_decay_samples: int | None = None
+    lr_warmup_iters: int = 0
+    lr_warmup_samples: int = 0
+    lr_warmup_fraction: float | None = None
+    lr_warmup_init: float = 0.0
+    lr_wsd_decay_style: str = "exponential"
+    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_samples: int | None = None
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    use_precision_aware_optimizer: bool = False
+    main_grads_dtype: str = "fp32"
+    main_params_dtype: str = "fp32"
+    exp_avg_dtype: str = "fp32"
+    exp_avg_sq_dtype: str = "fp32"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and numerics of the run. Exactly one of train_iters, train_samples and num_epoch is set."""
+
+    micro_batch_size: int = 1
+    """Packs in one forward pass of one data-parallel rank."""
+    global_batch_size: int | None = None
+    """Packs in one optimizer step; None: micro_batch_size x data-parallel size."""
+    max_tokens_per_gpu: int | None = None
+    """Micro-batches are filled to this many tokens in place of micro_batch_size packs."""
+    train_iters: int | None = None
+    train_samples: int | None = None
+    """Packs to train on."""
+    num_epoch: float | None = None
+    params_dtype: str = "fp32"
+    """fp32 or bf16 (--bf16); optimizer states stay fp32."""
+    recompute_granularity: str | None = None
+    """selective or full."""
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: tuple[str, ...] = ()
+    seed: int = 1234
+    check_for_nan: bool = True
+    eval_iters: int = 0
+    """Global batches a validation; 0: no validation, -1: the whole held-out set."""
+    eval_interval: int = 1000
+    exit_interval: int | None = None
+    exit_duration_in_mins: int | None = None
+    exit_signal_handler: bool = True
+    loss_spike_factor: float | None = None
+    deterministic_mode: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where weights come from and where results go."""
+
+    load: str | None = None
+    """HF folder or Megatron checkpoint."""
+    save: str | None = None
+    save_hf: str | None = None
+    """HF folder written at the end of training."""
+    save_interval: int | None = None
+    save_retain: int | None = None
+    """Newest checkpoints kept; None: all."""
+    async_save: bool = False
+    finetune: bool = False
+    """Weights only: iteration, optimizer, rng and data order start afresh."""
+    load_optim: bool = True
+    load_rng: bool = True
+    save_optim: bool = True
+    verify_integrity: bool = False
+    verify_conversion: bool = True
+    allow_changed: tuple[str, ...] = ()
+    """Names of resolved settings that may differ from the checkpoint's on resume."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    log_interval: int = 1
+    """Iterations a console line; metrics.jsonl has one a iteration all the same."""
+    tensorboard_dir: str | None = None
+    wandb_project: str | None = None
+    wandb_exp_name: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run. arguments.py builds it; nothing changes it afterwards."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def to_json(self) -> str:
+        """The resolved configuration as indented JSON, sorted, so that two runs can be compared with diff."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, default=str)

@@ -1,0 +1,167 @@
+"""Every difference between megatron-core and torch versions and platforms. Nothing else patches them.
+
+CPU mode: megatron-core asks torch.cuda for devices, streams and rng states in code that has nothing to do with CUDA.
+`install_cpu_mode` answers those questions with the CPU, so that the same model, schedule and optimizer code runs over gloo.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def device() -> "torch.device":
+    """The device of this process: its CUDA device, else the CPU."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def transformer_config_fields() -> dict[str, tuple[str, str | None]]:
+    """Fields of megatron-core's TransformerConfig and its bases, read from the source without importing torch.
+
+    Returns:
+        {field name: (annotation text, default text or None)}.
+    """
+    spec = importlib.util.find_spec("megatron.core")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("megatron-core is not installed. Run: pip install megatron-core")
+    root = Path(spec.submodule_search_locations[0])
+    wanted = {"ModelParallelConfig", "TransformerConfig", "MLATransformerConfig"}
+    fields: dict[str, tuple[str, str | None]] = {}
+    for name in ("model_parallel_config.py", "transformer/transformer_config.py"):
+        for node in ast.parse((root / name).read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name in wanted:
+                for item in node.body:
+                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                        default = ast.unparse(item.value) if item.value is not None else None
+                        fields[item.target.id] = (ast.unparse(item.annotation), default)
+    return fields
+
+
+class _NoStream:
+    """Stands in for torch.cuda.Stream and Event where there is one queue only: every wait is already over."""
+
+    device = "cpu"
+
+    def __init__(self, *args: object, **kwargs: object):
+        pass
+
+    def record_event(self, *args: object) -> "_NoStream":
+        return self
+
+    def wait_stream(self, *args: object) -> None:
+        pass
+
+    wait_event = record = wait = synchronize = wait_stream
+
+    def query(self) -> bool:
+        return True
+
+
+def silence_missing_kernels() -> None:
+    """Hides the import-time warnings about TransformerEngine and Apex, which this project does not need."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|transformer_engine|fused_layer_norm).*")
+
+
+def install_cpu_mode() -> None:
+    """Makes megatron-core run on the CPU; does nothing where CUDA is available or when it was called before.
+
+    What is answered and who asks (megatron-core 0.16 and 0.19):
+    torch.cuda.current_device, get_rng_state: schedules, buffers, tensor_parallel/random.py; Stream and Event:
+    moe/token_dispatcher.py, ddp bucket communication; device="cuda": literals all over; Tensor.type():
+    optimizer/distrib_optimizer.py accepts torch.cuda types only.
+    """
+    import torch
+
+    silence_missing_kernels()
+    if torch.cuda.is_available() or isinstance(torch.cuda.Stream, type) and issubclass(torch.cuda.Stream, _NoStream):
+        return
+    cpu = torch.device("cpu")
+    replaced: dict[str, Any] = {
+        "current_device": lambda: cpu,
+        "synchronize": lambda *args, **kwargs: None,
+        "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+        "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+        "Stream": _NoStream,
+        "Event": _NoStream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda *args, **kwargs: _NoStream(),
+        "default_stream": lambda *args, **kwargs: _NoStream(),
+        "is_current_stream_capturing": lambda: False,
+    }
+    for name, value in replaced.items():
+        setattr(torch.cuda, name, value)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    _cpu_function_mode().__enter__()
+    _patch_core_for_cpu()
+
+
+def _cpu_function_mode() -> Any:
+    """A TorchFunctionMode that sends device="cuda" to the CPU and names CPU tensor types as CUDA ones."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    cpu = torch.device("cpu")
+
+    class CpuMode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if kwargs and "device" in kwargs:
+                wanted = kwargs["device"]
+                if isinstance(wanted, int) or str(wanted).startswith("cuda"):
+                    kwargs = {**kwargs, "device": cpu}
+            if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+                return func(*args).replace("torch.", "torch.cuda.")
+            return func(*args, **(kwargs or {}))
+
+    return CpuMode()
+
+
+def _patch_core_for_cpu() -> None:
+    """The places of megatron-core that keep their own reference to a CUDA function."""
+    import torch
+    from megatron.core.tensor_parallel import random as core_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    core_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    core_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    # 0.16.1 uses te_general_gemm in moe_utils.py without defining it when TransformerEngine is missing.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    token_dispatcher.maybe_move_tensor_to_cpu = _move_tensor_to_cpu
+
+
+def _move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """megatron/core/transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu for tensors that are there already."""
+    import torch
+
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def process_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) without a launcher."""
+    env = os.environ
+    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+
+
+def provide_apex_adam(fused_adam: type) -> None:
+    """Lets megatron-core take `fused_adam` for its Adam when neither TransformerEngine nor Apex is installed.
+
+    megatron/core/optimizer/__init__.py falls back to torch.optim.AdamW, whose per-parameter step tensors its own
+    fully_reshardable optimizer checkpoint cannot load (KeyError: 'step', both versions).
+    """
+    import megatron.core.optimizer as core_optimizer
+
+    if importlib.util.find_spec("transformer_engine") is None and importlib.util.find_spec("apex") is None:
+        core_optimizer.Adam = fused_adam
+        core_optimizer.USING_PYTORCH_OPTIMIZER = False
+
+

@@ -1,0 +1,40 @@
+"""The errors that a user can meet. Everything else that is raised is our own bug.
+
+Each message has four parts: where, what was found, what was expected, what to do.
+Entry scripts print the message without a traceback and exit with `exit_status`.
+"""
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Base of every error that the user can mend; `exit_status` is the process's."""
+
+    exit_status = 2
+
+
+class ConfigError(UserError):
+    """Contradicting or impossible settings, all of them at once.
+
+    Args:
+        problems: one complete sentence each, in the order in which a user should mend them.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        head = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n  - ".join([f"{head} in the configuration:", *self.problems]))
+
+
+class DataError(UserError):
+    """Input rows that cannot be used; the message starts with `file:line`."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, partial or of another model."""
+
+
+class TrainingError(UserError):
+    """Training met a value or a state that it must not continue from (NaN, a dead rank, a full disk)."""
+
+    exit_status = 3

@@ -1,0 +1,18 @@
+"""Logging of rank 0, to standard output, one plain line a message. Not for metrics (metrics.py)."""
+
+import logging
+import sys
+
+logger = logging.getLogger("megatron_sft")
+
+
+def configure(rank: int) -> None:
+    """Sends messages to standard output on rank 0; other ranks show warnings and errors, prefixed with their rank.
+
+    Safe to call again: the handler is replaced, not added.
+    """
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False

@@ -1,0 +1,121 @@
+"""Process groups, ranks and seeds. The only writer of megatron-core's parallel_state.
+
+Everybody else receives `Ranks`, frozen integers; code that needs a group asks megatron-core for it by name.
+"""
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_sft.config import ParallelConfig
+from megatron_sft.core_compat import install_cpu_mode, process_environment
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands in every direction of parallelism. Sizes count processes."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def reports_loss(self) -> bool:
+        """One process that has the loss of the whole step: rank 0 of everything, on the last pipeline stage."""
+        return self.is_last_stage and self.tp_rank == self.cp_rank == self.dp_rank == 0
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
+    """Joins the other processes, makes megatron-core's groups and seeds every generator.
+
+    Args:
+        parallel: the layout; config.problems() has checked that it fits the world size.
+        seed: the run's seed; tensor-parallel and pipeline ranks derive theirs from it as Megatron-LM does.
+    """
+    install_cpu_mode()
+    rank, world_size, local_rank = process_environment()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    backend = parallel.distributed_backend or ("nccl" if cuda else "gloo")
+    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+    if not dist.is_initialized():
+        if world_size == 1:  # no launcher: no port is taken
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    _make_groups(parallel)
+    ranks = _ranks(rank, world_size, local_rank)
+    _seed(seed, ranks)
+    return ranks
+
+
+def _make_groups(parallel: ParallelConfig) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+
+
+def _ranks(rank: int, world_size: int, local_rank: int) -> Ranks:
+    from megatron.core import parallel_state as ps
+
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        tp_rank=ps.get_tensor_model_parallel_rank(),
+        tp_size=ps.get_tensor_model_parallel_world_size(),
+        pp_rank=ps.get_pipeline_model_parallel_rank(),
+        pp_size=ps.get_pipeline_model_parallel_world_size(),
+        cp_rank=ps.get_context_parallel_rank(),
+        cp_size=ps.get_context_parallel_world_size(),
+        dp_rank=ps.get_data_parallel_rank(),
+        dp_size=ps.get_data_parallel_world_size(),
+        ep_rank=ps.get_expert_model_parallel_rank(),
+        ep_size=ps.get_expert_model_parallel_world_size(),
+    )
+
+
+def _seed(seed: int, ranks: Ranks) -> None:
+    """Seeds torch and megatron-core's model-parallel generators (megatron/training/initialize.py: +100 a stage)."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed + 100 * ranks.pp_rank)
+    model_parallel_cuda_manual_seed(seed + 100 * ranks.pp_rank)
+
+
+def finalize() -> None:
+    """Leaves every group. Safe to call when nothing was initialized."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
