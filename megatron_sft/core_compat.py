@@ -159,9 +159,8 @@ def provide_apex_adam(fused_adam: type) -> None:
     fully_reshardable optimizer checkpoint cannot load (KeyError: 'step', both versions).
     """
     import megatron.core.optimizer as core_optimizer
+    from megatron.core.optimizer import distrib_optimizer
 
     if importlib.util.find_spec("transformer_engine") is None and importlib.util.find_spec("apex") is None:
-        core_optimizer.Adam = fused_adam
+        core_optimizer.Adam = distrib_optimizer.Adam = fused_adam
         core_optimizer.USING_PYTORCH_OPTIMIZER = False
-
-

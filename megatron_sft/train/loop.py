@@ -1,0 +1,157 @@
+"""The training loop: step, validate, log, save, stop. Reads top to bottom; everything else is called from here."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_sft.config import RunConfig
+from megatron_sft.core_compat import device
+from megatron_sft.data.loader import Step
+from megatron_sft.log import logger
+from megatron_sft.metrics import MetricsWriter
+from megatron_sft.parallel import Ranks
+from megatron_sft.train.evaluate import evaluate
+from megatron_sft.train.flops import train_flops
+from megatron_sft.train.loss import LossTotals
+from megatron_sft.train.optim import ScheduleLengths, whole_parameters
+from megatron_sft.train.state import RunLength, TrainState
+from megatron_sft.train.step import StepResult, train_step
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run needs, built once by finetune.py."""
+
+    run: RunConfig
+    ranks: Ranks
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    schedule: ScheduleLengths
+    length: RunLength
+    source_names: Sequence[str]
+    name_document: Callable[[int], str]
+    save: Callable[[TrainState, float | None], None]
+    """Writes a checkpoint; the second argument is the newest validation loss."""
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or the end of --exit-duration-in-mins: the loop finishes its step, saves and ends.
+
+    Every rank asks at every step, because a signal may reach some of them only.
+    """
+
+    def __init__(self, run: RunConfig):
+        self._signal = 0
+        minutes = run.train.exit_duration_in_mins
+        self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+        if run.train.exit_signal_handler:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def agreed(self) -> int:
+        """The signal number that any rank received, -1 past the deadline, 0 to go on. The same on every rank."""
+        mine = self._signal or (1000 if time.monotonic() > self._deadline else 0)
+        value = torch.tensor(mine, dtype=torch.int32, device=device())
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return -1 if int(value) == 1000 else int(value)
+
+
+def train(job: Job, steps: Iterator[Step], valid_steps: Sequence[Step], state: TrainState) -> tuple[TrainState, int]:
+    """Trains until the run's length, a stop signal or an error.
+
+    Args:
+        job: what to train with.
+        steps: this rank's steps, from state.consumed_samples on.
+        valid_steps: this rank's held-out steps; empty without validation.
+        state: where to go on.
+
+    Returns:
+        The last state, and why training ended: 0 at its end, a signal's number, -1 for --exit-duration-in-mins.
+    """
+    run, stop, stopped = job.run, StopRequest(job.run), 0
+    writer = MetricsWriter(run, state.iteration, job.length.iterations) if job.ranks.rank == 0 else None
+    valid_loss, saved = None, state.iteration
+    clock = time.perf_counter()
+    while state.iteration < job.length.iterations and not stopped:
+        step = next(steps)
+        lr = job.optimizer.param_groups[0]["lr"]
+        result = train_step(
+            job.chunks, job.optimizer, step.micro_batches, len(job.source_names), job.name_document, run.train.check_for_nan
+        )
+        job.scheduler.step(step.num_samples if job.schedule.by_samples else 1)
+        state = replace(
+            state,
+            iteration=state.iteration + 1,
+            consumed_samples=state.consumed_samples + step.num_samples,
+            tokens_seen=state.tokens_seen + result.totals.tokens,
+            trained_tokens=state.trained_tokens + result.totals.trained_tokens,
+        )
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        stopped = stop.agreed()
+        last = state.iteration == job.length.iterations
+        metrics = step_metrics(job, step, state, result, lr, seconds)
+        if valid_steps and (state.iteration % run.train.eval_interval == 0 or last):
+            with whole_parameters(job.chunks, run.parallel):
+                totals = evaluate(job.chunks, valid_steps, len(job.source_names))
+            valid_loss = totals.loss
+            metrics |= loss_metrics("valid", totals, job.source_names)
+            clock = time.perf_counter()
+        if writer:
+            writer.write(metrics)
+        interval = run.checkpoint.save_interval
+        if run.checkpoint.save and ((interval and state.iteration % interval == 0) or last or stopped):
+            with whole_parameters(job.chunks, run.parallel):
+                job.save(state, valid_loss)
+            saved, clock = state.iteration, time.perf_counter()
+    if writer:
+        writer.close()
+    if stopped and not run.checkpoint.save:
+        logger.warning("stopped at iteration %d without --save: nothing was kept", saved)
+    return state, stopped
+
+
+def step_metrics(job: Job, step: Step, state: TrainState, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+    """The flat dict of one iteration, the same on every rank. Times in ms, losses in nats a trained token."""
+    totals = result.totals
+    flops = train_flops(job.run.model, totals.tokens, totals.squared_lengths)
+    return {
+        "iteration": state.iteration,
+        "consumed_samples": state.consumed_samples,
+        "global_batch_size": step.num_samples,
+        **loss_metrics("sft", totals, job.source_names),
+        "sft/per_token_loss": totals.loss,
+        "sft/trained_tokens": totals.trained_tokens,
+        "sft/tokens_seen": state.tokens_seen,
+        "sft/epoch": step.epoch,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "perf/step_ms": 1000 * seconds,
+        "perf/tokens_per_s": totals.tokens / seconds,
+        "perf/tflops_per_gpu": flops / seconds / job.ranks.world_size / 1e12,
+        "data/prefetch_queue_depth": step.queue_depth,
+        "data/wait_ms": step.wait_ms,
+    }
+
+
+def loss_metrics(prefix: str, totals: LossTotals, names: Sequence[str]) -> Mapping[str, float]:
+    """{prefix}/loss, and {prefix}/loss/<source> for each source that the step holds when there are several."""
+    metrics = {f"{prefix}/loss": totals.loss}
+    if len(names) > 1:
+        for index, name in enumerate(names):
+            loss = totals.source_loss(index)
+            if loss is not None:
+                metrics[f"{prefix}/loss/{name}"] = loss
+    return metrics

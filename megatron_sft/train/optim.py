@@ -1,0 +1,195 @@
+"""megatron-core's optimizer and learning-rate scheduler from our configuration, and the Adam that they run on.
+
+Not here: the step itself (step.py), checkpoints of the states (checkpoint/distributed.py).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_sft.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.core_compat import provide_apex_adam
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam with the interface of apex.optimizers.FusedAdam, on torch's fused kernels for CPU and CUDA.
+
+    The step count lives in the parameter group (not in a tensor a parameter), which is what megatron-core's
+    reshardable optimizer checkpoints expect of an Adam. Kernels: torch._fused_adamw_ and torch._fused_adam_.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled (AdamW) when adam_w_mode, else added to the gradient.
+        adam_w_mode: which of the two.
+        capturable: CUDA graphs, which this project does not use; part of apex's interface.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self._kernel: Callable[..., None] = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient. `closure` is not used (the gradients are there)."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            group["step"] = group.get("step", 0) + 1
+            if not params:
+                continue
+            for param in params:
+                if not self.state[param]:
+                    self.state[param]["exp_avg"] = torch.zeros_like(param)
+                    self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
+            self._kernel(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(group["step"]), device=p.device) for p in params],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+def wrap_ddp(chunks: list[Any], parallel: ParallelConfig, train: TrainConfig) -> list[DistributedDataParallel]:
+    """Wraps every model chunk in megatron-core's DDP with fp32 gradient buffers."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        check_for_nan_in_grad=False,  # step.py names the rows; this one would only name the bucket
+    )
+    wrapped = [
+        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in chunks:  # what the schedules call back; as megatron/training/training.py:train sets them
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        if parallel.overlap_grad_reduce:
+            hooks = [model.no_sync for model in wrapped]
+            chunk.config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+    return wrapped
+
+
+@contextlib.contextmanager
+def whole_parameters(chunks: list[DistributedDataParallel], parallel: ParallelConfig) -> Iterator[None]:
+    """Within it every rank holds every updated parameter: for validation, checkpoints and export.
+
+    With overlap_param_gather the optimizer's update reaches the other ranks only in the next forward pass.
+    """
+    lazy = parallel.use_distributed_optimizer and parallel.overlap_param_gather
+    if lazy:
+        for chunk in chunks:
+            chunk.disable_forward_pre_hook()
+    yield
+    if lazy:
+        for chunk in chunks:
+            chunk.enable_forward_pre_hook()
+
+
+def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> MegatronOptimizer:
+    """megatron-core's optimizer: fp32 master weights for bf16, sharded over data parallel when asked for."""
+    provide_apex_adam(FusedAdam)
+    optim, train = run.optim, run.train
+    config = OptimizerConfig(
+        optimizer=optim.optimizer,
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_eps,
+        clip_grad=optim.clip_grad,
+        bf16=train.params_dtype == "bf16",
+        params_dtype=DTYPES[train.params_dtype],
+        use_distributed_optimizer=run.parallel.use_distributed_optimizer,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, chunks)
+
+
+@dataclass(frozen=True)
+class ScheduleLengths:
+    """Lengths of the learning-rate schedule, all in one unit.
+
+    `by_samples` says which: packs, or iterations. The unit is what the user's flags are in; a run whose length is in
+    samples has its schedule in samples too.
+    """
+
+    by_samples: bool
+    warmup: int
+    decay: int
+    wsd_decay: int | None
+
+
+def schedule_lengths(run: RunConfig, total_iterations: int, total_samples: int) -> ScheduleLengths:
+    """Resolves warm-up and decay lengths; what is not given is the whole run.
+
+    Args:
+        run: flags; *_iters and *_samples are not mixed (config.problems).
+        total_iterations: optimizer steps of the whole run.
+        total_samples: packs of the whole run.
+    """
+    optim = run.optim
+    by_samples = bool(
+        run.train.train_samples or optim.lr_decay_samples or optim.lr_warmup_samples or optim.lr_wsd_decay_samples
+    )
+    if by_samples:
+        decay, warmup = optim.lr_decay_samples or total_samples, optim.lr_warmup_samples
+        wsd_decay = optim.lr_wsd_decay_samples
+    else:
+        decay, warmup = optim.lr_decay_iters or total_iterations, optim.lr_warmup_iters
+        wsd_decay = optim.lr_wsd_decay_iters
+    if optim.lr_warmup_fraction is not None:
+        warmup = int(optim.lr_warmup_fraction * decay)
+    if optim.lr_decay_style == "WSD" and wsd_decay is None:
+        wsd_decay = max(1, decay // 10)
+    return ScheduleLengths(by_samples, min(warmup, decay - 1), max(decay, 1), wsd_decay)
+
+
+def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig, lengths: ScheduleLengths) -> OptimizerParamScheduler:
+    """megatron-core's scheduler; its `step(increment)` is in the unit of `lengths`."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=optim.lr_warmup_init,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=lengths.warmup,
+        lr_decay_steps=lengths.decay,
+        lr_decay_style=optim.lr_decay_style,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=lengths.decay,
+        wd_incr_style="constant",
+        wsd_decay_steps=lengths.wsd_decay,
+        lr_wsd_decay_style=optim.lr_wsd_decay_style if optim.lr_decay_style == "WSD" else None,
+        use_checkpoint_opt_param_scheduler=False,  # the flags of this run say the schedule, also on resume
+        override_opt_param_scheduler=True,
+    )

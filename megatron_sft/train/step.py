@@ -1,0 +1,145 @@
+"""One optimizer step: micro-batches through megatron-core's schedule, one division, one update.
+
+1. `forward_step` moves a micro-batch to the device, cuts it for context parallelism and runs the model;
+2. the schedule adds up gradients over micro-batches (and pipeline stages), finalize_model_grads over ranks;
+3. losses and gradients that are not finite stop the run before the update, with the rows named;
+4. the optimizer clips and updates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_sft.core_compat import device
+from megatron_sft.data.loader import Batch
+from megatron_sft.errors import TrainingError
+from megatron_sft.model.attention import packed_seq_params
+from megatron_sft.model.context import shard_tokens
+from megatron_sft.train.loss import LossTotals, document_losses, reduce_totals, step_loss
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step gives to the log."""
+
+    totals: LossTotals
+    grad_norm: float
+
+
+def run_schedule(chunks: list[Any], batches: list[Batch], forward_only: bool) -> list[dict]:
+    """Runs micro-batches forward (and backward) through every chunk of this rank.
+
+    Args:
+        chunks: one model, or one a virtual pipeline stage.
+        batches: this rank's micro-batches; every data-parallel rank has the same number.
+        forward_only: no gradient.
+
+    Returns:
+        One report a micro-batch on the last pipeline stage, nothing on the others.
+    """
+    iterators = [iter(batches) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
+        num_microbatches=len(batches),
+        seq_length=max(batch.tokens.shape[1] for batch in batches),
+        micro_batch_size=1,  # packs of a micro-batch stand behind one another in one row
+        forward_only=forward_only,
+    )
+
+
+def train_step(
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    batches: list[Batch],
+    num_sources: int,
+    name_document: Any,
+    check_for_nan: bool = True,
+) -> StepResult:
+    """One optimizer step.
+
+    Args:
+        chunks: the model, wrapped in DDP.
+        optimizer: megatron-core's.
+        batches: this rank's micro-batches of the step.
+        num_sources: sources of the data set.
+        name_document: document id -> "file:line", for errors.
+        check_for_nan: stop on a loss or gradient that is not finite.
+
+    Raises:
+        TrainingError: a loss or a gradient is NaN or infinite; nothing was updated.
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    reports = run_schedule(chunks, batches, forward_only=False)
+    totals = reduce_totals(reports, batches, num_sources, device())
+    if check_for_nan:
+        _require_finite(chunks, reports, batches, totals, name_document)
+    _, grad_norm, _ = optimizer.step()
+    return StepResult(totals, float(grad_norm))
+
+
+def _require_finite(chunks: list[Any], reports: list[dict], batches: list[Batch], totals: LossTotals, name_document: Any) -> None:
+    """Raises the same TrainingError on every rank when the step's loss or any rank's gradient is not finite."""
+    buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    bad_gradient = sum((~torch.isfinite(buffer.grad_data.sum())).int() for buffer in buffers)
+    flag = torch.as_tensor(bad_gradient, dtype=torch.int32, device=device())
+    dist.all_reduce(flag)
+    finite_loss = bool(torch.isfinite(torch.as_tensor(totals.by_source)).all())
+    if finite_loss and not flag:
+        return
+    bad = [
+        name_document(document)
+        for report, batch in zip(reports, batches)
+        for document, (loss, _, _) in zip(batch.document_ids, report["documents"].tolist())
+        if document >= 0 and not torch.isfinite(torch.tensor(loss))
+    ]
+    named: list[list[str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(named, bad)
+    rows = sorted({row for rank_rows in named for row in rank_rows or []})
+    where = f" in the rows {', '.join(rows[:8])}" if rows else ""
+    if finite_loss:
+        where = f"; the loss is finite, the gradient is not, on {int(flag)} rank buffers"
+    raise TrainingError(
+        f"loss or gradient is not finite{where}. Expected finite numbers. Nothing was updated in this step: lower --lr, "
+        "look at the rows, or pass --no-check-for-nan-in-loss-and-grad to go on."
+    )
+
+
+def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+    """megatron-core's forward_step_func: one micro-batch through one model chunk.
+
+    Returns:
+        Per-token losses [1, tokens] on the last stage (hidden states before it) and the function that sums them.
+    """
+    batch = next(batches)
+    here = device()
+    counts = torch.as_tensor(batch.cu_seqlens[1:] - batch.cu_seqlens[:-1], dtype=torch.int64)
+    documents = torch.repeat_interleave(torch.arange(len(counts)), counts)[None]
+    tokens, labels, loss_mask, position_ids, documents = (
+        shard_tokens(x).to(here, non_blocking=True)
+        for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids, documents)
+    )
+    output = model(
+        tokens,
+        position_ids,
+        None,
+        labels=labels,
+        loss_mask=loss_mask,
+        packed_seq_params=packed_seq_params(batch.cu_seqlens.to(here), batch.max_seqlen),
+    )
+    return output, partial(_loss, loss_mask, documents[0], len(counts))
+
+
+def _loss(loss_mask: torch.Tensor, documents: torch.Tensor, count: int, token_loss: torch.Tensor) -> tuple:
+    weighted = token_loss * loss_mask
+    return step_loss(weighted, loss_mask, document_losses(weighted, loss_mask, documents, count))

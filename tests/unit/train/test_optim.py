@@ -1,0 +1,42 @@
+"""Our FusedAdam is torch's Adam; schedule lengths come from the flags' own unit."""
+
+import pytest
+import torch
+
+from megatron_sft.config import OptimConfig, RunConfig, TrainConfig
+from megatron_sft.train.optim import FusedAdam, ScheduleLengths, schedule_lengths
+
+
+@pytest.mark.parametrize(("adam_w_mode", "reference"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])
+def test_fused_adam_equals_torch(adam_w_mode, reference):
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(5, 7)), torch.nn.Parameter(torch.randn(3))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    settings = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizers = FusedAdam(ours, adam_w_mode=adam_w_mode, **settings), reference(theirs, **settings)
+    for _ in range(5):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert optimizers[0].param_groups[0]["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("train", "optim", "expected"),
+    [
+        (dict(train_iters=20), dict(), ScheduleLengths(False, 0, 20, None)),
+        (dict(train_iters=20), dict(lr_warmup_iters=3), ScheduleLengths(False, 3, 20, None)),
+        (dict(train_iters=20), dict(lr_warmup_fraction=0.1), ScheduleLengths(False, 2, 20, None)),
+        (dict(train_samples=75), dict(lr_decay_samples=60, lr_warmup_samples=5), ScheduleLengths(True, 5, 60, None)),
+        (dict(train_samples=75), dict(), ScheduleLengths(True, 0, 80, None)),
+        (dict(num_epoch=2.0), dict(lr_decay_style="WSD"), ScheduleLengths(False, 0, 20, 2)),
+        (dict(num_epoch=2.0), dict(lr_decay_style="WSD", lr_wsd_decay_iters=7), ScheduleLengths(False, 0, 20, 7)),
+    ],
+)
+def test_schedule_lengths(train, optim, expected):
+    run = RunConfig(train=TrainConfig(**train), optim=OptimConfig(**optim))
+    assert schedule_lengths(run, total_iterations=20, total_samples=80) == expected
