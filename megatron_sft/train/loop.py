@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
@@ -15,15 +15,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sft.config import RunConfig
 from megatron_sft.core_compat import device
-from megatron_sft.data.loader import Step
-from megatron_sft.log import logger
+from megatron_sft.data.loader import Step, TrainLoader, ValidLoader
 from megatron_sft.metrics import MetricsWriter
 from megatron_sft.parallel import Ranks
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.flops import train_flops
 from megatron_sft.train.loss import LossTotals
 from megatron_sft.train.optim import ScheduleLengths, whole_parameters
-from megatron_sft.train.state import RunLength, TrainState
+from megatron_sft.train.state import TrainState
 from megatron_sft.train.step import StepResult, train_step
 
 
@@ -37,7 +36,8 @@ class Job:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     schedule: ScheduleLengths
-    length: RunLength
+    loader: TrainLoader
+    valid_loader: ValidLoader | None
     source_names: Sequence[str]
     name_document: Callable[[int], str]
     save: Callable[[TrainState, float | None], None]
@@ -69,24 +69,22 @@ class StopRequest:
         return -1 if int(value) == 1000 else int(value)
 
 
-def train(job: Job, steps: Iterator[Step], valid_steps: Sequence[Step], state: TrainState) -> tuple[TrainState, int]:
+def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
     """Trains until the run's length, a stop signal or an error.
 
     Args:
         job: what to train with.
-        steps: this rank's steps, from state.consumed_samples on.
-        valid_steps: this rank's held-out steps; empty without validation.
-        state: where to go on.
+        state: where to go on; job.loader starts at state.consumed_samples.
 
     Returns:
         The last state, and why training ended: 0 at its end, a signal's number, -1 for --exit-duration-in-mins.
     """
     run, stop, stopped = job.run, StopRequest(job.run), 0
-    writer = MetricsWriter(run, state.iteration, job.length.iterations) if job.ranks.rank == 0 else None
-    valid_loss, saved = None, state.iteration
+    last_iteration = len(job.loader)
+    writer = MetricsWriter(run, state.iteration, last_iteration) if job.ranks.rank == 0 else None
+    valid_loss = None
     clock = time.perf_counter()
-    while state.iteration < job.length.iterations and not stopped:
-        step = next(steps)
+    for step in job.loader:
         lr = job.optimizer.param_groups[0]["lr"]
         result = train_step(
             job.chunks, job.optimizer, step.micro_batches, len(job.source_names), job.name_document, run.train.check_for_nan
@@ -99,27 +97,25 @@ def train(job: Job, steps: Iterator[Step], valid_steps: Sequence[Step], state: T
             tokens_seen=state.tokens_seen + result.totals.tokens,
             trained_tokens=state.trained_tokens + result.totals.trained_tokens,
         )
-        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        metrics = step_metrics(job, step, state, result, lr, seconds=time.perf_counter() - clock)
         stopped = stop.agreed()
-        last = state.iteration == job.length.iterations
-        metrics = step_metrics(job, step, state, result, lr, seconds)
-        if valid_steps and (state.iteration % run.train.eval_interval == 0 or last):
+        ends = bool(stopped) or state.iteration == last_iteration
+        if job.valid_loader and (state.iteration % run.train.eval_interval == 0 or ends):
             with whole_parameters(job.chunks, run.parallel):
-                totals = evaluate(job.chunks, valid_steps, len(job.source_names))
+                totals = evaluate(job.chunks, job.valid_loader, len(job.source_names))
             valid_loss = totals.loss
             metrics |= loss_metrics("valid", totals, job.source_names)
-            clock = time.perf_counter()
         if writer:
             writer.write(metrics)
         interval = run.checkpoint.save_interval
-        if run.checkpoint.save and ((interval and state.iteration % interval == 0) or last or stopped):
+        if run.checkpoint.save and (ends or (interval and state.iteration % interval == 0)):
             with whole_parameters(job.chunks, run.parallel):
                 job.save(state, valid_loss)
-            saved, clock = state.iteration, time.perf_counter()
+        if ends:
+            break
+        clock = time.perf_counter()
     if writer:
         writer.close()
-    if stopped and not run.checkpoint.save:
-        logger.warning("stopped at iteration %d without --save: nothing was kept", saved)
     return state, stopped
 
 
@@ -141,8 +137,8 @@ def step_metrics(job: Job, step: Step, state: TrainState, result: StepResult, lr
         "perf/step_ms": 1000 * seconds,
         "perf/tokens_per_s": totals.tokens / seconds,
         "perf/tflops_per_gpu": flops / seconds / job.ranks.world_size / 1e12,
-        "data/prefetch_queue_depth": step.queue_depth,
-        "data/wait_ms": step.wait_ms,
+        "data/prefetch_queue_depth": job.loader.queue_depth,
+        "data/wait_ms": job.loader.wait_ms,
     }
 
 

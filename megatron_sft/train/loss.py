@@ -88,8 +88,8 @@ def reduce_totals(reports: list[dict], batches: list[Batch], num_sources: int, d
     totals = torch.zeros(num_sources, 4, dtype=torch.float64)
     for report, batch in zip(reports, batches):
         real = torch.as_tensor(np.asarray(batch.document_ids) >= 0)  # padding is a document of id -1
-        sources = torch.as_tensor(batch.source_ids, dtype=torch.int64)
-        squares = batch.cu_seqlens.diff().double().square()[:, None] / ps.get_context_parallel_world_size()
+        sources = batch.source_ids.long()
+        squares = batch.document_offsets.diff().double().square()[:, None] / ps.get_context_parallel_world_size()
         values = torch.cat([report["documents"].cpu(), squares], dim=1)
         totals.index_add_(0, sources[real], values[real])
     totals = totals.to(device)

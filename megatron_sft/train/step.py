@@ -123,7 +123,7 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, An
     """
     batch = next(batches)
     here = device()
-    counts = torch.as_tensor(batch.cu_seqlens[1:] - batch.cu_seqlens[:-1], dtype=torch.int64)
+    counts = batch.document_offsets.diff().long()
     documents = torch.repeat_interleave(torch.arange(len(counts)), counts)[None]
     tokens, labels, loss_mask, position_ids, documents = (
         shard_tokens(x).to(here, non_blocking=True)
