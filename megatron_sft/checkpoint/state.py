@@ -1,0 +1,146 @@
+"""The state dict of a checkpoint, with the keys that Megatron-LM's loader asks for (megatron/training/checkpointing.py).
+
+args (Namespace), checkpoint_version 3.0, iteration, model or model0, model1 ... (virtual stages), optimizer,
+opt_param_scheduler, rng_state, num_floating_point_operations_so_far, content_metadata; and of ours `train_state`.
+"""
+
+import dataclasses
+import random
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.module import Float16Module
+
+from megatron_sft.config import RunConfig
+from megatron_sft.parallel import Ranks
+
+TRAIN_STATE = "train_state"
+RNG_KEY = "rng_state"
+
+
+def unwrap(chunk: torch.nn.Module) -> Any:
+    """The model inside DDP and Float16Module wrappers."""
+    while isinstance(chunk, (DistributedDataParallel, Float16Module)):
+        chunk = chunk.module
+    return chunk
+
+
+def content_metadata(use_distributed_optimizer: bool) -> dict[str, Any]:
+    """How sharded state dicts are built here; stored in the checkpoint, and read back before a load."""
+    metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    if use_distributed_optimizer:
+        metadata["distrib_optim_sharding_type"] = "fully_reshardable"
+        metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
+    return metadata
+
+
+def sharded_state(
+    chunks: list[Any], optimizer: Any | None, scheduler: Any | None, metadata: dict[str, Any], is_loading: bool
+) -> dict[str, Any]:
+    """Model, optimizer and scheduler parts of the state dict.
+
+    Args:
+        chunks: model chunks of this process, wrapped or not.
+        optimizer: megatron-core's optimizer, or None to leave it out.
+        scheduler: megatron-core's OptimizerParamScheduler, or None.
+        metadata: content_metadata, of this run on saving and of the checkpoint on loading.
+        is_loading: optimizer states that do not exist yet are created.
+    """
+    metadata = {**metadata, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    state = {name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
+    if optimizer is not None:
+        models = dict(state)
+        state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    if scheduler is not None:
+        state["opt_param_scheduler"] = scheduler.state_dict()
+    return state
+
+
+def rng_state(ranks: Ranks) -> ShardedObject:
+    """Collective over data parallel: every generator of every process, one shard a (pipeline, tensor) rank.
+
+    The list of a shard has one entry a data-parallel rank, as Megatron-LM's --data-parallel-random-init writes it.
+    """
+    own = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    states: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(states, own, group=group)
+    shape, place = (ranks.pp_size, ranks.tp_size), (ranks.pp_rank, ranks.tp_rank)
+    return ShardedObject(RNG_KEY, states, shape, place, replica_id=dist.get_rank(group))
+
+
+def restore_rng(states: list[dict[str, Any]]) -> None:
+    """Sets every generator from a loaded rng_state; its first entry serves everybody when it has only one."""
+    index = dist.get_rank(parallel_state.get_data_parallel_group(with_context_parallel=True))
+    own = states[index] if index < len(states) else states[0]
+    random.setstate(own["random_rng_state"])
+    np.random.set_state(own["np_rng_state"])
+    torch.set_rng_state(own["torch_rng_state"])
+    torch.cuda.set_rng_state(own["cuda_rng_state"])
+    if own["rng_tracker_states"]:
+        tensor_parallel.get_cuda_rng_tracker().set_states(own["rng_tracker_states"])
+
+
+def megatron_args(run: RunConfig, ranks: Ranks, iteration: int, state: dict[str, Any]) -> Namespace:
+    """The `args` of Megatron-LM for this run: what check_checkpoint_args and load_args_from_checkpoint read."""
+    model, train, optim = run.model, run.train, run.optim
+    taken = {"core", "rope_scaling", "vocab_size", "window_size", "window_layers", "norm_epsilon", "activation"}
+    values = {name: value for name, value in dataclasses.asdict(model).items() if name not in taken}
+    values.update(model.core)
+    values.update(dataclasses.asdict(run.parallel))
+    values.update(
+        vocab_size=model.vocab_size,
+        layernorm_epsilon=model.norm_epsilon,
+        swiglu=model.activation == "silu" and model.gated_mlp,
+        squared_relu=model.activation == "squared_relu",
+        apply_layernorm_1p=model.norm_zero_centered,
+        group_query_attention=model.num_query_groups != model.num_attention_heads,
+        untie_embeddings_and_output_weights=not model.share_embeddings_and_output_weights,
+        add_position_embedding=True,
+        use_rotary_position_embeddings=model.position_embedding_type == "rope",
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        seq_length=run.data.seq_length,
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=run.data.tokenizer_model,
+        bf16=train.params_dtype == "bf16",
+        fp16=False,
+        micro_batch_size=train.micro_batch_size,
+        global_batch_size=train.global_batch_size,
+        seed=train.seed,
+        lr=optim.lr,
+        world_size=ranks.world_size,
+        data_parallel_size=ranks.dp_size,
+        data_parallel_random_init=False,
+        ckpt_format="torch_dist",
+        ckpt_fully_parallel_save=False,
+        dist_ckpt_optim_fully_reshardable=True,
+        async_save=False,
+        no_save_optim=not run.checkpoint.save_optim,
+        no_save_rng=False,
+        iteration=iteration,
+        consumed_train_samples=int(state.get("consumed_train_samples", 0)),
+        consumed_valid_samples=int(state.get("consumed_valid_samples", 0)),
+        skipped_train_samples=0,
+    )
+    return Namespace(**{name: value for name, value in values.items() if _plain(value)})
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value survives weights_only=True without an allow-list."""
+    if isinstance(value, (list, tuple)):
+        return all(_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))

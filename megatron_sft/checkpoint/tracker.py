@@ -1,0 +1,167 @@
+"""Names inside a checkpoint root, the tracker file, and what a kill at any moment may leave behind.
+
+A root holds iter_%07d/ and release/ (whole checkpoints only: they appear by one rename), latest_checkpointed_iteration.txt
+(Megatron's tracker: an iteration or "release"), best_checkpoint.json, and hidden work folders. No torch, no collectives:
+one process calls this, the others hear of it through distributed.py.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megatron_sft.log import logger
+
+TRACKER = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpoint.json"
+RELEASE = "release"
+_ITERATION = re.compile(r"iter_(\d{7,})$")
+_WORK = re.compile(r"\.(saving|deleting|replaced)_(iter_\d{7,}|release)$")
+
+Iteration = int | str
+"""A training iteration, or "release" for weights without one."""
+
+
+def checkpoint_folder(root: Path, iteration: Iteration) -> Path:
+    """root/iter_0000010 for 10, root/release for "release"."""
+    return root / (RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}")
+
+
+def saving_folder(root: Path, iteration: Iteration) -> Path:
+    """Where a checkpoint is written before it gets its name; no reader looks there."""
+    return root / f".saving_{checkpoint_folder(root, iteration).name}"
+
+
+def iterations(root: Path) -> list[int]:
+    """Iterations that have a folder, newest first. A folder says nothing about its content: see manifest.problems."""
+    if not root.is_dir():
+        return []
+    found = (_ITERATION.match(entry.name) for entry in root.iterdir() if entry.is_dir())
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def read_tracker(root: Path) -> Iteration | None:
+    """What the tracker says: an iteration, "release", or None when it is missing, empty or garbled."""
+    try:
+        text = (root / TRACKER).read_text(encoding="ascii").strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    if text == RELEASE:
+        return RELEASE
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def candidates(root: Path) -> list[Iteration]:
+    """Checkpoints to try, best first: what the tracker names, then every other iteration, newest first.
+
+    Iterations above the tracker's come last: whoever set the tracker back wants them ignored, but after a loss of
+    everything else they are better than a start from nothing.
+    """
+    tracked = read_tracker(root)
+    numbers = iterations(root)
+    release: list[Iteration] = [RELEASE] if (root / RELEASE).is_dir() else []
+    if tracked is None:
+        return [*numbers, *release]
+    if tracked == RELEASE:
+        return [*release, *numbers]
+    below = [number for number in numbers if number < int(tracked)]
+    above = [number for number in numbers if number > int(tracked)]
+    return [tracked, *below, *above, *release]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a small file so that a reader sees the old text or the new one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(root: Path, iteration: Iteration) -> Path:
+    """Gives the finished saving folder its name, then points the tracker at it. A kill in between loses nothing.
+
+    A checkpoint of the same name is moved aside first; `sweep` puts it back if the kill falls between the two renames.
+    """
+    source, target = saving_folder(root, iteration), checkpoint_folder(root, iteration)
+    aside = root / f".replaced_{target.name}"
+    if target.exists():
+        os.rename(target, aside)
+    os.rename(source, target)
+    sync_folder(root)
+    write_atomically(root / TRACKER, f"{iteration}\n" if iteration == RELEASE else f"{int(iteration)}\n")
+    shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def sweep(root: Path) -> None:
+    """Removes the work folders that a killed process left; restores a replaced checkpoint whose successor never came."""
+    if not root.is_dir():
+        return
+    for entry in sorted(root.iterdir()):
+        match = _WORK.match(entry.name)
+        if not match:
+            continue
+        if match[1] == "replaced" and not (root / match[2]).exists():
+            os.rename(entry, root / match[2])
+            logger.warning("%s: put back; its replacement was never finished.", root / match[2])
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def delete(root: Path, iteration: Iteration) -> None:
+    """Removes a checkpoint; its name disappears first, at once."""
+    folder = checkpoint_folder(root, iteration)
+    hidden = root / f".deleting_{folder.name}"
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def retain(root: Path, number: int | None) -> list[int]:
+    """Deletes all but the newest `number` iterations. The best one and the tracker's stay.
+
+    Returns:
+        The deleted iterations, newest first.
+    """
+    if number is None:
+        return []
+    kept = {read_tracker(root), best_iteration(root)}
+    deleted = [iteration for iteration in iterations(root)[max(number, 1) :] if iteration not in kept]
+    for iteration in deleted:
+        delete(root, iteration)
+    return deleted
+
+
+def mark_best(root: Path, iteration: int, metric: str, value: float) -> None:
+    """Records the best checkpoint so far; retention keeps it. The caller compares values and saved `iteration`."""
+    write_atomically(root / BEST, json.dumps({"iteration": iteration, "metric": metric, "value": value}) + "\n")
+
+
+def read_best(root: Path) -> dict[str, int | str | float] | None:
+    """{"iteration", "metric", "value"} of the best checkpoint, or None."""
+    try:
+        best = json.loads((root / BEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return best if isinstance(best, dict) and isinstance(best.get("iteration"), int) else None
+
+
+def best_iteration(root: Path) -> int | None:
+    best = read_best(root)
+    return None if best is None else int(best["iteration"])
