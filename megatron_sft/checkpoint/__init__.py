@@ -1,0 +1,1 @@
+"""Weights in and out: Hugging Face folders (hf.py) and Megatron's torch_dist checkpoints (distributed.py)."""

@@ -1,0 +1,366 @@
+"""Weights between Hugging Face folders and a model that is cut over ranks.
+
+Reading: every rank finds its own parameters, looks up which windows of which HF tensors they are (names.py,
+layout.py), and copies those windows out of the memory-mapped files, one file after the other. Writing: the ranks agree
+on who holds which shard, then rank 0 receives them tensor by tensor and writes each HF tensor at its place, so that
+nobody ever holds more than its own shards and a few tensors.
+
+Not here: config.json (hf_config.py), file formats (tensors.py), Megatron checkpoints (distributed.py).
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_sft.checkpoint.hf_config import family_of, hf_config_from_model, read_hf_config
+from megatron_sft.checkpoint.layout import LAYOUTS, REPLICATED, Placement, Shard, read_shard, write_shard
+from megatron_sft.checkpoint.names import WEIGHTLESS, Family
+from megatron_sft.checkpoint.tensors import (
+    INDEX,
+    SINGLE,
+    StoredTensor,
+    TensorWriter,
+    open_file,
+    replaced_folder,
+    stored_tensors,
+)
+from megatron_sft.config import ModelConfig
+from megatron_sft.core_compat import device
+from megatron_sft.errors import CheckpointError
+from megatron_sft.parallel import Ranks
+
+TRACKER = "latest_checkpointed_iteration.txt"
+TIED = "output_layer.weight"
+
+
+class Held(NamedTuple):
+    """A shard that this rank holds, under its name over all stages and expert ranks."""
+
+    name: str
+    local: torch.Tensor
+    placement: Placement
+    sources: tuple[str, ...]
+    part: tuple[int, int]
+    """Which of how many tensor-parallel shards; (0, 1) for a tensor that every rank has."""
+
+
+def is_hf_folder(path: str | Path) -> bool:
+    """A folder with config.json and safetensors (or pickled weights, which loading then explains)."""
+    folder = Path(path)
+    weights = (folder / SINGLE).exists() or (folder / INDEX).exists() or any(folder.glob("*.bin"))
+    return (folder / "config.json").is_file() and weights and not is_megatron_checkpoint(folder)
+
+
+def is_megatron_checkpoint(path: str | Path) -> bool:
+    """A root with the tracker file, or one iteration's folder of torch_dist format."""
+    folder = Path(path)
+    return (folder / TRACKER).is_file() or (folder / "metadata.json").is_file()
+
+
+def core_module(chunk: nn.Module) -> nn.Module:
+    """The GPTModel inside DDP and precision wrappers."""
+    while not hasattr(chunk, "decoder"):
+        assert hasattr(chunk, "module"), f"{type(chunk).__name__} is no GPTModel and wraps none"
+        chunk = chunk.module
+    return chunk
+
+
+def _global_name(module: Any, name: str, model: ModelConfig, ranks: Ranks) -> tuple[str, str, int, int]:
+    """(pattern in names.py, name over all ranks, layer, expert) of a parameter of this chunk."""
+    layer = expert = 0
+    match = re.match(r"decoder\.layers\.(\d+)\.", name)
+    pattern = name
+    if match:
+        layer = module.decoder.layers[int(match[1])].layer_number - 1
+        pattern = f"decoder.layers.{{layer}}.{name[match.end():]}"
+    match = re.search(r"\.local_experts\.(\d+)\.", pattern)
+    if match:
+        expert = ranks.ep_rank * (int(model.core["num_moe_experts"]) // ranks.ep_size) + int(match[1])
+        pattern = pattern.replace(match[0], ".local_experts.{expert}.")
+    return pattern, pattern.format(layer=layer, expert=expert), layer, expert
+
+
+def _held(chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ranks: Ranks) -> Iterator[Held]:
+    """Every shard of the model that this rank holds, with its place in the HF checkpoint."""
+    from megatron.core import parallel_state
+
+    expert_part = (
+        parallel_state.get_expert_tensor_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+    for chunk in chunks:
+        module = core_module(chunk)
+        for local_name, parameter in _weights(module):
+            pattern, name, layer, expert = _global_name(module, local_name, model, ranks)
+            rule = family.tensors.get(pattern)
+            if rule is None:
+                raise CheckpointError(
+                    f"parameter {name}: {family.architecture} has no tensor for it; expected only "
+                    "parameters of names.py. The flags describe a model that this family is not."
+                )
+            layout, *sources = rule
+            if name == TIED and model.share_embeddings_and_output_weights:
+                sources = list(family.tensors["embedding.word_embeddings.weight"][1:])
+            part = expert_part if "{expert}" in pattern else (ranks.tp_rank, ranks.tp_size)
+            shard = Shard(tuple(parameter.shape), *part, model, expert)
+            placement = LAYOUTS[layout](shard)
+            names = tuple(source.format(layer=layer, expert=expert) for source in sources)
+            yield Held(name, parameter.detach(), placement, names, (0, 1) if layout in REPLICATED else part)
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and the one kind of buffer that HF checkpoints hold: the router's expert bias."""
+    yield from module.named_parameters()
+    for name, buffer in module.named_buffers():
+        if name.endswith("router.expert_bias") and buffer is not None:
+            yield name, buffer
+
+
+def load_hf_weights(chunks: list[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> None:
+    """Fills the model from an HF folder. Each rank reads only the slices that it needs.
+
+    Args:
+        chunks: this rank's model chunks, wrapped or not.
+        model: the architecture that the chunks were built from.
+        folder: HF folder with config.json and safetensors.
+        ranks: this process's place.
+
+    Raises:
+        CheckpointError: missing or extra tensors, wrong shapes, damaged files; before anything is copied.
+    """
+    family = family_of(read_hf_config(folder))
+    stored = stored_tensors(folder)
+    held = list(_held(chunks, model, family, ranks))
+    _check_names(held, stored, model, family, Path(folder))
+    by_file: dict[Path, list[Held]] = {}
+    for item in held:
+        for file in dict.fromkeys(stored[source].file for source in item.sources):
+            by_file.setdefault(file, []).append(item)
+    with torch.no_grad():
+        for path in sorted(by_file):
+            with open_file(path) as file:
+                for item in by_file[path]:
+                    here = {
+                        number: file.get_tensor(source)
+                        for number, source in enumerate(item.sources)
+                        if stored[source].file == path
+                    }
+                    read_shard(item.placement, item.local, here)
+
+
+def _check_names(
+    held: Sequence[Held], stored: Mapping[str, StoredTensor], model: ModelConfig, family: Family, folder: Path
+) -> None:
+    """Compares names and shapes over all ranks; every rank raises the same error."""
+    wanted = {name: shape for item in held for name, shape in zip(item.sources, item.placement.shapes, strict=True)}
+    for other in _gather_objects(wanted):
+        wanted.update(other)
+    ignored = set(WEIGHTLESS)
+    if model.share_embeddings_and_output_weights:
+        ignored.add(family.tensors[TIED][1])
+    missing = sorted(wanted.keys() - stored.keys())
+    extra = sorted(name for name in stored.keys() - wanted.keys() if not name.endswith(tuple(ignored)))
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} tensors missing (first: {', '.join(missing[:3])})")
+    if extra:
+        faults.append(f"{len(extra)} tensors that the model does not have (first: {', '.join(extra[:3])})")
+    for name in sorted(wanted.keys() & stored.keys()):
+        if stored[name].shape != wanted[name]:
+            faults.append(f"{name} has shape {list(stored[name].shape)}, not {list(wanted[name])}")
+    if faults:
+        shown = faults[:8] + ([f"and {len(faults) - 8} more"] if len(faults) > 8 else [])
+        raise CheckpointError(
+            f"{folder}: {'; '.join(shown)}; expected exactly the tensors that config.json describes. "
+            "Check that config.json and the weights belong together, or download the folder again."
+        )
+
+
+def _gather_objects(value: Any) -> list[Any]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class _Offer(NamedTuple):
+    """What a rank says about a shard it holds."""
+
+    name: str
+    part: tuple[int, int]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    placement: Placement
+    sources: tuple[str, ...]
+
+
+def save_hf(
+    chunks: list[nn.Module],
+    model: ModelConfig,
+    folder: str | Path,
+    ranks: Ranks,
+    source_folder: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes an HF folder that transformers loads as it is. All ranks call it; rank 0 writes.
+
+    Args:
+        chunks: this rank's model chunks, wrapped or not.
+        model: the architecture that the chunks were built from.
+        folder: new folder; an HF folder there is replaced when the new one is complete.
+        ranks: this process's place.
+        source_folder: HF folder whose config, tokenizer, chat template and dtypes the result takes over.
+            None: config.json is written afresh, without tokenizer.
+        dtype: of the stored tensors; None: the source's, without a source the parameters' own.
+
+    Raises:
+        CheckpointError: on every rank when the folder cannot be written.
+    """
+    like = read_hf_config(source_folder) if source_folder is not None else None
+    config = hf_config_from_model(model, like)
+    held = {
+        (item.name, item.part): item
+        for item in _held(chunks, model, family_of(config), ranks)
+        if not (item.name == TIED and model.share_embeddings_and_output_weights)
+    }
+    offers = [
+        _Offer(item.name, item.part, tuple(item.local.shape), item.local.dtype, item.placement, item.sources)
+        for item in held.values()
+    ]
+    everyone = _gather_objects(offers)
+    if ranks.rank != 0:
+        for holder, offer in _plan(everyone):
+            if holder == ranks.rank:
+                dist.send(held[offer.name, offer.part].local.contiguous().view(torch.uint8), 0)
+        failure = None
+    else:
+        failure = _write_folder(Path(folder), config, source_folder, dtype, everyone, held)
+    for message in _gather_objects(failure):
+        if message:
+            raise CheckpointError(message)
+
+
+Plan = Sequence[tuple[int, _Offer]]
+"""(holder, shard) in the order in which rank 0 receives."""
+
+
+def _plan(everyone: list[list[_Offer]]) -> Plan:
+    """Every shard once, layer by layer; of copies, the lowest rank's."""
+    chosen: dict[tuple[str, tuple[int, int]], tuple[int, _Offer]] = {}
+    for rank, offers in enumerate(everyone):
+        for offer in offers:
+            chosen.setdefault((offer.name, offer.part), (rank, offer))
+    return sorted(chosen.values(), key=lambda entry: _natural(entry[1].name, entry[1].part))
+
+
+def _natural(name: str, part: tuple[int, int]) -> tuple[Any, ...]:
+    """Sort key: numbers in names by value, so that layer 2 comes before layer 10."""
+    words = tuple((int(word), "") if word.isdigit() else (-1, word) for word in name.split("."))
+    return (words, part)
+
+
+def _write_folder(
+    folder: Path,
+    config: dict[str, Any],
+    source_folder: str | Path | None,
+    dtype: torch.dtype | None,
+    everyone: list[list[_Offer]],
+    held: Mapping[tuple[str, tuple[int, int]], Held],
+) -> str | None:
+    """Rank 0's part of save_hf. Returns an error message in place of raising, for the other ranks to raise too."""
+    plan = _plan(everyone)
+    stored = stored_tensors(source_folder) if source_folder is not None else {}
+    announced: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for _, offer in plan:
+        for name, shape in zip(offer.sources, offer.placement.shapes, strict=True):
+            kept = stored[name].dtype if name in stored else offer.dtype
+            announced[name] = (shape, dtype or kept)
+    tied = _stored_tied(config, stored)
+    announced.update({copy: announced[original] for copy, original in tied.items()})
+    config["torch_dtype"] = str(announced[plan[0][1].sources[0]][1]).removeprefix("torch.")
+    if "dtype" in config:
+        config["dtype"] = config["torch_dtype"]
+    shards = _shards(plan, held)
+    error = None
+    try:
+        with replaced_folder(folder) as temporary:
+            _copy_companions(source_folder, temporary)
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            writer = TensorWriter(temporary, announced)
+            try:
+                _write_tensors(writer, shards, plan, announced, tied)
+                writer.close()
+            finally:
+                writer.abandon()
+    except CheckpointError as fault:
+        error = str(fault)
+    except OSError as fault:
+        error = f"{folder}: not written ({fault.strerror}); expected room and permission. Free space or name another folder."
+    for _ in shards:  # the other ranks' sends that are still to come
+        pass
+    return error
+
+
+def _stored_tied(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """{lm_head: embedding} when the source keeps both although they are tied, so that a round trip keeps both."""
+    tensors = family_of(config).tensors
+    copy, original = tensors[TIED][1], tensors["embedding.word_embeddings.weight"][1]
+    return {copy: original} if config.get("tie_word_embeddings") and copy in stored else {}
+
+
+def _write_tensors(
+    writer: TensorWriter,
+    shards: Iterator[tuple[_Offer, torch.Tensor]],
+    plan: Plan,
+    announced: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    tied: Mapping[str, str],
+) -> None:
+    """Receives shard by shard; an HF tensor is written when its last shard has arrived."""
+    waiting: dict[str, int] = {}
+    for _, offer in plan:
+        for name in offer.sources:
+            waiting[name] = waiting.get(name, 0) + 1
+    copies = {original: copy for copy, original in tied.items()}
+    open_tensors: dict[str, torch.Tensor] = {}
+    for offer, local in shards:
+        for name in offer.sources:
+            if name not in open_tensors:
+                shape, dtype = announced[name]
+                open_tensors[name] = torch.empty(shape, dtype=dtype)
+        write_shard(offer.placement, local, {n: open_tensors[name] for n, name in enumerate(offer.sources)})
+        for name in offer.sources:
+            waiting[name] -= 1
+            if not waiting[name]:
+                tensor = open_tensors.pop(name)
+                writer.write(name, tensor)
+                if name in copies:
+                    writer.write(copies[name], tensor)
+
+
+def _shards(plan: Plan, held: Mapping[tuple[str, tuple[int, int]], Held]) -> Iterator[tuple[_Offer, torch.Tensor]]:
+    """Every shard of the model on rank 0, in the plan's order, one at a time."""
+    for holder, offer in plan:
+        if holder == 0:
+            yield offer, held[offer.name, offer.part].local
+        else:
+            local = torch.empty(offer.shape, dtype=offer.dtype, device=device())
+            dist.recv(local.view(torch.uint8), holder)
+            yield offer, local
+
+
+def _copy_companions(source_folder: str | Path | None, target: Path) -> None:
+    """Tokenizer, chat template, generation settings and licence: every small file that is neither weights nor code."""
+    if source_folder is None:
+        return
+    skipped = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".py"}
+    for path in sorted(Path(source_folder).iterdir()):
+        if path.is_file() and path.suffix not in skipped and path.name not in {"config.json", INDEX, TRACKER}:
+            shutil.copyfile(path, target / path.name)

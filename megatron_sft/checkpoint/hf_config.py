@@ -1,0 +1,269 @@
+"""config.json <-> ModelConfig, and the contradictions between flags and a config.json. No weights here.
+
+A family's keys stand in names.py. What one key alone does not say (windows, MoE routing) is a pair of functions
+in DERIVED: from config.json's keys to fields, and back.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_sft.checkpoint.names import CONFIG, DEFAULTS, FAMILIES, Family
+from megatron_sft.config import ModelConfig
+from megatron_sft.errors import CheckpointError
+
+Keys = Mapping[str, Any]
+Fields = dict[str, Any]
+
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu2": "squared_relu",
+}
+"""config.json's name -> ours; the first of several names for one thing is the one that is written."""
+
+
+def read_hf_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of an HF folder as a dict. Raises CheckpointError when it is missing or no JSON object."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no config.json; expected a Hugging Face model folder. Check the path, or download the model."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); expected a model's config.json. Copy it again.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(config).__name__}; expected an object. Copy it again.")
+    return config
+
+
+def text_config(hf: Keys) -> Keys:
+    """The keys of the language model: those of `text_config` where the checkpoint is multimodal."""
+    nested = hf.get("text_config")
+    return nested if isinstance(nested, Mapping) and hf.get("model_type") not in FAMILIES else hf
+
+
+def family_of(hf: Keys, trust_remote_code: bool = False) -> Family:
+    """The entry of names.FAMILIES for this config.json. Raises CheckpointError when there is none."""
+    model_type = text_config(hf).get("model_type")
+    if hf.get("auto_map") and model_type not in FAMILIES and not trust_remote_code:
+        raise CheckpointError(
+            f"config.json: auto_map asks to run Python code that came with model_type {model_type!r}; expected a family "
+            "that this library knows. If you trust the code, pass --trust-remote-code."
+        )
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"config.json: unknown model_type {model_type!r}; expected one of {', '.join(sorted(FAMILIES))}. "
+            "Add the family to megatron_sft/checkpoint/names.py, or use --importer modelopt."
+        )
+    return FAMILIES[model_type]
+
+
+def check_not_quantised(hf: Keys) -> None:
+    """Raises CheckpointError for FP8, INT4, MXFP4 ... weights, which cannot be trained."""
+    quantised = hf.get("quantization_config") or text_config(hf).get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
+        raise CheckpointError(
+            f"config.json: quantization_config of method {method!r}; expected bf16, fp16 or fp32 weights. Take the "
+            "unquantised checkpoint, or load it with transformers (dequantize=True in the quantisation config), "
+            "call save_pretrained on a new folder and use that."
+        )
+
+
+def _rope(keys: Keys, family: Family) -> Fields:
+    """RoPE base, share and scaling from transformers 5's rope_parameters or the older separate keys."""
+    parameters = dict(keys.get("rope_parameters") or {})
+    scaling = dict(keys.get("rope_scaling") or parameters)
+    fallback = {**DEFAULTS, **family.defaults}
+    theta = keys.get("rope_theta") or parameters.get("rope_theta") or fallback["rope_theta"]
+    share = keys.get("partial_rotary_factor") or parameters.get("partial_rotary_factor")
+    kind = scaling.pop("type", None)
+    kind = scaling.pop("rope_type", kind) or "default"
+    scaling.pop("rope_theta", None)
+    scaling.pop("partial_rotary_factor", None)
+    return {
+        "rotary_base": float(theta),
+        "rotary_percent": float(share or fallback.get("partial_rotary_factor", 1.0)),
+        "rope_scaling": None if kind == "default" else {"rope_type": kind, **scaling},
+    }
+
+
+def _rope_keys(model: ModelConfig) -> Fields:
+    """RoPE in both spellings: transformers 4 reads the first two, transformers 5 the last."""
+    parameters = {"rope_type": "default", **(model.rope_scaling or {}), "rope_theta": model.rotary_base}
+    keys: Fields = {
+        "rope_theta": model.rotary_base,
+        "rope_scaling": dict(model.rope_scaling) if model.rope_scaling else None,
+        "rope_parameters": parameters,
+    }
+    if model.rotary_percent != 1.0:
+        keys["partial_rotary_factor"] = parameters["partial_rotary_factor"] = model.rotary_percent
+    return keys
+
+
+def _window_everywhere(keys: Keys) -> Fields:
+    return {"window_size": keys.get("sliding_window")}
+
+
+def _window_everywhere_keys(model: ModelConfig) -> Fields:
+    return {"sliding_window": model.window_size}
+
+
+def _window_qwen(keys: Keys) -> Fields:
+    """use_sliding_window switches it on, from layer max_window_layers upwards unless layer_types says otherwise."""
+    window = keys.get("sliding_window") if keys.get("use_sliding_window") else None
+    first = keys.get("max_window_layers", 0)
+    layers = _window_layers(keys, lambda layer: layer >= first)
+    return {"window_size": window, "window_layers": layers} if window and any(layers) else {}
+
+
+def _window_qwen_keys(model: ModelConfig) -> Fields:
+    if not model.window_size:
+        return {"use_sliding_window": False}
+    return {"use_sliding_window": True, "sliding_window": model.window_size, "layer_types": _layer_types(model)}
+
+
+def _window_layers(keys: Keys, default: Callable[[int], bool]) -> tuple[bool, ...]:
+    if keys.get("layer_types"):
+        return tuple(kind == "sliding_attention" for kind in keys["layer_types"])
+    return tuple(default(layer) for layer in range(keys["num_hidden_layers"]))
+
+
+def _layer_types(model: ModelConfig) -> list[str]:
+    layers = model.window_layers or (bool(model.window_size),) * model.num_layers
+    return ["sliding_attention" if windowed else "full_attention" for windowed in layers]
+
+
+def _moe_softmax(keys: Keys) -> Fields:
+    """Softmax over all experts, then the top k, renormalised if norm_topk_prob: the same as softmax over the k."""
+    return {"core.moe_router_pre_softmax": not keys.get("norm_topk_prob", False)}
+
+
+def _moe_softmax_keys(model: ModelConfig) -> Fields:
+    return {"norm_topk_prob": not model.core["moe_router_pre_softmax"]}
+
+
+def _moe_sparse_step(keys: Keys) -> Fields:
+    """Layers without experts: mlp_only_layers, and those that decoder_sparse_step jumps over (Qwen)."""
+    step, dense = keys.get("decoder_sparse_step", 1), set(keys.get("mlp_only_layers") or ())
+    layers = range(keys["num_hidden_layers"])
+    return {"core.moe_layer_freq": [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]}
+
+
+def _moe_sparse_step_keys(model: ModelConfig) -> Fields:
+    dense = [layer for layer, sparse in enumerate(model.core["moe_layer_freq"]) if not sparse]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+DERIVED: Mapping[str, tuple[Callable[[Keys], Fields], Callable[[ModelConfig], Fields]]] = {
+    "window_everywhere": (_window_everywhere, _window_everywhere_keys),
+    "window_qwen": (_window_qwen, _window_qwen_keys),
+    "moe_softmax": (_moe_softmax, _moe_softmax_keys),
+    "moe_softmax_renormalised": (lambda keys: {"core.moe_router_pre_softmax": False}, lambda model: {}),
+    "moe_sparse_step": (_moe_sparse_step, _moe_sparse_step_keys),
+}
+
+
+def model_config_from_hf(hf: Keys, trust_remote_code: bool = False) -> ModelConfig:
+    """Every field of the architecture as config.json gives it.
+
+    Raises:
+        CheckpointError: unknown family, quantised weights, or settings of the family that are not supported.
+    """
+    family, keys = family_of(hf, trust_remote_code), text_config(hf)
+    check_not_quantised(hf)
+    fallback = {**DEFAULTS, **family.defaults}
+    problems = [
+        f"{key} is {keys[key]!r}; expected {value!r}"
+        for key, value in family.required.items()
+        if keys.get(key, value) != value
+    ]
+    fields: Fields = dict(family.fixed)
+    for name, key in {**CONFIG, **family.config}.items():
+        value = keys.get(key)
+        if value is None and key not in fallback:
+            problems.append(f"{key} is missing")
+        fields[name] = fallback.get(key) if value is None else value
+    if problems:
+        raise CheckpointError(
+            f"config.json of model_type {keys['model_type']}: {'; '.join(problems)}. Take a complete config.json of a "
+            "model without these settings, or add them to megatron_sft/checkpoint/names.py."
+        )
+    fields.update(_rope(keys, family))
+    for name in family.derived:
+        fields.update(DERIVED[name][0](keys))
+    return _model_config(fields)
+
+
+def _model_config(fields: Fields) -> ModelConfig:
+    if fields["activation"] not in ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: activation {fields['activation']!r}; expected one of {', '.join(ACTIVATIONS)}. "
+            "Add it to ACTIVATIONS in megatron_sft/checkpoint/hf_config.py and to the model."
+        )
+    fields["activation"] = ACTIVATIONS[fields["activation"]]
+    fields["num_query_groups"] = fields["num_query_groups"] or fields["num_attention_heads"]
+    fields["kv_channels"] = fields["kv_channels"] or fields["hidden_size"] // fields["num_attention_heads"]
+    core = {name.removeprefix("core."): value for name, value in fields.items() if name.startswith("core.")}
+    plain = {name: value for name, value in fields.items() if not name.startswith("core.")}
+    return ModelConfig(**plain, core=core)
+
+
+def hf_config_from_model(model: ModelConfig, like: Keys | None) -> dict[str, Any]:
+    """config.json of a model.
+
+    Args:
+        model: the architecture.
+        like: the config.json that the weights came from. Its keys stay; what the model says otherwise is replaced.
+            None: the keys are written afresh, for the first family that can express the model.
+
+    Raises:
+        CheckpointError: no family of names.py can express the model.
+    """
+    if like is not None:
+        keys = dict(text_config(like))
+        fresh = _write_keys(model, str(keys["model_type"]))
+        before = _write_keys(model_config_from_hf(like), str(keys["model_type"]))
+        rope = {"rope_theta", "rope_scaling", "rope_parameters", "torch_dtype"}
+        keys.update({key: fresh[key] for key in fresh if fresh[key] != before.get(key) or key in rope - keys.keys()})
+        return keys
+    for model_type in FAMILIES:
+        keys = _try_write(model, model_type)
+        if keys is not None:
+            return keys
+    raise CheckpointError(
+        f"no family of names.py can express this model ({model}). Pass the HF folder that the model came from."
+    )
+
+
+def _try_write(model: ModelConfig, model_type: str) -> dict[str, Any] | None:
+    """config.json of the model as this family writes it, or None when reading it would give another model."""
+    try:
+        keys = _write_keys(model, model_type)
+        again = model_config_from_hf(keys)
+    except (KeyError, CheckpointError):
+        return None
+    same = dataclasses.replace(model, padded_vocab_size=0, core={key: model.core.get(key) for key in again.core})
+    experts = bool(model.core.get("num_moe_experts")) == bool(again.core.get("num_moe_experts"))
+    return keys if again == same and experts else None
+
+
+def _write_keys(model: ModelConfig, model_type: str) -> dict[str, Any]:
+    family = FAMILIES[model_type]
+    activation = next(name for name, ours in ACTIVATIONS.items() if ours == model.activation)
+    fields = {**dataclasses.asdict(model), "activation": activation}
+    fields.update({f"core.{name}": value for name, value in model.core.items()})
+    keys: dict[str, Any] = {"architectures": [family.architecture], "model_type": model_type}
+    keys.update({key: fields[name] for name, key in {**CONFIG, **family.config}.items()})
+    keys.update(_rope_keys(model))
+    for name in family.derived:
+        keys.update(DERIVED[name][1](model))
+    return keys
