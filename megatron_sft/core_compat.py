@@ -164,3 +164,5 @@ def provide_apex_adam(fused_adam: type) -> None:
     if importlib.util.find_spec("transformer_engine") is None and importlib.util.find_spec("apex") is None:
         core_optimizer.Adam = distrib_optimizer.Adam = fused_adam
         core_optimizer.USING_PYTORCH_OPTIMIZER = False
+        # state_dict of the distributed optimizer looks for `step` in the groups only when it believes in Apex
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
