@@ -146,6 +146,27 @@ def _move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def apply_gathered_rope() -> None:
+    """Lets megatron-core's RoPE for packed rows take a table that is gathered by position already.
+
+    megatron/core/models/common/embeddings/rope_utils.py:_apply_rotary_pos_emb_thd cuts the row into documents in
+    Python and waits for the device at every call; SFTModel gathers the table once a forward pass instead.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    sliced = rope_utils._apply_rotary_pos_emb_thd
+    if getattr(sliced, "takes_gathered", False):
+        return
+
+    def apply(t: Any, cu_seqlens: Any, freqs: Any, *args: Any, cp_group: Any = None, **kwargs: Any) -> Any:
+        if freqs.shape[0] != t.shape[0]:
+            return sliced(t, cu_seqlens, freqs, *args, cp_group=cp_group, **kwargs)
+        return rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, *args, **kwargs).squeeze(1)
+
+    apply.takes_gathered = True  # type: ignore[attr-defined]
+    rope_utils._apply_rotary_pos_emb_thd = apply
+
+
 def process_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher set them; (0, 1, 0) without a launcher."""
     env = os.environ

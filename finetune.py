@@ -1,0 +1,34 @@
+"""Fine-tunes a language model on conversations. The entry of examples/post_training/modelopt/finetune.sh.
+
+    python finetune.py --load HF_FOLDER --tokenizer-model HF_FOLDER --finetune-hf-dataset chats.jsonl --save OUT --num-epoch 3
+    torchrun --nproc_per_node 8 finetune.py --tensor-model-parallel-size 2 ...
+
+Exit status: 0 trained to the end, 2 wrong input, 3 stopped by a bad value or a fault, 128 + n ended by signal n
+(a checkpoint was saved), 4 ended by --exit-duration-in-mins (likewise).
+"""
+
+import sys
+from collections.abc import Sequence
+
+from megatron_sft import log
+from megatron_sft.arguments import parse
+from megatron_sft.core_compat import process_environment
+from megatron_sft.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one training; returns the exit status."""
+    rank, world_size, _ = process_environment()
+    log.configure(rank)
+    try:
+        run, explicit = parse(argv, world_size)
+        from megatron_sft.train.setup import finetune  # torch and megatron-core: not for --help and flag errors
+
+        return finetune(run, explicit)
+    except UserError as error:
+        log.logger.error("%s", error)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""Where a run's weights come from, and which architecture they have. Decided before anything is built.
+
+1. --save already holds a checkpoint: the run goes on from it, whatever --load says;
+2. --load is a Megatron checkpoint: the run goes on from it, or takes its weights alone with --finetune;
+3. --load is an HF folder: its weights are converted.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sft.checkpoint.distributed import latest_iteration, read_run_config
+from megatron_sft.checkpoint.hf import conflicts, is_hf_folder, is_megatron_checkpoint
+from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
+from megatron_sft.config import CheckpointConfig, ModelConfig
+from megatron_sft.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A folder with weights and what is taken from it."""
+
+    path: str
+    is_hf: bool
+    resumes: bool
+    """Optimizer, rng, iteration and data position are taken too."""
+    run_config: Mapping[str, Any]
+    """The configuration that the checkpoint was written with; empty for HF folders and Megatron-LM's checkpoints."""
+
+
+def find_source(checkpoint: CheckpointConfig) -> WeightSource:
+    """Looks at --save and --load.
+
+    Raises:
+        ConfigError: there is no --load.
+        CheckpointError: --load is neither an HF folder nor a Megatron checkpoint.
+    """
+    if checkpoint.save and is_megatron_checkpoint(checkpoint.save) and latest_iteration(checkpoint.save) is not None:
+        return WeightSource(checkpoint.save, False, True, read_run_config(checkpoint.save))
+    if not checkpoint.load:
+        raise ConfigError(
+            ["--load is missing: expected an HF folder or a Megatron checkpoint. Set HF_MODEL_CKPT or MLM_MODEL_CKPT."]
+        )
+    if is_megatron_checkpoint(checkpoint.load):
+        return WeightSource(checkpoint.load, False, not checkpoint.finetune, read_run_config(checkpoint.load))
+    if is_hf_folder(checkpoint.load):
+        return WeightSource(checkpoint.load, True, False, {})
+    raise CheckpointError(
+        f"{checkpoint.load}: neither an HF folder (config.json and *.safetensors) nor a Megatron checkpoint "
+        "(latest_checkpointed_iteration.txt). Check the path given to --load."
+    )
+
+
+def resolve_model(
+    flags: ModelConfig, explicit: frozenset[str], source: WeightSource, tensor_parallel: int, trust_remote_code: bool = False
+) -> ModelConfig:
+    """The architecture: the checkpoint's, with what the flags add. Without a config.json it is the flags' alone.
+
+    Args:
+        flags: the architecture as the flags say it.
+        explicit: fields of it that a flag set.
+        source: where the weights come from.
+        tensor_parallel: pads the vocabulary to a multiple of it.
+        trust_remote_code: families that come with their own Python code are read by config.json alone.
+
+    Raises:
+        ConfigError: a flag contradicts the checkpoint; all contradictions at once, before any weight is read.
+    """
+    if source.is_hf:
+        model = model_config_from_hf(read_hf_config(source.path), trust_remote_code)
+    elif "model" in source.run_config:
+        model = model_config_from_json(source.run_config["model"])
+    else:
+        model = flags
+    problems = conflicts(flags, explicit, model)
+    if problems:
+        raise ConfigError([f"{source.path}: {problem}" for problem in problems])
+    chosen = {name: getattr(flags, name) for name in explicit if name != "core"}
+    model = dataclasses.replace(model, **chosen, core={**model.core, **flags.core})
+    padded = model.padded_vocab_size or -(-model.vocab_size // tensor_parallel) * tensor_parallel
+    return dataclasses.replace(model, padded_vocab_size=padded)
+
+
+def model_config_from_json(values: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig whose dataclasses.asdict went through JSON. Unknown keys are of a later release: an error."""
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise CheckpointError(
+            f"run_config.json: unknown model settings {', '.join(unknown)}; expected those of this release. "
+            "Use the release of megatron-sft that wrote the checkpoint, or a newer one."
+        )
+    return ModelConfig(**{**values, "window_layers": tuple(values.get("window_layers", ()))})

@@ -1,0 +1,146 @@
+"""From ModelConfig to megatron-core's GPTModel with packed attention and a head that never holds full logits."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sft.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sft.core_compat import apply_gathered_rope, device
+from megatron_sft.model.loss import linear_cross_entropy
+from megatron_sft.model.specs import block_spec
+from megatron_sft.parallel import Ranks
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "squared_relu": lambda x: F.relu(x).square(),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class SFTModel(GPTModel):
+    """GPTModel for packed rows: RoPE follows position_ids, and the loss is taken in chunks.
+
+    forward(tokens, position_ids, None, labels=..., loss_mask=..., packed_seq_params=...), each [1, T], gives per-token
+    losses [1, T] float32, 0 where loss_mask is 0; without labels logits [1, T, padded_vocab_size / tp_size].
+    """
+
+    vocab_rows: int
+    """Ids from here on are padding of the embedding table."""
+
+    def _preprocess(self, input_ids: Any, position_ids: Any, *args: Any, **kwargs: Any) -> tuple:
+        """As GPTModel's, with the rotary table gathered by position: [T, 1, 1, head_dim]."""
+        prepared = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        table = prepared[1]
+        if table is None or position_ids is None:
+            return prepared
+        return (prepared[0], table.index_select(0, position_ids.flatten()), *prepared[2:])
+
+    def _postprocess(self, hidden_states: Any, *args: Any, labels: Any = None, loss_mask: Any = None, **kwargs: Any) -> Any:
+        """As GPTModel's without labels; with labels the head and the loss in one."""
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+        else:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
+        if loss_mask is None:
+            loss_mask = torch.ones_like(labels, dtype=torch.float32)
+        group = parallel_state.get_tensor_model_parallel_group()
+        loss = linear_cross_entropy(hidden_states[:, 0], weight, labels[0], loss_mask[0], self.vocab_rows, group)
+        return loss[None]
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> TransformerConfig:
+    """megatron-core's configuration of the layers; kernels that need TransformerEngine or Apex are off."""
+    dtype = DTYPES[train.params_dtype]
+    fields: dict[str, Any] = dict(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        layernorm_zero_centered_gamma=model.norm_zero_centered,
+        activation_func=ACTIVATIONS[model.activation],
+        gated_linear_unit=model.gated_mlp,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        init_method_std=model.init_method_std,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=train.params_dtype == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=True,  # a micro-batch is as long as its packs
+        moe_token_dispatcher_type="alltoall",
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        recompute_granularity=train.recompute_granularity,
+        recompute_method=train.recompute_method,
+        recompute_num_layers=train.recompute_num_layers,
+        recompute_modules=list(train.recompute_modules) or None,
+        deterministic_mode=train.deterministic_mode,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+    )
+    return TransformerConfig(**{**fields, **model.core})
+
+
+def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, ranks: Ranks) -> list[SFTModel]:
+    """This rank's model chunks on its device, with weights that are still to be loaded.
+
+    Returns:
+        One chunk, or one a virtual pipeline stage.
+    """
+    apply_gathered_rope()
+    config = transformer_config(model, parallel, train)
+    stages = parallel.virtual_pipeline_model_parallel_size
+    return [_chunk(model, config, ranks, stage) for stage in (range(stages) if stages else [None])]
+
+
+def _chunk(model: ModelConfig, config: TransformerConfig, ranks: Ranks, vp_stage: int | None) -> SFTModel:
+    scaling = model.rope_scaling or {}
+    chunk = SFTModel(
+        config,
+        block_spec(config, vp_stage),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        rope_scaling=scaling.get("rope_type") == "llama3",
+        rope_scaling_factor=scaling.get("factor", 8.0),
+        vp_stage=vp_stage,
+    )
+    chunk.vocab_rows = model.vocab_size
+    return chunk.to(device())
