@@ -1,0 +1,1 @@
+"""Rows -> messages -> tokens and masks -> packs -> batches. No Megatron, no CUDA needed."""
