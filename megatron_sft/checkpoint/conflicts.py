@@ -22,7 +22,7 @@ SPELLINGS: Mapping[str, str] = {
 }
 """Flags that are not spelled as their field is; every other one is --field-name."""
 
-FREE = frozenset({"padded_vocab_size", "max_position_embeddings", "init_method_std", "core"})
+FREE = frozenset({"padded_vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings", "init_method_std", "core"})
 """Fields that a run may choose for itself."""
 
 ARCHITECTURE = frozenset(

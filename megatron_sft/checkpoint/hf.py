@@ -19,7 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_sft.checkpoint.hf_config import family_of, hf_config_from_model, read_hf_config
+from megatron_sft.checkpoint.conflicts import conflicts as conflicts
+from megatron_sft.checkpoint.hf_config import (
+    family_of,
+    hf_config_from_model,
+    model_config_from_hf,
+    read_hf_config,
+    same_architecture,
+)
 from megatron_sft.checkpoint.layout import LAYOUTS, REPLICATED, Placement, Shard, read_shard, write_shard
 from megatron_sft.checkpoint.names import WEIGHTLESS, Family
 from megatron_sft.checkpoint.tensors import (
@@ -202,6 +209,14 @@ class _Offer(NamedTuple):
     sources: tuple[str, ...]
 
 
+Plan = Sequence[tuple[int, _Offer]]
+"""(holder, shard) in the order in which rank 0 receives."""
+Shards = Mapping[tuple[str, tuple[int, int]], Held]
+"""What a rank holds, by name and part."""
+Announced = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype by HF name."""
+
+
 def save_hf(
     chunks: list[nn.Module],
     model: ModelConfig,
@@ -217,39 +232,71 @@ def save_hf(
         model: the architecture that the chunks were built from.
         folder: new folder; an HF folder there is replaced when the new one is complete.
         ranks: this process's place.
-        source_folder: HF folder whose config, tokenizer, chat template and dtypes the result takes over.
-            None: config.json is written afresh, without tokenizer.
+        source_folder: HF folder whose config, tokenizer, chat template and dtypes the result takes over; of a folder
+            (or hub name) of a tokenizer alone only that. None: config.json is written afresh, without tokenizer.
         dtype: of the stored tensors; None: the source's, without a source the parameters' own.
 
     Raises:
         CheckpointError: on every rank when the folder cannot be written.
     """
-    like = read_hf_config(source_folder) if source_folder is not None else None
-    config = hf_config_from_model(model, like)
+    config, source = _config_like(model, source_folder)
+    held, everyone = _offered(chunks, model, family_of(config), ranks)
+    if ranks.rank != 0:
+        _send(everyone, held, ranks)
+        failure = None
+    else:
+        failure = _write_folder(Path(folder), config, source, source_folder, dtype, everyone, held)
+    for message in _gather_objects(failure):
+        if message:
+            raise CheckpointError(message)
+
+
+def exported_tensors(
+    chunks: list[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that save_hf would write, one at a time, on rank 0. All ranks call it and exhaust it.
+
+    Yields:
+        (HF name, whole tensor on the CPU in the dtype that the folder has).
+    """
+    stored = stored_tensors(folder)
+    held, everyone = _offered(chunks, model, family_of(read_hf_config(folder)), ranks)
+    if ranks.rank != 0:
+        _send(everyone, held, ranks)
+        return
+    plan = _plan(everyone)
+    yield from _assembled(_shards(plan, held), plan, _announced(plan, stored, None))
+
+
+def _offered(chunks: list[nn.Module], model: ModelConfig, family: Family, ranks: Ranks) -> tuple[Shards, list[list[_Offer]]]:
+    """This rank's shards, and what every rank offers."""
     held = {
         (item.name, item.part): item
-        for item in _held(chunks, model, family_of(config), ranks)
+        for item in _held(chunks, model, family, ranks)
         if not (item.name == TIED and model.share_embeddings_and_output_weights)
     }
     offers = [
         _Offer(item.name, item.part, tuple(item.local.shape), item.local.dtype, item.placement, item.sources)
         for item in held.values()
     ]
-    everyone = _gather_objects(offers)
-    if ranks.rank != 0:
-        for holder, offer in _plan(everyone):
-            if holder == ranks.rank:
-                dist.send(held[offer.name, offer.part].local.contiguous().view(torch.uint8), 0)
-        failure = None
-    else:
-        failure = _write_folder(Path(folder), config, source_folder, dtype, everyone, held)
-    for message in _gather_objects(failure):
-        if message:
-            raise CheckpointError(message)
+    return held, _gather_objects(offers)
 
 
-Plan = Sequence[tuple[int, _Offer]]
-"""(holder, shard) in the order in which rank 0 receives."""
+def _send(everyone: list[list[_Offer]], held: Shards, ranks: Ranks) -> None:
+    """The part of every rank but 0: its shards, in the order in which rank 0 asks for them."""
+    for holder, offer in _plan(everyone):
+        if holder == ranks.rank:
+            dist.send(held[offer.name, offer.part].local.contiguous().view(torch.uint8), 0)
+
+
+def _announced(plan: Plan, stored: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> Announced:
+    """Shape and dtype of every HF tensor of the plan."""
+    announced = {}
+    for _, offer in plan:
+        for name, shape in zip(offer.sources, offer.placement.shapes, strict=True):
+            kept = stored[name].dtype if name in stored else offer.dtype
+            announced[name] = (shape, dtype or kept)
+    return announced
 
 
 def _plan(everyone: list[list[_Offer]]) -> Plan:
@@ -267,24 +314,30 @@ def _natural(name: str, part: tuple[int, int]) -> tuple[Any, ...]:
     return (words, part)
 
 
+def _config_like(model: ModelConfig, source_folder: str | Path | None) -> tuple[dict[str, Any], Path | None]:
+    """config.json for the model, and the source folder if that holds weights of the same architecture."""
+    if source_folder is not None and is_hf_folder(source_folder):
+        config = hf_config_from_model(model, read_hf_config(source_folder))
+        if same_architecture(model, model_config_from_hf(config)):
+            return config, Path(source_folder)
+    return hf_config_from_model(model, None), None
+
+
 def _write_folder(
     folder: Path,
     config: dict[str, Any],
-    source_folder: str | Path | None,
+    source: Path | None,
+    tokenizer: str | Path | None,
     dtype: torch.dtype | None,
     everyone: list[list[_Offer]],
-    held: Mapping[tuple[str, tuple[int, int]], Held],
+    held: Shards,
 ) -> str | None:
     """Rank 0's part of save_hf. Returns an error message in place of raising, for the other ranks to raise too."""
     plan = _plan(everyone)
-    stored = stored_tensors(source_folder) if source_folder is not None else {}
-    announced: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for _, offer in plan:
-        for name, shape in zip(offer.sources, offer.placement.shapes, strict=True):
-            kept = stored[name].dtype if name in stored else offer.dtype
-            announced[name] = (shape, dtype or kept)
-    tied = _stored_tied(config, stored)
-    announced.update({copy: announced[original] for copy, original in tied.items()})
+    stored = stored_tensors(source) if source is not None else {}
+    announced = _announced(plan, stored, dtype)
+    copies = _stored_tied(config, stored)
+    announced.update({copy: announced[original] for original, copy in copies.items()})
     config["torch_dtype"] = str(announced[plan[0][1].sources[0]][1]).removeprefix("torch.")
     if "dtype" in config:
         config["dtype"] = config["torch_dtype"]
@@ -292,11 +345,14 @@ def _write_folder(
     error = None
     try:
         with replaced_folder(folder) as temporary:
-            _copy_companions(source_folder, temporary)
+            _copy_companions(tokenizer, temporary)
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             writer = TensorWriter(temporary, announced)
             try:
-                _write_tensors(writer, shards, plan, announced, tied)
+                for name, tensor in _assembled(shards, plan, announced):
+                    writer.write(name, tensor)
+                    if name in copies:
+                        writer.write(copies[name], tensor)
                 writer.close()
             finally:
                 writer.abandon()
@@ -310,42 +366,34 @@ def _write_folder(
 
 
 def _stored_tied(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """{lm_head: embedding} when the source keeps both although they are tied, so that a round trip keeps both."""
+    """{embedding: lm_head} when the source keeps both although they are tied, so that a round trip keeps both."""
     tensors = family_of(config).tensors
     copy, original = tensors[TIED][1], tensors["embedding.word_embeddings.weight"][1]
-    return {copy: original} if config.get("tie_word_embeddings") and copy in stored else {}
+    return {original: copy} if config.get("tie_word_embeddings") and copy in stored else {}
 
 
-def _write_tensors(
-    writer: TensorWriter,
-    shards: Iterator[tuple[_Offer, torch.Tensor]],
-    plan: Plan,
-    announced: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    tied: Mapping[str, str],
-) -> None:
-    """Receives shard by shard; an HF tensor is written when its last shard has arrived."""
+def _assembled(
+    shards: Iterator[tuple[_Offer, torch.Tensor]], plan: Plan, announced: Announced
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Puts shard after shard in its place; an HF tensor is yielded when its last shard has arrived."""
     waiting: dict[str, int] = {}
     for _, offer in plan:
         for name in offer.sources:
             waiting[name] = waiting.get(name, 0) + 1
-    copies = {original: copy for copy, original in tied.items()}
-    open_tensors: dict[str, torch.Tensor] = {}
+    begun: dict[str, torch.Tensor] = {}
     for offer, local in shards:
         for name in offer.sources:
-            if name not in open_tensors:
+            if name not in begun:
                 shape, dtype = announced[name]
-                open_tensors[name] = torch.empty(shape, dtype=dtype)
-        write_shard(offer.placement, local, {n: open_tensors[name] for n, name in enumerate(offer.sources)})
+                begun[name] = torch.empty(shape, dtype=dtype)
+        write_shard(offer.placement, local, {number: begun[name] for number, name in enumerate(offer.sources)})
         for name in offer.sources:
             waiting[name] -= 1
             if not waiting[name]:
-                tensor = open_tensors.pop(name)
-                writer.write(name, tensor)
-                if name in copies:
-                    writer.write(copies[name], tensor)
+                yield name, begun.pop(name)
 
 
-def _shards(plan: Plan, held: Mapping[tuple[str, tuple[int, int]], Held]) -> Iterator[tuple[_Offer, torch.Tensor]]:
+def _shards(plan: Plan, held: Shards) -> Iterator[tuple[_Offer, torch.Tensor]]:
     """Every shard of the model on rank 0, in the plan's order, one at a time."""
     for holder, offer in plan:
         if holder == 0:
@@ -357,8 +405,13 @@ def _shards(plan: Plan, held: Mapping[tuple[str, tuple[int, int]], Held]) -> Ite
 
 
 def _copy_companions(source_folder: str | Path | None, target: Path) -> None:
-    """Tokenizer, chat template, generation settings and licence: every small file that is neither weights nor code."""
-    if source_folder is None:
+    """Tokenizer, chat template, generation settings and licence: every file that is neither weights nor code."""
+    if not source_folder:
+        return
+    if not Path(source_folder).is_dir():  # a hub name
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(str(source_folder)).save_pretrained(target)
         return
     skipped = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".py"}
     for path in sorted(Path(source_folder).iterdir()):

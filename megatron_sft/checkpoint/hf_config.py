@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sft.checkpoint.names import CONFIG, DEFAULTS, FAMILIES, Family
+from megatron_sft.checkpoint.conflicts import ARCHITECTURE
+from megatron_sft.checkpoint.names import CONFIG, DEFAULTS, FAMILIES, OTHER_SPELLINGS, Family
 from megatron_sft.config import ModelConfig
 from megatron_sft.errors import CheckpointError
 
@@ -188,7 +189,7 @@ def model_config_from_hf(hf: Keys, trust_remote_code: bool = False) -> ModelConf
     ]
     fields: Fields = dict(family.fixed)
     for name, key in {**CONFIG, **family.config}.items():
-        value = keys.get(key)
+        value = keys.get(key, keys.get(OTHER_SPELLINGS.get(key, key)))
         if value is None and key not in fallback:
             problems.append(f"{key} is missing")
         fields[name] = fallback.get(key) if value is None else value
@@ -232,8 +233,8 @@ def hf_config_from_model(model: ModelConfig, like: Keys | None) -> dict[str, Any
         keys = dict(text_config(like))
         fresh = _write_keys(model, str(keys["model_type"]))
         before = _write_keys(model_config_from_hf(like), str(keys["model_type"]))
-        rope = {"rope_theta", "rope_scaling", "rope_parameters", "torch_dtype"}
-        keys.update({key: fresh[key] for key in fresh if fresh[key] != before.get(key) or key in rope - keys.keys()})
+        both = {"rope_theta", "rope_scaling", "rope_parameters", *OTHER_SPELLINGS} - keys.keys()
+        keys.update({key: fresh[key] for key in fresh if fresh[key] != before.get(key) or key in both})
         return keys
     for model_type in FAMILIES:
         keys = _try_write(model, model_type)
@@ -251,9 +252,14 @@ def _try_write(model: ModelConfig, model_type: str) -> dict[str, Any] | None:
         again = model_config_from_hf(keys)
     except (KeyError, CheckpointError):
         return None
-    same = dataclasses.replace(model, padded_vocab_size=0, core={key: model.core.get(key) for key in again.core})
-    experts = bool(model.core.get("num_moe_experts")) == bool(again.core.get("num_moe_experts"))
-    return keys if again == same and experts else None
+    return keys if same_architecture(model, again) else None
+
+
+def same_architecture(model: ModelConfig, hf: ModelConfig) -> bool:
+    """Whether config.json says all that the model is; entries of `core` that no family uses are left aside."""
+    used = ARCHITECTURE | hf.core.keys()
+    mine, theirs = ({name: value.core.get(name) for name in used if value.core.get(name)} for value in (model, hf))
+    return mine == theirs and dataclasses.replace(model, padded_vocab_size=hf.padded_vocab_size, core=hf.core) == hf
 
 
 def _write_keys(model: ModelConfig, model_type: str) -> dict[str, Any]:

@@ -66,6 +66,9 @@ DEFAULTS: Mapping[str, Any] = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
 }
+OTHER_SPELLINGS: Mapping[str, str] = {"num_experts": "num_local_experts"}
+"""Keys that transformers 5 writes under another name than transformers 4 reads; the first is written, both are read."""
+
 NO_BIASES: Mapping[str, Any] = {"attention_bias": False, "mlp_bias": False}
 
 EMBEDDINGS: Tensors = {

@@ -1,0 +1,243 @@
+"""Whether the model here computes what the HF checkpoint computes. The other side is always transformers' own code.
+
+quick_check: in every conversion of finetune.py; settings, rotary frequencies and the first two layers.
+first_difference: `megatron-sft verify`; all layers and the logits on one process.
+changed_tensors: `megatron-sft verify`; every tensor, written back and compared bit for bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_sft.checkpoint.conflicts import conflicts
+from megatron_sft.checkpoint.hf import core_module, exported_tensors
+from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
+from megatron_sft.checkpoint.tensors import open_file, stored_tensors
+from megatron_sft.config import ModelConfig
+from megatron_sft.core_compat import device
+from megatron_sft.errors import CheckpointError
+from megatron_sft.log import logger
+from megatron_sft.parallel import Ranks
+
+QUICK_LAYERS = 2
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+"""Largest relative error (2-norm) of a layer's output, by the dtype of the parameters."""
+
+
+class _Reached(Exception):
+    """Ends a forward pass behind the layer that was wanted."""
+
+
+@contextmanager
+def _recorded(module: Any, last: int | None) -> Iterator[dict[str, torch.Tensor]]:
+    """Collects the outputs of the embedding and of every layer; leaves the forward pass after layer `last`."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, ends: bool) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            outputs[name] = (output[0] if isinstance(output, tuple) else output).detach()
+            if ends:
+                raise _Reached
+
+        return hook
+
+    named = [(f"layer {layer.layer_number - 1}", layer) for layer in module.decoder.layers]
+    handles = [layer.register_forward_hook(keep(name, n == last)) for n, (name, layer) in enumerate(named)]
+    if module.pre_process:
+        handles.append(module.embedding.register_forward_hook(keep("embedding", False)))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(chunk: nn.Module, tokens: torch.Tensor, last: int | None) -> dict[str, torch.Tensor]:
+    """Outputs [tokens, hidden] of embedding and layers of one chunk, and the logits if the forward pass is not cut."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    length = tokens.shape[1]
+    ends = torch.tensor([0, length], dtype=torch.int32, device=tokens.device)
+    packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=length, max_seqlen_kv=length)
+    training = chunk.training
+    chunk.eval()
+    with torch.no_grad(), _recorded(core_module(chunk), last) as outputs:
+        try:
+            positions = torch.arange(length, device=tokens.device)[None]
+            outputs["logits"] = chunk(tokens, positions, None, packed_seq_params=packed)[0]
+        except _Reached:
+            pass
+    chunk.train(training)
+    return {name: value.reshape(-1, value.shape[-1]) for name, value in outputs.items()}
+
+
+def _reference(folder: Path, tokens: torch.Tensor, num_layers: int | None) -> tuple[dict[str, torch.Tensor], Any]:
+    """The same from transformers in fp32 on the CPU, and its model; num_layers None: all, with logits."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(folder))
+    kind = AutoModelForCausalLM if num_layers is None else AutoModel
+    if num_layers is not None:
+        config.get_text_config().num_hidden_layers = num_layers
+    with _quiet_transformers():
+        model = kind.from_pretrained(str(folder), config=config, dtype=torch.float32, attn_implementation="eager").eval()
+    body = model.model if num_layers is None else model
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            outputs[name] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        return hook
+
+    body.embed_tokens.register_forward_hook(keep("embedding"))
+    for number, layer in enumerate(body.layers):
+        layer.register_forward_hook(keep(f"layer {number}"))
+    with torch.no_grad():
+        result = model(tokens.cpu(), use_cache=False)
+    if num_layers is None:
+        outputs["logits"] = result.logits
+    return {name: value.reshape(-1, value.shape[-1]) for name, value in outputs.items()}, body
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hides the progress bar and the list of layers that were left out on purpose."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    ours, theirs = ours.float().cpu(), theirs.float().cpu()
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+
+
+def _probe_tokens(model: ModelConfig, length: int = 48) -> torch.Tensor:
+    """Ids spread over the vocabulary, [1, length] int64; a text is not needed to see a difference."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(min(model.vocab_size, 2**31), (1, length), generator=generator).to(device())
+
+
+def first_difference(chunk: nn.Module, folder: str | Path, tokens: torch.Tensor | None = None) -> tuple[str | None, float]:
+    """Runs the whole model on one process beside transformers.
+
+    Args:
+        chunk: the model, fp32, not cut over ranks.
+        folder: the HF folder.
+        tokens: ids [1, n]; None: random ones.
+
+    Returns:
+        (name of the first place whose output differs, or None; largest absolute difference of the logits).
+    """
+    module = core_module(chunk)
+    model = model_config_from_hf(read_hf_config(folder))
+    tokens = _probe_tokens(model) if tokens is None else tokens
+    theirs, body = _reference(Path(folder), tokens, None)
+    ours = _run(chunk, tokens, None)
+    ours["logits"] = ours["logits"][:, : model.vocab_size]
+    tolerance = TOLERANCE[next(module.parameters()).dtype]
+    places = [name for name in theirs if name in ours]
+    odd = next((name for name in places if not _relative_error(ours[name], theirs[name]) <= tolerance), None)
+    faults = _rotary_faults(module, body)
+    difference = float((ours["logits"].float().cpu() - theirs["logits"]).abs().max())
+    return (faults[0] if odd is None and faults else odd), difference
+
+
+def _rotary_faults(module: Any, body: Any) -> list[str]:
+    """Compares the rotary frequencies where both sides keep one table."""
+    ours = getattr(getattr(module, "rotary_pos_emb", None), "inv_freq", None)
+    theirs = getattr(getattr(body, "rotary_emb", None), "inv_freq", None)
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return []
+    error = float((ours.float().cpu() / theirs.float().cpu() - 1).abs().max())
+    return [f"rotary frequencies (theta or scaling; largest relative error {error:.1e})"] if error > 1e-5 else []
+
+
+def _setting_faults(module: Any, model: ModelConfig, hf: ModelConfig) -> list[str]:
+    """What the built modules say against config.json: the run's settings, and the epsilon of every norm."""
+    fields = frozenset(ModelConfig.__dataclass_fields__)
+    faults = conflicts(model, fields, hf)
+    for name, part in module.named_modules():
+        epsilon = getattr(part, "eps", getattr(part, "variance_epsilon", None))
+        if isinstance(epsilon, float) and abs(epsilon - hf.norm_epsilon) > 1e-12:
+            faults.append(f"{name} has epsilon {epsilon}, config.json says {hf.norm_epsilon}")
+            break
+    return faults
+
+
+def quick_check(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> None:
+    """Compares a freshly converted model with the first layers of transformers'. All ranks call it.
+
+    The first pipeline stage runs two layers on 48 tokens; its tensor rank 0 of the first replica runs transformers'
+    two layers in fp32 on the CPU. Costs seconds; needs memory for the embeddings and two layers there.
+
+    Raises:
+        CheckpointError: on every rank, naming the first thing that differs.
+    """
+    module = core_module(chunks[0])
+    hf = model_config_from_hf(read_hf_config(folder))
+    faults = _setting_faults(module, model, hf)
+    if ranks.is_first_stage and ranks.cp_size == 1 and not faults:
+        last = min(QUICK_LAYERS, len(module.decoder.layers)) - 1
+        tokens = _probe_tokens(model)
+        ours = _run(chunks[0], tokens, last)
+        if ranks.tp_rank == ranks.dp_rank == 0:
+            theirs, body = _reference(Path(folder), tokens, last + 1)
+            faults = _rotary_faults(module, body) + _layer_faults(ours, theirs, module)
+    if ranks.world_size > 1:
+        everyone: list[Any] = [None] * ranks.world_size
+        torch.distributed.all_gather_object(everyone, faults)
+        faults = next((found for found in everyone if found), [])
+    if faults:
+        raise CheckpointError(
+            f"{folder}: converted weights do not compute what transformers computes: {faults[0]}; expected the same. "
+            "Report it; --no-verify-conversion trains on regardless."
+        )
+    logger.info("conversion checked against transformers: settings, rotary frequencies, first layers")
+
+
+def _layer_faults(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], module: Any) -> list[str]:
+    """The first output that differs. With sequence parallelism a rank has the first rows only."""
+    tolerance = TOLERANCE[next(module.parameters()).dtype]
+    for name, value in ours.items():
+        error = _relative_error(value, theirs[name][: value.shape[0]])
+        if not error <= tolerance:
+            return [f"the output of {name} differs (relative error {error:.1e}, at most {tolerance:.0e} expected)"]
+    return []
+
+
+def changed_tensors(
+    chunks: list[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks
+) -> list[tuple[str, str, str]]:
+    """Writes every HF tensor back in memory and compares it with the folder's. All ranks call it.
+
+    Returns:
+        On rank 0 (name, its sha256, the folder's sha256) of every tensor that differs; elsewhere nothing.
+    """
+    stored, changed = stored_tensors(folder), []
+    for name, tensor in exported_tensors(chunks, model, folder, ranks):
+        with open_file(stored[name].file) as file:
+            theirs = file.get_tensor(name)
+            if not torch.equal(tensor, theirs):
+                changed.append((name, checksum(tensor), checksum(theirs)))
+    return changed
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """sha256 of the tensor's bytes in row order, the first 16 digits."""
+    import hashlib
+
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()[:16]

@@ -1,0 +1,159 @@
+"""What `megatron-sft convert`, `export`, `verify` and `conf` do, as functions of resolved values. No flags here."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sft import parallel
+from megatron_sft.checkpoint.distributed import load_checkpoint, read_run_config, save_checkpoint
+from megatron_sft.checkpoint.hf import load_hf_weights, save_hf
+from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
+from megatron_sft.checkpoint.source import model_config_from_json
+from megatron_sft.checkpoint.verify import changed_tensors, first_difference, quick_check
+from megatron_sft.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.errors import CheckpointError
+from megatron_sft.log import logger
+from megatron_sft.model.build import build_model
+from megatron_sft.parallel import Ranks
+
+SEED = 1234
+
+
+def _padded(model: ModelConfig, tensor_parallel: int) -> ModelConfig:
+    rows = -(-model.vocab_size // tensor_parallel) * tensor_parallel
+    return dataclasses.replace(model, padded_vocab_size=max(model.padded_vocab_size, rows))
+
+
+def _built(model: ModelConfig, layout: ParallelConfig, dtype: str) -> tuple[list[Any], Ranks]:
+    ranks = parallel.initialize(layout, SEED)
+    return build_model(model, layout, TrainConfig(params_dtype=dtype), ranks), ranks
+
+
+def convert(hf_folder: str | Path, save: str | Path, layout: ParallelConfig, dtype: str = "bf16", verify: bool = True) -> None:
+    """HF folder -> torch_dist checkpoint in SAVE/release. All ranks call it.
+
+    Args:
+        hf_folder: where the weights are.
+        save: root of the new checkpoint.
+        layout: how the model is cut while it is written; a checkpoint can be read with any other layout.
+        dtype: bf16 or fp32, of the stored weights.
+        verify: compare with transformers before writing.
+    """
+    model = _padded(model_config_from_hf(read_hf_config(hf_folder)), layout.tensor_model_parallel_size)
+    chunks, ranks = _built(model, layout, dtype)
+    load_hf_weights(chunks, model, hf_folder, ranks)
+    if verify:
+        quick_check(chunks, model, hf_folder, ranks)
+    run = RunConfig(model, layout, checkpoint=CheckpointConfig(save=str(save)))
+    save_checkpoint(save, "release", chunks, None, None, {}, run, ranks)
+    logger.info("converted %s to %s/release", hf_folder, save)
+
+
+def export(
+    load: str | Path, save_folder: str | Path, layout: ParallelConfig, hf_folder: str | Path | None, dtype: str | None = None
+) -> None:
+    """Megatron checkpoint -> HF folder. All ranks call it.
+
+    Args:
+        load: root of the checkpoint.
+        save_folder: the new HF folder.
+        layout: how the model is cut while it is read.
+        hf_folder: HF folder that config, tokenizer and dtypes are taken from; also the architecture, when the
+            checkpoint does not say it (Megatron-LM's do not).
+        dtype: bf16 or fp32; None: that of hf_folder, without one bf16.
+    """
+    model = _padded(_architecture(load, hf_folder), layout.tensor_model_parallel_size)
+    chunks, ranks = _built(model, layout, dtype or "bf16")
+    load_checkpoint(load, chunks, None, None, ranks)
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype] if dtype else None
+    save_hf(chunks, model, save_folder, ranks, hf_folder, stored)
+    logger.info("exported %s to %s", load, save_folder)
+
+
+def _architecture(root: str | Path, hf_folder: str | Path | None) -> ModelConfig:
+    run: Mapping[str, Any] = read_run_config(root)
+    if "model" in run:
+        return model_config_from_json(run["model"])
+    if hf_folder is None:
+        raise CheckpointError(
+            f"{root}: does not say which architecture it has; expected run_config.json with it. Pass the HF folder "
+            "that the model came from."
+        )
+    return model_config_from_hf(read_hf_config(hf_folder))
+
+
+def verify(hf_folder: str | Path, megatron_checkpoint: str | Path | None = None) -> bool:
+    """Compares a Megatron checkpoint, or a conversion in memory, with the HF folder. One process, fp32.
+
+    Returns:
+        Whether logits and every tensor agree; what differs is logged, the first layer first.
+    """
+    model = _padded(model_config_from_hf(read_hf_config(hf_folder)), 1)
+    chunks, ranks = _built(model, ParallelConfig(), "fp32")
+    if megatron_checkpoint is None:
+        load_hf_weights(chunks, model, hf_folder, ranks)
+    else:
+        load_checkpoint(megatron_checkpoint, chunks, None, None, ranks)
+    place, difference = first_difference(chunks[0], hf_folder)
+    logger.info("logits: largest difference from transformers %.1e", difference)
+    if place:
+        logger.info("first difference: %s", place)
+    changed = changed_tensors(chunks, model, hf_folder, ranks)
+    for name, ours, theirs in changed:
+        logger.info("%s: sha256 %s here, %s in the folder", name, ours, theirs)
+    logger.info("tensors: %d differ", len(changed))
+    return place is None and not changed
+
+
+def conf(hf_folder: str | Path) -> str:
+    """The text of a conf/<org>/<model>.sh with the values of an HF folder's config.json."""
+    model = model_config_from_hf(read_hf_config(hf_folder))
+    flags = [
+        f"--num-layers {model.num_layers}",
+        f"--hidden-size {model.hidden_size}",
+        f"--ffn-hidden-size {model.ffn_hidden_size}",
+        f"--num-attention-heads {model.num_attention_heads}",
+        f"--group-query-attention --num-query-groups {model.num_query_groups}",
+        f"--kv-channels {model.kv_channels}",
+        f"--max-position-embeddings {model.max_position_embeddings}",
+        f"--padded-vocab-size {model.vocab_size} --make-vocab-size-divisible-by 1",
+        f"--normalization {model.normalization} --norm-epsilon {model.norm_epsilon}",
+        f"--position-embedding-type {model.position_embedding_type} --rotary-base {model.rotary_base:g}",
+        f"--rotary-percent {model.rotary_percent}",
+        *_switches(model),
+        *_core_flags(model),
+    ]
+    lines = "\n".join(f"  {flag}" for flag in flags)
+    return f"# {Path(hf_folder).name}: the values of its config.json.\nMODEL_ARGS=(\n{lines}\n)\n"
+
+
+def _switches(model: ModelConfig) -> list[str]:
+    scaling = model.rope_scaling or {}
+    named = {
+        "--swiglu": model.gated_mlp and model.activation == "silu",
+        "--squared-relu": model.activation == "squared_relu",
+        "--disable-bias-linear": not model.add_bias_linear,
+        "--add-qkv-bias": model.add_qkv_bias,
+        "--qk-layernorm": model.qk_layernorm,
+        "--untie-embeddings-and-output-weights": not model.share_embeddings_and_output_weights,
+        "--apply-layernorm-1p": model.norm_zero_centered,
+        f"--use-rope-scaling --rope-scaling-factor {scaling.get('factor')}": scaling.get("rope_type") == "llama3",
+    }
+    return [flag for flag, wanted in named.items() if wanted]
+
+
+def _core_flags(model: ModelConfig) -> list[str]:
+    """megatron-core's own fields as flags: `name_of_field: 3` -> `--name-of-field 3`."""
+    flags = []
+    for name, value in model.core.items():
+        flag = "--num-experts" if name == "num_moe_experts" else "--" + name.replace("_", "-")
+        if value is True:
+            flags.append(flag)
+        elif value is not False and value is not None:
+            flags.append(f"{flag} {shlex.quote(json.dumps(value) if isinstance(value, list) else str(value))}")
+    return flags
