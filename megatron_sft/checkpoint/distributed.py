@@ -9,16 +9,20 @@ A reader sees whole checkpoints only. A failure on any process ends as Checkpoin
 """
 
 import json
-import os
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from megatron_sft.checkpoint import manifest, torch_dist, tracker
+from megatron_sft.checkpoint import background, manifest, torch_dist, tracker
 from megatron_sft.checkpoint import state as state_dicts
+from megatron_sft.checkpoint.background import torch_optimizers
+from megatron_sft.checkpoint.resume import run_config_json
 from megatron_sft.config import RunConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.log import logger
@@ -26,6 +30,9 @@ from megatron_sft.parallel import Ranks
 
 RUN_CONFIG = "run_config.json"
 _SAVE_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, CheckpointingException)
+_ADVICE = "Earlier checkpoints are untouched; mend it and resume."
+Exchange = Callable[[Any], list[Any]]
+"""Gives every process everybody's value, by rank."""
 
 
 class CheckpointSaver:
@@ -41,8 +48,9 @@ class CheckpointSaver:
         self.root = Path(root)
         self._run = run
         self._ranks = ranks
-        self._threads = max(1, min(4, (os.cpu_count() or 1)))
-        self._validated = False
+        self._staging = background.Staging()
+        self._pending: _BackgroundSave | None = None
+        self._number = 0
         _agree(self._prepare_root, ranks, f"{self.root}: cannot be used for checkpoints")
 
     def _prepare_root(self) -> None:
@@ -58,7 +66,9 @@ class CheckpointSaver:
         scheduler: Any | None,
         state: dict[str, Any],
     ) -> None:
-        """Collective: writes one checkpoint.
+        """Collective: writes one checkpoint; with run.checkpoint.async_save it returns while threads still write.
+
+        An asynchronous save ends by itself; `finish` waits for it, and so does the next save.
 
         Args:
             iteration: optimizer steps done, or "release".
@@ -70,24 +80,44 @@ class CheckpointSaver:
         Raises:
             CheckpointError: on every process, when it failed on any; earlier checkpoints are untouched.
         """
-        folder = tracker.saving_folder(self.root, iteration)
+        self.finish()
+        self._number += 1
         where = f"{tracker.checkpoint_folder(self.root, iteration)}: not saved"
         try:
-            _agree(lambda: self._make(folder), self._ranks, where)
+            _agree(lambda: self._make(iteration), self._ranks, where)
+            if optimizer is not None and not (self._run.checkpoint.save_optim and any(part.state for part in torch_optimizers(optimizer))):
+                optimizer = None  # before the first step there is nothing in it
             full = self._state_dict(iteration, chunks, optimizer, scheduler, state)
-            job = torch_dist.plan(full, validate=not self._validated)
-            self._validated = True
-            written = _agree(lambda: torch_dist.write_items(folder, job, self._ranks.rank, self._threads), self._ranks, where)
-            _agree(lambda: self._finish(iteration, folder, job, written), self._ranks, where)
-        except (CheckpointError, *_SAVE_ERRORS) as error:
-            if self._ranks.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{where}: {error}") from error
+            job = torch_dist.plan(full, validate=self._number == 1)
+        except _SAVE_ERRORS as error:
+            raise CheckpointError(f"{where}. Found: {type(error).__name__}: {error}.") from error
+        config = run_config_json(self._run, state).encode()
+        if self._run.checkpoint.async_save:
+            background.detach_buffers(job, chunks)
+            self._pending = _BackgroundSave(self, iteration, job, config, optimizer, where)
+        else:
+            self._write(iteration, job, config, where, None)
 
-    def _make(self, folder: Path) -> None:
+    def finish(self) -> None:
+        """Collective: waits for a save in the background.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        _agree(pending.result, self._ranks, pending.where)
+        pending.exchange.forget()
+
+    def mark_best(self, iteration: int, metric: str, value: float) -> None:
+        """Names the best checkpoint so far, on rank 0; it is kept by --save-retain."""
         if self._ranks.rank == 0:
+            tracker.mark_best(self.root, iteration, metric, value)
+
+    def _make(self, iteration: tracker.Iteration) -> None:
+        if self._ranks.rank == 0:
+            folder = tracker.saving_folder(self.root, iteration)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
 
@@ -96,11 +126,10 @@ class CheckpointSaver:
     ) -> dict[str, Any]:
         number = 0 if iteration == tracker.RELEASE else int(iteration)
         metadata = state_dicts.content_metadata(self._run.parallel.use_distributed_optimizer)
-        if not self._run.checkpoint.save_optim:
-            optimizer = None
         full = state_dicts.sharded_state(chunks, optimizer, scheduler, metadata, is_loading=False)
         full[state_dicts.RNG_KEY] = state_dicts.rng_state(self._ranks)
         full["args"] = state_dicts.megatron_args(self._run, self._ranks, number, state)
+        full["args"].no_save_optim = optimizer is None
         full["checkpoint_version"] = 3.0
         full["iteration"] = number
         full["num_floating_point_operations_so_far"] = state.get("num_floating_point_operations_so_far", 0)
@@ -108,20 +137,93 @@ class CheckpointSaver:
         full[state_dicts.TRAIN_STATE] = dict(state)
         return full
 
-    def _finish(self, iteration: tracker.Iteration, folder: Path, job: torch_dist.WriteJob, written: list[Any]) -> None:
+    def _write(
+        self, iteration: tracker.Iteration, job: torch_dist.WriteJob, config: bytes, where: str, exchange: Exchange | None
+    ) -> None:
+        """Writes and publishes; the whole of a save that may run in a thread."""
+        folder = tracker.saving_folder(self.root, iteration)
+        ranks, threads = self._ranks, background.writer_threads(self._ranks.world_size)
+        try:
+            written = _agree(lambda: torch_dist.write_items(folder, job, ranks.rank, threads), ranks, where, exchange)
+            _agree(lambda: self._complete(iteration, folder, job, config, written), ranks, where, exchange)
+        except CheckpointError:
+            if ranks.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _complete(
+        self, iteration: tracker.Iteration, folder: Path, job: torch_dist.WriteJob, config: bytes, written: list[Any]
+    ) -> None:
         """Rank 0 completes the folder and publishes it."""
         if self._ranks.rank != 0:
             return
         records = torch_dist.write_metadata(folder, job, [results for results, _ in written])
-        records.append(manifest.write_file(folder / RUN_CONFIG, self._run.to_json().encode()))
+        records.append(manifest.write_file(folder / RUN_CONFIG, config))
         manifest.write_manifest(folder, [*records, *(record for _, files in written for record in files)])
         tracker.sync_folder(folder)
         tracker.publish(self.root, iteration)
         tracker.retain(self.root, self._run.checkpoint.save_retain)
 
 
-def _agree(action: Any, ranks: Ranks, where: str) -> list[Any]:
+class _BackgroundSave:
+    """One asynchronous save: a thread that copies, writes and publishes. It dies with the process."""
+
+    def __init__(
+        self,
+        saver: CheckpointSaver,
+        iteration: tracker.Iteration,
+        job: torch_dist.WriteJob,
+        config: bytes,
+        optimizer: Any,
+        where: str,
+    ):
+        ranks = saver._ranks
+        timeout_s = 60.0 * saver._run.parallel.distributed_timeout_minutes
+        self.exchange = background.StoreExchange(str(saver._number), ranks.rank, ranks.world_size, timeout_s)
+        self.where = where
+        self._error: Exception | None = None
+        self._copied = threading.Event()
+        self._ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        self._thread = threading.Thread(target=self._run, args=(saver, iteration, job, config), daemon=True)
+        self._thread.start()
+        inner = torch_optimizers(optimizer) if optimizer is not None else []
+        self._hooks = [part.register_step_pre_hook(lambda *_: self._wait_for_copy()) for part in inner]
+        if not inner:
+            self._wait_for_copy()
+
+    def _run(self, saver: CheckpointSaver, iteration: tracker.Iteration, job: torch_dist.WriteJob, config: bytes) -> None:
+        try:
+            try:
+                if self._ready is not None:
+                    torch.cuda.set_device(saver._ranks.local_rank)
+                job.items = saver._staging.copy(job.items, self._ready)
+            finally:
+                self._copied.set()
+            saver._write(iteration, job, config, self.where, self.exchange)
+        except (CheckpointError, *_SAVE_ERRORS) as error:
+            self._error = error
+
+    def _wait_for_copy(self) -> None:
+        self._copied.wait()
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def result(self) -> None:
+        """Waits; raises what the thread raised."""
+        self._wait_for_copy()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _agree(action: Any, ranks: Ranks, where: str, exchange: Exchange | None = None) -> list[Any]:
     """Collective: runs `action` on every process; its results, by rank.
+
+    Args:
+        action: without arguments.
+        ranks: of this process.
+        where: begins the message.
+        exchange: all_gather_object, or what does the same in a thread.
 
     Raises:
         CheckpointError: on every process when any of them failed, naming ranks and reasons.
@@ -129,13 +231,20 @@ def _agree(action: Any, ranks: Ranks, where: str) -> list[Any]:
     result, failure = None, None
     try:
         result = action()
-    except (CheckpointError, *_SAVE_ERRORS) as error:
-        failure = f"{type(error).__name__}: {error}" if not isinstance(error, (OSError, CheckpointError)) else str(error)
+    except CheckpointError as error:
+        failure = str(error)
+    except _SAVE_ERRORS as error:
+        failure = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     outcomes: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(outcomes, (result, failure))
-    failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
+    if exchange is None:
+        dist.all_gather_object(outcomes, (result, failure))
+    else:
+        outcomes = exchange((result, failure))
+    failures = {text: rank for rank, (_, text) in reversed(list(enumerate(outcomes))) if text is not None}
     if failures:
-        raise CheckpointError(f"{where}. Found: {'; '.join(failures)}. Free space or mend the folder, then resume.")
+        own = [text for text in failures if text.startswith(where)]
+        found = "; ".join(f"rank {rank}: {text}" for text, rank in failures.items())
+        raise CheckpointError(own[0] if own else f"{where}. Found: {found}. Expected a writable folder with room. {_ADVICE}")
     return [result for result, _ in outcomes]
 
 
@@ -150,7 +259,9 @@ def save_checkpoint(
     ranks: Ranks,
 ) -> None:
     """Collective: writes one checkpoint. A run that saves more than once keeps a CheckpointSaver instead."""
-    CheckpointSaver(root, run, ranks).save(iteration, chunks, optimizer, scheduler, state)
+    saver = CheckpointSaver(root, run, ranks)
+    saver.save(iteration, chunks, optimizer, scheduler, state)
+    saver.finish()
 
 
 def load_checkpoint(
@@ -192,7 +303,7 @@ def load_checkpoint(
         state = _load(folder, chunks, optimizer if whole else None, scheduler if whole else None, ranks, load_rng and whole)
     except torch_dist.READ_ERRORS as error:
         raise CheckpointError(
-            f"{folder}: cannot be loaded: {type(error).__name__}: {error}. Expected a torch_dist checkpoint of this "
+            f"{folder}: cannot be loaded: {type(error).__name__}: {str(error)[:400]}. Expected a torch_dist checkpoint of this "
             "model and optimizer. Check the model flags, or load the weights alone with --finetune."
         ) from error
     if optimizer is not None and not whole:

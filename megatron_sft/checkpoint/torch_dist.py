@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_sft.checkpoint.manifest import ChecksumFile, FileRecord, write_file
 
-READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, ImportError,
+READ_ERRORS = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, ImportError,
                AssertionError, pickle.UnpicklingError, CheckpointingException)
 """What torch, pickle and megatron-core raise on a damaged file or on one of another model."""
 
@@ -116,7 +117,7 @@ def read_common(folder: Path, metadata: Metadata | None = None) -> dict[str, Any
     key = ShardedObject("common_state", None, (1,), (0,)).unique_key
     holder: dict[str, Any] = {key: io.BytesIO()}
     planner = _SafePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.load(holder, storage_reader=_SafeReader(folder, metadata), planner=planner, no_dist=True)
+    _read_items(holder, folder, metadata, planner)
     return dict(holder[key][0])
 
 
@@ -141,12 +142,23 @@ def read_state(folder: Path, wanted: dict[str, Any], metadata: Metadata, common:
         flatten_state_dict=False,
         flatten_sharded_tensors=False,
     )
-    dcp.load(items, storage_reader=_SafeReader(folder, metadata), planner=planner, no_dist=True)
+    _read_items(items, folder, metadata, planner)
     unwrapped = {key: core_torch._unwrap_pyt_sharded_tensor(value) for key, value in items.items()}
     loaded = core_torch._replace_sharded_keys_with_state_dict_keys(unwrapped, flat_mapping, rename_mapping)
     core_torch._restore_dict_types(loaded, sharded)
     merge(common, loaded)
     return apply_factory_merges(common, factories)
+
+
+def _read_items(items: dict[str, Any], folder: Path, metadata: Metadata, planner: _SafePlanner) -> None:
+    """Fills `items`; raises the reason itself where torch raises a BaseException with a traceback for a message."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(items, storage_reader=_SafeReader(folder, metadata), planner=planner, no_dist=True)
+    except dcp.CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise reason from error
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -174,7 +186,8 @@ class WriteJob:
     items: list[tuple[WriteItem, Any]]
     metadata: Metadata | None
     """Of all processes, on rank 0 only; storage_data is still missing."""
-    common: dict[str, Any]
+    common: bytes
+    """common.pt, serialized at once: what it was made of goes on changing. Empty on other ranks than 0."""
 
 
 def plan(state: dict[str, Any], validate: bool) -> WriteJob:
@@ -197,7 +210,10 @@ def plan(state: dict[str, Any], validate: bool) -> WriteJob:
     dist.gather_object(local, plans, dst=0)
     metadata = planner.create_global_plan(plans)[1] if plans is not None else None
     local = planner.finish_plan(local)
-    return WriteJob([(item, planner.resolve_data(item)) for item in local.items], metadata, common)
+    buffer = io.BytesIO()
+    if first:
+        torch.save(common, buffer)
+    return WriteJob([(item, planner.resolve_data(item)) for item in local.items], metadata, buffer.getvalue())
 
 
 def write_items(folder: Path, job: WriteJob, rank: int, threads: int) -> tuple[list[WriteResult], list[FileRecord]]:
@@ -271,11 +287,9 @@ def write_metadata(folder: Path, job: WriteJob, results: list[list[WriteResult]]
     job.metadata.storage_data = {result.index: result.storage_data for rank in results for result in rank}
     job.metadata.storage_meta = StorageMeta()
     job.metadata.version = "1.0.0"
-    common = ChecksumFile(folder / _COMMON)
-    torch.save(job.common, common)
     return [
         write_file(folder / _METADATA, pickle.dumps(job.metadata)),
-        common.close(),
+        write_file(folder / _COMMON, job.common),
         write_file(folder / "metadata.json", json.dumps(_FORMAT).encode()),
     ]
 
