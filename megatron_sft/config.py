@@ -6,6 +6,7 @@ Not here: flag spellings (arguments.py), anything that changes while training (t
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,8 @@ class ModelConfig:
     """Rows of the embedding table of the HF checkpoint; the table here may be padded beyond it (padded_vocab_size)."""
     padded_vocab_size: int = 0
     """Rows of the embedding table here, over all tensor-parallel ranks. 0: the smallest that TP divides."""
+    make_vocab_size_divisible_by: int = 1
+    """padded_vocab_size, where it is not given, is the smallest multiple of this times TP."""
     max_position_embeddings: int = 0
     """Longest position that the model was made for."""
     normalization: str = "RMSNorm"
@@ -211,6 +214,8 @@ class TrainConfig:
     recompute_num_layers: int | None = None
     recompute_modules: tuple[str, ...] = ()
     seed: int = 1234
+    skip_train: bool = False
+    """Validate only."""
     check_for_nan: bool = True
     eval_iters: int = 0
     """Global batches a validation; 0: no validation, -1: the whole held-out set."""
@@ -270,3 +275,150 @@ class RunConfig:
     def to_json(self) -> str:
         """The resolved configuration as indented JSON, sorted, so that two runs can be compared with diff."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What generate.py writes, to which prompts."""
+
+    prompts_path: str | None = None
+    """JSONL of messages, or text with one prompt a line; None: `prompt`, else standard input."""
+    prompt: tuple[str, ...] = ()
+    """Prompts of the command line."""
+    osl: int = 128
+    """New tokens a prompt at most."""
+    temperature: float = 0.0
+    """0: greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    seed: int = 1234
+    batch_size: int = 8
+    """Prompts generated together on one data-parallel rank."""
+    output: str | None = None
+    """JSONL file, one object a prompt."""
+    fraction: float = 1.0
+    """Share of the prompts, from the first."""
+    no_chat_template: bool = False
+    """Prompts are continued as they are."""
+    draft_length: int = 0
+    """Only 0: there is no speculative decoding here."""
+
+
+@dataclass(frozen=True)
+class MMLUConfig:
+    """How MMLU is scored."""
+
+    mmlu_dataset: str = "cais/mmlu"
+    """Folder, file or hub name."""
+    fraction: float = 1.0
+    """Share of each subject's questions."""
+    few_shots: int = 0
+    """Examples before each question, from the dev split (0 to 5)."""
+    lower_bound: float | None = None
+    """Average below which the exit status is not 0."""
+    mmlu_batch_size: int = 8
+    """Questions scored together on one data-parallel rank."""
+    output: str | None = None
+    """JSON file of the scores."""
+
+
+def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str]:
+    """Every contradiction in a configuration, one sentence each; what needs the checkpoint or the data comes later.
+
+    Args:
+        run: as the flags say it.
+        world_size: processes.
+        training: False for commands that only read a model (generate, mmlu).
+    """
+    found = _layout_problems(run, world_size)
+    if training:
+        found += _training_problems(run) + _optim_problems(run) + _folder_problems(run.checkpoint)
+    return found
+
+
+def _layout_problems(run: RunConfig, world_size: int) -> list[str]:
+    parallel, model = run.parallel, run.model
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
+    found = []
+    if world_size % parallel.model_parallel_size:
+        found.append(
+            f"{world_size} processes cannot be cut into TP {tp} x PP {pp} x CP {cp} = {parallel.model_parallel_size}. "
+            "Start a multiple of it, or change --tensor-, --pipeline- or --context-parallel-size."
+        )
+    elif world_size // pp % (ep * parallel.expert_tensor_parallel_size):
+        found.append(
+            f"{world_size // pp} processes a pipeline stage cannot be cut into EP {ep} x ETP "
+            f"{parallel.expert_tensor_parallel_size}. Change --expert-model-parallel-size."
+        )
+    for name, value in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.num_query_groups)):
+        if value % tp and not (name == "num_query_groups" and tp % value == 0):
+            found.append(f"--tensor-model-parallel-size {tp} does not divide --{name.replace('_', '-')} {value}. Choose one that does.")
+    if parallel.virtual_pipeline_model_parallel_size and pp == 1:
+        found.append("virtual pipeline stages need --pipeline-model-parallel-size 2 or more.")
+    if cp > 1 and parallel.cp_comm_type == "p2p":
+        found.append("--cp-comm-type p2p needs TransformerEngine. Use a2a (heads divisible by CP x TP) or allgather.")
+    if (parallel.overlap_param_gather or run.optim.use_precision_aware_optimizer) and not parallel.use_distributed_optimizer:
+        found.append("--overlap-param-gather and --use-precision-aware-optimizer need --use-distributed-optimizer. Add it.")
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        found.append("--overlap-param-gather needs --overlap-grad-reduce. Add it.")
+    return found
+
+
+def _training_problems(run: RunConfig) -> list[str]:
+    train, data = run.train, run.data
+    found = []
+    for name in ("micro_batch_size", "global_batch_size", "max_tokens_per_gpu", "train_iters", "train_samples", "num_epoch"):
+        value = getattr(train, name)
+        if value is not None and value <= 0:
+            found.append(f"--{name.replace('_', '-')} is {value}; expected a positive number.")
+    if not data.train_data:
+        found.append("no training data: expected --finetune-hf-dataset (or DATASET) with a file, a folder or a hub name.")
+    if not data.tokenizer_model:
+        found.append("--tokenizer-model is missing: expected an HF folder, a hub name or a sentencepiece tokenizer.model.")
+    if data.seq_length <= 1:
+        found.append(f"--seq-length is {data.seq_length}; expected 2 or more.")
+    for name in ("train_names", "train_epochs"):
+        count = len(getattr(data, name))
+        if count and count != len(data.train_data):
+            found.append(f"{count} values of {name} for {len(data.train_data)} sources; expected one a source.")
+    if min(data.split) < 0 or data.split[0] <= 0:
+        found.append(f"--split is {data.split}; expected a positive share for training, none below 0.")
+    if train.max_tokens_per_gpu and train.max_tokens_per_gpu < data.seq_length:
+        found.append(f"--max-tokens-per-gpu {train.max_tokens_per_gpu} is below --seq-length {data.seq_length}: a pack would not fit.")
+    if train.recompute_granularity == "full" and not (train.recompute_method and train.recompute_num_layers):
+        found.append("--recompute-granularity full needs --recompute-method uniform|block and --recompute-num-layers N.")
+    return found
+
+
+def _optim_problems(run: RunConfig) -> list[str]:
+    optim, train = run.optim, run.train
+    found = []
+    if optim.lr < 0 or optim.min_lr < 0 or optim.min_lr > optim.lr:
+        found.append(f"--lr {optim.lr:g} and --min-lr {optim.min_lr:g}: expected 0 <= --min-lr <= --lr.")
+    samples = [n for n in ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples") if getattr(optim, n)]
+    iters = [n for n in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters") if getattr(optim, n)]
+    spelled = ", ".join("--" + name.replace("_", "-") for name in iters + samples)
+    if iters and (samples or train.train_samples):
+        found.append(f"{spelled}: a schedule is in iterations or in samples, not both. Give all lengths in the unit of the run's.")
+    if optim.lr_warmup_fraction is not None and (optim.lr_warmup_iters or optim.lr_warmup_samples):
+        found.append("--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples. Give one of them.")
+    return found
+
+
+def _folder_problems(checkpoint: CheckpointConfig) -> list[str]:
+    found = []
+    if checkpoint.save and checkpoint.save_hf and os.path.realpath(checkpoint.save) == os.path.realpath(checkpoint.save_hf):
+        found.append(f"--save and --save-hf are both {checkpoint.save}. Give them folders of their own.")
+    for flag, target in (("--save", checkpoint.save), ("--save-hf", checkpoint.save_hf)):
+        if not target:
+            continue
+        if os.path.exists(os.path.join(target, "config.json")) and flag == "--save":
+            found.append(f"--save {target} is an HF folder; a checkpoint would mix with it. Choose another folder.")
+        parent = os.path.abspath(target)
+        while not os.path.exists(parent):
+            parent = os.path.dirname(parent)
+        if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+            found.append(f"{flag} {target}: {parent} cannot be written. Choose a folder that can be.")
+    return found

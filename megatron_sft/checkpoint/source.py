@@ -78,7 +78,8 @@ def resolve_model(
         raise ConfigError([f"{source.path}: {problem}" for problem in problems])
     chosen = {name: getattr(flags, name) for name in explicit if name != "core"}
     model = dataclasses.replace(model, **chosen, core={**model.core, **flags.core})
-    padded = model.padded_vocab_size or -(-model.vocab_size // tensor_parallel) * tensor_parallel
+    multiple = model.make_vocab_size_divisible_by * tensor_parallel
+    padded = model.padded_vocab_size or -(-model.vocab_size // multiple) * multiple
     return dataclasses.replace(model, padded_vocab_size=padded)
 
 
