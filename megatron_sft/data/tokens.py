@@ -1,0 +1,366 @@
+"""Rows -> token store: several processes, streaming, cached on disk, whole or not there at all.
+
+1. store_fingerprint: what the store depends on; a store of the same fingerprint is opened, nothing is tokenised.
+2. One process builds (a file lock), the others wait for it without a time-out.
+3. Rows are read here, rendered, tokenised, masked and cut to seq_length in worker processes, written here in order.
+4. The ledger counts every row once: kept, truncated, split, or dropped by reason.
+5. The folder is written under a temporary name, flushed to disk, then renamed: a killed build leaves nothing usable.
+
+Not here: schemas (schema.py), templates and masks (chat.py), reading the folder (store.py), packs (packing.py).
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sft.config import DataConfig
+from megatron_sft.data.fingerprint import store_fingerprint
+from megatron_sft.data.schema import RowError, to_row
+from megatron_sft.data.store import STORE_VERSION, Document, MemoryStore, TokenStore
+from megatron_sft.data.workers import Chunk, MakeEncoder, Problem, Result, in_order, make_encoder, only_one
+from megatron_sft.errors import DataError
+from megatron_sft.log import logger
+
+__all__ = ["TokenStore", "build_memory_store", "build_token_store", "encode_rows"]
+
+NO_TRAINED_TOKEN = "no trained token"
+TOO_LONG = "longer than seq_length"
+CHUNK_ROWS = 256
+CHUNK_CHARACTERS = 4 * 2**20
+LISTED_PROBLEMS = 20
+PROGRESS_S = 10.0
+
+
+def build_token_store(
+    config: DataConfig, sources: Sequence[Any], folder: str | Path, make: MakeEncoder = make_encoder
+) -> TokenStore:
+    """The token store of `sources`, from the cache in `folder` or built there now.
+
+    Args:
+        config: how rows become tokens.
+        sources: sources.Source objects; their order is the order of documents.
+        folder: of all cached stores; may be shared by processes and nodes.
+        make: gives each process its encoder; a module function.
+
+    Raises:
+        DataError: more than max_bad_rows bad rows (the first 20 are listed), or no row left.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = store_fingerprint(config, sources)
+    final = folder / fingerprint[:32]
+    with only_one(folder / f"{fingerprint[:32]}.lock", "the token store"):
+        if final.exists():
+            try:
+                store = TokenStore(final)
+                logger.info("tokens: %s documents from %s", f"{len(store):,}", final)
+                return store
+            except DataError as error:
+                logger.warning("tokens: %s", error)
+                shutil.rmtree(final)
+        temporary = folder / f"{fingerprint[:32]}.building"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            _build(config, sources, fingerprint, temporary, make)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _flush_folder(temporary)
+        os.rename(temporary, final)
+        _flush_folder(folder)
+    return TokenStore(final)
+
+
+def build_memory_store(config: DataConfig, sources: Sequence[Any], encoder: Any) -> MemoryStore:
+    """The same documents and ledger in memory, tokenised in this process."""
+    collector = _Collector(config, [source.name for source in sources])
+    documents: list[Document] = []
+    where: list[str] = []
+    for chunk in _chunks(sources):
+        result = encode_rows(encoder, config, chunk)
+        collector.add(result)
+        ends = np.cumsum(result.lengths)[:-1]
+        pairs = zip(np.split(result.tokens, ends), np.split(result.loss_mask, ends), strict=True)
+        documents += [Document(tokens, mask) for tokens, mask in pairs] if len(result.lengths) else []
+        where += result.where
+    collector.check(is_end=True)
+    names = tuple(collector.ledger)
+    return MemoryStore(documents, np.concatenate(collector.source_ids).tolist(), where, names, collector.ledger)
+
+
+def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
+    """Tokenises one chunk of rows; bad rows are returned, not raised."""
+    tokens: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    where_of: list[str] = []
+    counts: Counter[str] = Counter()
+    problems: list[Problem] = []
+    for where, record in chunk.rows:
+        try:
+            samples = encoder.encode(to_row(record, where, config))
+            documents, fate, lost = fit(samples, config.seq_length, config.truncation, where)
+        except RowError as error:
+            problems.append(Problem(where, error.reason, str(error), None if isinstance(record, RowError) else record))
+            counts[f"dropped:{error.reason}"] += 1
+            continue
+        counts[fate] += 1
+        counts["lost_tokens"] += lost
+        for document in documents:
+            tokens.append(document.tokens)
+            masks.append(document.loss_mask)
+            where_of.append(where)
+    return Result(
+        source_id=chunk.source_id,
+        num_rows=len(chunk.rows),
+        tokens=np.concatenate([np.zeros(0, np.int32), *tokens]).astype(np.int32, copy=False),
+        loss_mask=np.concatenate([np.zeros(0, np.uint8), *masks]),
+        lengths=np.array([len(t) for t in tokens], dtype=np.int32),
+        where=where_of,
+        counts=dict(counts),
+        problems=problems,
+    )
+
+
+def fit(samples: Sequence[Any], seq_length: int, truncation: str, where: str) -> tuple[list[Document], str, int]:
+    """Cuts the samples of one row to seq_length.
+
+    Args:
+        samples: chat.Encoded of one row (several with history_thinking=expand).
+        truncation: error, right (keep the beginning), left (keep the end), drop or split (pieces of seq_length).
+
+    Returns:
+        Documents that have a trained token; the row's fate (kept, truncated, split, dropped:REASON); tokens cut away.
+    """
+    documents: list[Document] = []
+    fates: set[str] = set()
+    lost = 0
+    for sample in samples:
+        tokens, mask = sample.tokens, sample.loss_mask
+        pieces = [slice(0, len(tokens))]
+        if len(tokens) > seq_length:
+            pieces = _cuts(len(tokens), seq_length, truncation, where)
+            fates.add({"drop": f"dropped:{TOO_LONG}", "split": "split"}.get(truncation, "truncated"))
+        # The first token of a piece has nothing before it, so it cannot be trained.
+        kept = [piece for piece in pieces if mask[piece][1:].any()]
+        documents += [Document(tokens[piece], mask[piece]) for piece in kept]
+        lost += len(tokens) - sum(piece.stop - piece.start for piece in kept)
+    if not documents:
+        return [], f"dropped:{TOO_LONG if fates == {f'dropped:{TOO_LONG}'} else NO_TRAINED_TOKEN}", lost
+    return documents, next((fate for fate in ("split", "truncated") if fate in fates), "kept"), lost
+
+
+def _cuts(length: int, seq_length: int, truncation: str, where: str) -> list[slice]:
+    """Pieces of an over-long document: 5 tokens at 2 -> right [0:2], left [3:5], split [0:2] [2:4] [4:5], drop none."""
+    if truncation == "error":
+        raise RowError(
+            where,
+            TOO_LONG,
+            f"the row has {length:,} tokens; expected at most --seq-length {seq_length:,}. Raise --seq-length, or "
+            "choose --truncation right, left, drop or split.",
+        )
+    if truncation == "right":
+        return [slice(0, seq_length)]
+    if truncation == "left":
+        return [slice(length - seq_length, length)]
+    if truncation == "split":
+        return [slice(start, min(start + seq_length, length)) for start in range(0, length, seq_length)]
+    assert truncation == "drop", f"unknown truncation {truncation!r}"
+    return []
+
+
+class _Collector:
+    """Adds up results: the ledger, source ids, bad rows."""
+
+    def __init__(self, config: DataConfig, names: Sequence[str]):
+        self.config = config
+        self.ledger: dict[str, dict[str, Any]] = {}
+        for name in names:
+            unique = name if name not in self.ledger else f"{name}#{len(self.ledger)}"
+            zero = dict.fromkeys(("rows", "kept", "truncated", "split"), 0)
+            tokens = dict.fromkeys(("documents", "tokens", "trained_tokens", "lost_tokens"), 0)
+            self.ledger[unique] = {**zero, "dropped": {}, **tokens}
+        self.source_ids: list[np.ndarray] = [np.zeros(0, dtype=np.int16)]
+        self.problems: list[Problem] = []
+        self.num_rows = 0
+
+    def add(self, result: Result) -> None:
+        entry = list(self.ledger.values())[result.source_id]
+        entry["rows"] += result.num_rows
+        entry["documents"] += len(result.lengths)
+        entry["tokens"] += len(result.tokens)
+        entry["trained_tokens"] += int(np.count_nonzero(result.loss_mask))
+        for key, count in result.counts.items():
+            fate, _, reason = key.partition(":")
+            if reason:
+                entry["dropped"][reason] = entry["dropped"].get(reason, 0) + count
+            else:
+                entry[fate] += count
+        self.source_ids.append(np.full(len(result.lengths), result.source_id, dtype=np.int16))
+        self.num_rows += result.num_rows
+        self.problems += result.problems
+        self.check(is_end=False)
+
+    def check(self, is_end: bool) -> None:
+        """Refuses the data when there are too many bad rows, or at the end when nothing is left."""
+        allowed, found = self.config.max_bad_rows, len(self.problems)
+        if found > allowed and (is_end or found >= max(LISTED_PROBLEMS, allowed + 1)):
+            listed = "\n  ".join(problem.message for problem in self.problems[:LISTED_PROBLEMS])
+            raise DataError(
+                f"{found:,} bad rows among the first {self.num_rows:,}; expected at most {allowed:,}. Correct them, or "
+                f"set them aside with --max-bad-rows N. The first:\n  {listed}"
+            )
+        if not is_end:
+            return
+        for name, entry in self.ledger.items():
+            accounted = entry["kept"] + entry["truncated"] + entry["split"] + sum(entry["dropped"].values())
+            assert accounted == entry["rows"], f"{name}: {accounted} rows accounted for of {entry['rows']}"
+        if not sum(entry["documents"] for entry in self.ledger.values()):
+            raise DataError(
+                f"{', '.join(self.ledger)}: no row is left to train on ({json.dumps(self.ledger)}); expected at "
+                "least one conversation with a trained token. Check the roles and --train-on."
+            )
+
+
+class _Writer:
+    """Appends documents to the files of a store (store.py lists them)."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 - closed in finish
+        self._masks = open(folder / "loss_mask.bin", "wb")  # noqa: SIM115
+        self._where = open(folder / "where.bin", "wb")  # noqa: SIM115
+        self._lengths: list[np.ndarray] = [np.zeros(0, dtype=np.int32)]
+        self._where_bytes: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+        self._weights = np.array([0.0, 1.0], dtype=np.float32)
+
+    def write(self, result: Result) -> None:
+        lines = [f"{where}\n".encode("utf-8", "backslashreplace") for where in result.where]
+        self._where.write(b"".join(lines))
+        self._where_bytes.append(np.array([len(line) for line in lines], dtype=np.int64))
+        self._lengths.append(result.lengths)
+        self._tokens.write(result.tokens.tobytes())
+        self._masks.write(self._codes(result.loss_mask).tobytes())
+
+    def _codes(self, mask: np.ndarray) -> np.ndarray:
+        """Weights as indices into the table of distinct weights: 0.0 -> 0, 1.0 -> 1, 0.5 -> 2 ..."""
+        if mask.dtype == np.uint8:
+            return mask
+        new = np.setdiff1d(mask, self._weights)
+        self._weights = np.concatenate([self._weights, new.astype(np.float32)])
+        if len(self._weights) > 256:
+            raise DataError("the rows have more than 256 different message weights; expected a few. Round them.")
+        order = np.argsort(self._weights)
+        return order[np.searchsorted(self._weights, mask, sorter=order)].astype(np.uint8)
+
+    def finish(self, collector: _Collector, fingerprint: str) -> None:
+        for file in (self._tokens, self._masks, self._where):
+            file.close()
+        where_offsets = np.concatenate([[0], np.cumsum(np.concatenate(self._where_bytes))]).astype(np.int64)
+        np.save(self.folder / "lengths.npy", np.concatenate(self._lengths))
+        np.save(self.folder / "source_ids.npy", np.concatenate(collector.source_ids))
+        np.save(self.folder / "where_offsets.npy", where_offsets)
+        if collector.problems:
+            lines = [json.dumps(dataclasses.asdict(problem), ensure_ascii=True) for problem in collector.problems]
+            (self.folder / "bad_rows.jsonl").write_text("\n".join(lines) + "\n", encoding="ascii")
+        meta = {
+            "version": STORE_VERSION,
+            "fingerprint": fingerprint,
+            "source_names": list(collector.ledger),
+            "ledger": collector.ledger,
+            "loss_weights": self._weights.tolist(),
+            "file_bytes": {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())},
+        }
+        (self.folder / "store.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+    def close(self) -> None:
+        for file in (self._tokens, self._masks, self._where):
+            file.close()
+
+
+def _build(config: DataConfig, sources: Sequence[Any], fingerprint: str, folder: Path, make: MakeEncoder) -> None:
+    collector = _Collector(config, [source.name for source in sources])
+    writer = _Writer(folder)
+    total_rows = _expected_rows(sources)
+    start = last = time.monotonic()
+    try:
+        for result in in_order(_chunks(sources), config, make, encode_rows):
+            if result is not None:
+                collector.add(result)
+                writer.write(result)
+            if time.monotonic() - last >= PROGRESS_S:
+                last = time.monotonic()
+                _log_progress(collector, total_rows, last - start)
+        collector.check(is_end=True)
+        writer.finish(collector, fingerprint)
+    finally:
+        writer.close()
+    tokens = sum(entry["tokens"] for entry in collector.ledger.values())
+    elapsed = max(time.monotonic() - start, 1e-9)
+    logger.info(
+        "tokens: %s rows, %s tokens in %.1f s (%.2f Mtok/s)", f"{collector.num_rows:,}", f"{tokens:,}", elapsed,
+        tokens / elapsed / 1e6,
+    )  # fmt: skip
+
+
+def _log_progress(collector: _Collector, total_rows: int | None, elapsed_s: float) -> None:
+    rate = collector.num_rows / elapsed_s
+    of_total = f" of {total_rows:,}" if total_rows else ""
+    eta = f", ETA {max(total_rows - collector.num_rows, 0) / rate:.0f} s" if total_rows and rate else ""
+    logger.info("tokens: %s%s rows, %s rows/s%s", f"{collector.num_rows:,}", of_total, f"{rate:,.0f}", eta)
+
+
+def _expected_rows(sources: Sequence[Any]) -> int | None:
+    """Rows to come, for the ETA: lines of plain JSONL files; None when it takes parsing to know."""
+    total = 0
+    for source in sources:
+        if source.num_rows is not None:
+            total += source.num_rows
+            continue
+        if not source.files or source.path not in (*source.files, *{os.path.dirname(f) for f in source.files}):
+            return None
+        for path in source.files:
+            if not path.endswith((".jsonl", ".ndjson")):
+                return None
+            with open(path, "rb") as file:
+                total += sum(block.count(b"\n") for block in iter(lambda f=file: f.read(2**22), b""))  # type: ignore[misc]
+    return total
+
+
+def _chunks(sources: Iterable[Any]) -> Iterator[Chunk]:
+    """Rows of one source, CHUNK_ROWS or about CHUNK_CHARACTERS at a time: memory does not grow."""
+    for source_id, source in enumerate(sources):
+        rows: list[tuple[str, Any]] = []
+        characters = 0
+        for where, record in source:
+            rows.append((where, record))
+            characters += _num_characters(record)
+            if len(rows) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+                yield Chunk(source_id, rows)
+                rows, characters = [], 0
+        if rows:
+            yield Chunk(source_id, rows)
+
+
+def _num_characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_characters, value.values()))
+    return sum(map(_num_characters, value)) if isinstance(value, list) else 8
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes the folder's files and their names durable."""
+    for path in (*(p for p in folder.iterdir() if p.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -1,0 +1,223 @@
+"""Tokenising processes, and the lock that lets one process build while others wait.
+
+Not here: what is done to the rows (tokens.py: encode_rows).
+"""
+
+import fcntl
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sft.config import DataConfig
+from megatron_sft.data.fast_bpe import text_tokenizer
+from megatron_sft.errors import DataError, UserError
+from megatron_sft.log import logger
+
+ALONE_CHUNKS = 4
+"""So few chunks are tokenised in this process: starting others takes longer."""
+AHEAD_PER_WORKER = 4
+"""Finished results that may wait for an earlier one, a worker."""
+WAIT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    source_id: int
+    rows: Sequence[tuple[str, Any]]
+    """(file:line, record or RowError)."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A bad row, as it stands in bad_rows.jsonl."""
+
+    where: str
+    reason: str
+    message: str
+    record: Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """The documents of one chunk, one after another."""
+
+    source_id: int
+    num_rows: int
+    tokens: np.ndarray
+    """int32 [n]."""
+    loss_mask: np.ndarray
+    """uint8 or float32 [n]."""
+    lengths: np.ndarray
+    """int32 [documents]."""
+    where: list[str]
+    counts: dict[str, int]
+    """Rows by fate (kept, truncated, split, dropped:REASON), and lost_tokens."""
+    problems: list[Problem]
+
+
+Encode = Callable[[Any, DataConfig, Chunk], Result]
+MakeEncoder = Callable[[DataConfig, Sequence[Chunk]], Any]
+
+
+def in_order(chunks: Iterator[Chunk], config: DataConfig, make: MakeEncoder, encode: Encode) -> Iterator[Result | None]:
+    """Results of `encode(encoder, config, chunk)` in the order of the chunks; None when a few seconds brought none.
+
+    Args:
+        chunks: read only as fast as they are worked on.
+        config: num_workers processes; 0: one a core.
+        make: a module function that gives a process its encoder, from the configuration and the first chunks.
+        encode: a module function.
+
+    Raises:
+        DataError: what a worker raised, or that a worker was killed.
+    """
+    first = list(itertools.islice(chunks, ALONE_CHUNKS))
+    num_workers = config.num_workers or len(os.sched_getaffinity(0))
+    if num_workers == 1 or len(first) < ALONE_CHUNKS:
+        encoder = make(config, first)
+        for chunk in itertools.chain(first, chunks):
+            yield encode(encoder, config, chunk)
+        return
+    workers = [_Worker(config, make, encode, first) for _ in range(num_workers)]
+    try:
+        yield from _deal(workers, itertools.chain(first, chunks))
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def make_encoder(config: DataConfig, sample: Sequence[Chunk]) -> Any:
+    """The ChatEncoder of `config`; the fast tokeniser is checked on the sample's own texts before it is used."""
+    from megatron_sft.data.chat import ChatEncoder, load_tokenizer
+
+    tokenizer = load_tokenizer(config)
+    encoder = ChatEncoder(tokenizer, config)
+    if getattr(tokenizer, "is_fast", False) and hasattr(encoder, "tokenise"):
+        texts = [text for chunk in sample for _, record in chunk.rows[:16] for text in _strings(record)]
+        encoder.tokenise = text_tokenizer(tokenizer, texts)
+    return encoder
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+class _Worker:
+    """One process, which has at most one chunk at a time: sending never waits for a process that waits for us."""
+
+    def __init__(self, config: DataConfig, make: MakeEncoder, encode: Encode, sample: Sequence[Chunk]):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process: SpawnProcess = context.Process(target=_work, args=(theirs, config, make, encode, sample))
+        self.process.start()
+        theirs.close()
+        self.index: int | None = None
+        self.first_row = ""
+
+    def give(self, index: int, chunk: Chunk) -> None:
+        self.index, self.first_row = index, chunk.rows[0][0]
+        try:
+            self.connection.send(chunk)
+        except OSError:
+            raise self._dead() from None
+
+    def take(self) -> tuple[int, Result]:
+        assert self.index is not None, "only a worker that has a chunk gives a result"
+        try:
+            result = self.connection.recv()
+        except (EOFError, OSError):
+            raise self._dead() from None
+        if isinstance(result, UserError):
+            raise result
+        index, self.index = self.index, None
+        return index, result
+
+    def _dead(self) -> DataError:
+        self.process.join(WAIT_S)
+        return DataError(
+            f"{self.first_row}: the tokenising process that worked on this row and those after it ended with exit code "
+            f"{self.process.exitcode}; expected it to live. -9 means that it was killed, most likely for want of "
+            "memory: use fewer --num-workers. Anything else is our bug; its traceback is above."
+        )
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.join(0.5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _deal(workers: list[_Worker], chunks: Iterator[Chunk]) -> Iterator[Result | None]:
+    numbered = enumerate(chunks)
+    following = next(numbered, None)
+    finished: dict[int, Result] = {}
+    next_index = 0
+    while True:
+        for worker in workers:
+            limit = next_index + AHEAD_PER_WORKER * len(workers)
+            if worker.index is None and following is not None and following[0] < limit:
+                worker.give(*following)
+                following = next(numbered, None)
+        busy = {worker.connection: worker for worker in workers if worker.index is not None}
+        if not busy:
+            return
+        ready = wait(list(busy), WAIT_S)
+        for connection in ready:
+            worker = busy[connection]  # type: ignore[index]
+            index, finished_result = worker.take()
+            finished[index] = finished_result
+            if following is not None and following[0] < next_index + AHEAD_PER_WORKER * len(workers):
+                worker.give(*following)
+                following = next(numbered, None)
+        if not ready:
+            yield None
+        while next_index in finished:
+            yield finished.pop(next_index)
+            next_index += 1
+
+
+def _work(
+    connection: Connection, config: DataConfig, make: MakeEncoder, encode: Encode, sample: Sequence[Chunk]
+) -> None:
+    """Body of a worker process; it ends when the other end of the connection is closed, or its owner killed."""
+    try:
+        encoder = make(config, sample)
+        while True:
+            connection.send(encode(encoder, config, connection.recv()))
+    except UserError as error:
+        connection.send(error)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+@contextmanager
+def only_one(path: Path, what: str) -> Iterator[None]:
+    """Holds a file lock; waits for its holder as long as it takes. The kernel frees it when the holder dies."""
+    with open(path, "a", encoding="ascii") as file:
+        start, told = time.monotonic(), -60.0
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waited = time.monotonic() - start
+                if waited - told >= 60:
+                    told = waited
+                    logger.info("waiting for %s, which another process builds (%.0f s)", what, waited)
+                time.sleep(0.2)
+        yield

@@ -1,0 +1,228 @@
+import json
+import multiprocessing
+import os
+import time
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_sft.config import DataConfig
+from megatron_sft.data import tokens as tokens_module
+from megatron_sft.data.schema import RowError
+from megatron_sft.data.sources import open_source
+from megatron_sft.data.store import TokenStore
+from megatron_sft.data.tokens import build_memory_store, build_token_store, fit
+from megatron_sft.errors import DataError
+
+
+class WordEncoder:
+    """One token a word, its id the word's checksum; assistant words are trained, with the message's weight if any."""
+
+    def encode(self, row):
+        tokens, mask = [], []
+        for message in row.messages:
+            if message["content"] == "poison":
+                os._exit(7)
+            words = message["content"].split()
+            tokens += [zlib.crc32(word.encode()) % 50_000 for word in words]
+            mask += [message.get("weight", 1) if message["role"] == "assistant" else 0] * len(words)
+        is_weighted = any("weight" in message for message in row.messages)
+        return [
+            SimpleNamespace(
+                tokens=np.array(tokens, np.int32), loss_mask=np.array(mask, np.float32 if is_weighted else np.uint8)
+            )
+        ]
+
+
+def make_word_encoder(config, sample):
+    return WordEncoder()
+
+
+def chat(question, answer, **assistant):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **assistant}]}
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def build(tmp_path, rows, name="rows.jsonl", **settings):
+    config = DataConfig(
+        seq_length=settings.pop("seq_length", 8), num_workers=settings.pop("num_workers", 1), **settings
+    )
+    source = open_source(write(tmp_path / name, rows), config)
+    return build_token_store(config, [source], tmp_path / "cache", make_word_encoder)
+
+
+def sample(length, trained):
+    mask = np.zeros(length, np.uint8)
+    mask[trained] = 1
+    return SimpleNamespace(tokens=np.arange(length, dtype=np.int32), loss_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "truncation, pieces, fate, lost",
+    [
+        ("right", [[0, 1, 2, 3]], "truncated", 6),
+        ("left", [[6, 7, 8, 9]], "truncated", 6),
+        ("split", [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]], "split", 0),
+        ("drop", [], "dropped:longer than seq_length", 10),
+    ],
+)
+def test_long_rows_are_cut_as_told(truncation, pieces, fate, lost):
+    documents, found, cut = fit([sample(10, slice(0, 10))], 4, truncation, "f:1")
+    assert ([d.tokens.tolist() for d in documents], found, cut) == (pieces, fate, lost)
+
+
+def test_long_rows_are_an_error_by_default():
+    with pytest.raises(RowError) as error:
+        fit([sample(10, slice(5, 10))], 4, "error", "f.jsonl:3")
+    assert str(error.value) == (
+        "f.jsonl:3: the row has 10 tokens; expected at most --seq-length 4. Raise --seq-length, or choose "
+        "--truncation right, left, drop or split."
+    )
+
+
+def test_pieces_without_a_trained_token_are_left_out():
+    documents, fate, lost = fit([sample(10, slice(8, 10))], 4, "split", "f:1")
+    assert [d.tokens.tolist() for d in documents] == [[8, 9]] and (fate, lost) == ("split", 8)
+    assert fit([sample(10, slice(8, 10))], 4, "right", "f:1") == ([], "dropped:no trained token", 10)
+    assert fit([sample(4, slice(0, 1))], 4, "right", "f:1") == ([], "dropped:no trained token", 4)
+
+
+def test_one_row_of_several_samples_has_one_fate():
+    documents, fate, _ = fit([sample(3, slice(1, 3)), sample(6, slice(1, 6))], 4, "right", "f:1")
+    assert len(documents) == 2 and fate == "truncated"
+    documents, fate, _ = fit([sample(3, slice(1, 3)), sample(6, slice(1, 6))], 4, "drop", "f:1")
+    assert len(documents) == 1 and fate == "kept"
+
+
+def test_store_has_documents_masks_places_and_a_ledger(tmp_path):
+    rows = [chat("a b", "c d"), chat("a", "b c d e f g h i j"), chat("x", ""), chat("q", "r", weight=0.5)]
+    rows[2]["messages"][1]["content"] = "   "
+    store = build(tmp_path, rows, truncation="right")
+    documents = [store.document(i) for i in range(len(store))]
+    assert [[mask.tolist() for _, mask in documents], store.lengths.tolist()] == [
+        [[0, 0, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1], [0, 0.5]],
+        [4, 8, 2],
+    ]
+    assert documents[0].tokens.tolist() == [zlib.crc32(w.encode()) % 50_000 for w in ("a", "b", "c", "d")]
+    assert [store.where(i).rpartition("/")[2] for i in range(3)] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:4"]
+    assert store.source_ids.tolist() == [0, 0, 0] and store.source_names == ("rows",)
+    assert store.ledger == {
+        "rows": {
+            "rows": 4, "kept": 2, "truncated": 1, "split": 0, "dropped": {"no trained token": 1},
+            "documents": 3, "tokens": 14, "trained_tokens": 10, "lost_tokens": 3,
+        }
+    }  # fmt: skip
+
+
+def test_several_processes_give_the_same_store_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens_module, "CHUNK_ROWS", 16)
+    random = np.random.default_rng(0)
+    rows = [chat("q " * random.integers(1, 9), "a " * random.integers(1, 9), **({"weight": 0.25} if i % 7 == 0 else {}))
+            for i in range(300)]  # fmt: skip
+    (tmp_path / "one").mkdir()
+    one = build(tmp_path / "one", rows, truncation="split")
+    (tmp_path / "three").mkdir()
+    three = build(tmp_path / "three", rows, truncation="split", num_workers=3)
+    assert one.ledger == three.ledger and one.lengths.tolist() == three.lengths.tolist()
+    for name in ("tokens.bin", "loss_mask.bin"):
+        assert (one.folder / name).read_bytes() == (three.folder / name).read_bytes()
+    assert [one.where(i).rpartition(":")[2] for i in range(len(one))] == [
+        three.where(i).rpartition(":")[2] for i in range(len(three))
+    ]
+
+
+def test_a_killed_worker_is_an_error_that_names_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens_module, "CHUNK_ROWS", 16)
+    rows = [chat("q", "a") for _ in range(100)]
+    rows[40] = chat("q", "poison")
+    with pytest.raises(DataError, match=r"rows.jsonl:33: the tokenising process .* ended with exit code 7"):
+        build(tmp_path, rows, num_workers=2)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_bad_rows_stop_after_20_are_listed(tmp_path):
+    rows = [chat("q", "a"), *["{"] * 30]
+    with pytest.raises(DataError) as error:
+        build(tmp_path, rows)
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("30 bad rows among the first 31; expected at most 0.") and len(lines) == 21
+    assert lines[1].strip().split(" ")[0].endswith("rows.jsonl:2:")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_bad_rows_are_set_aside_when_allowed(tmp_path):
+    store = build(tmp_path, [chat("q", "a"), "{", chat("q", "b " * 20)], max_bad_rows=2)
+    problems = [json.loads(line) for line in (store.folder / "bad_rows.jsonl").read_text().splitlines()]
+    assert [(p["reason"], p["where"][-2:]) for p in problems] == [("bad JSON", ":2"), ("longer than seq_length", ":3")]
+    entry = store.ledger["rows"]
+    assert entry["rows"] == 3 and entry["kept"] == 1
+    assert entry["dropped"] == {"bad JSON": 1, "longer than seq_length": 1}
+
+
+def test_nothing_to_train_on_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no row is left to train on"):
+        build(tmp_path, [chat("q " * 8, "a")], truncation="right")
+
+
+def test_the_cache_is_used_until_something_changes(tmp_path):
+    rows = [chat("q", "a b")]
+    first = build(tmp_path, rows)
+    stamp = os.stat(first.folder / "store.json").st_mtime_ns
+    config = DataConfig(seq_length=8, num_workers=1)
+    source = [open_source(str(tmp_path / "rows.jsonl"), config)]
+    again = build_token_store(config, source, tmp_path / "cache", make_word_encoder)
+    assert again.folder == first.folder and os.stat(again.folder / "store.json").st_mtime_ns == stamp
+    other = build_token_store(DataConfig(seq_length=9, num_workers=1), source, tmp_path / "cache", make_word_encoder)
+    changed = build(tmp_path, [chat("q", "a c")])
+    assert len({first.folder, other.folder, changed.folder}) == 3
+
+
+def test_a_damaged_store_is_built_again(tmp_path):
+    rows = [chat("q", "a b")]
+    store = build(tmp_path, rows)
+    (store.folder / "tokens.bin").write_bytes(b"\x00" * 5)
+    with pytest.raises(DataError, match="the store is damaged|The store is damaged"):
+        TokenStore(store.folder)
+    config = DataConfig(seq_length=8, num_workers=1)
+    source = [open_source(str(tmp_path / "rows.jsonl"), config)]
+    assert len(build_token_store(config, source, tmp_path / "cache", make_word_encoder).document(0).tokens) == 3
+
+
+def slow_encoder(config, sample):
+    with open(os.environ["BUILDS"], "a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(0.5)
+    return WordEncoder()
+
+
+def build_alone(path, folder):
+    config = DataConfig(seq_length=8, num_workers=1)
+    build_token_store(config, [open_source(path, config)], folder, slow_encoder)
+
+
+def test_one_process_builds_and_the_others_wait(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [chat("q", "a b")])
+    monkeypatch.setenv("BUILDS", str(tmp_path / "builds"))
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=build_alone, args=(path, tmp_path / "cache")) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len((tmp_path / "builds").read_text().splitlines()) == 1
+
+
+def test_memory_store_is_the_same(tmp_path):
+    rows = [chat("a b", "c d"), chat("a", "b c d e f g h i j"), chat("q", "r")]
+    store = build(tmp_path, rows, truncation="split")
+    config = DataConfig(seq_length=8, truncation="split")
+    memory = build_memory_store(config, [open_source(str(tmp_path / "rows.jsonl"), config)], WordEncoder())
+    assert memory.ledger == store.ledger and memory.lengths.tolist() == store.lengths.tolist()
+    assert [memory.where(i) for i in range(len(memory))] == [store.where(i) for i in range(len(store))]
