@@ -43,7 +43,7 @@ class ModelConfig:
     norm_zero_centered: bool = False
     """Norm weights are stored as w - 1 (Gemma, Nemotron: --apply-layernorm-1p)."""
     activation: str = "silu"
-    """silu, gelu, gelu_tanh or squared_relu."""
+    """silu, gelu, gelu_tanh, squared_relu or quick_gelu (gpt-oss)."""
     gated_mlp: bool = True
     """Two halves of linear_fc1, one gating the other (--swiglu)."""
     add_bias_linear: bool = False
@@ -66,6 +66,20 @@ class ModelConfig:
     """Sliding attention window in tokens, this one included; None: full attention."""
     window_layers: tuple[bool, ...] = ()
     """Per layer: uses window_size. Empty: every layer does when window_size is set."""
+    rotary_base_local: float | None = None
+    """RoPE theta, unscaled, of the layers with a window (Gemma 3); None: rotary_base for all."""
+    attention_chunk_size: int | None = None
+    """Tokens see only their own chunk of this many in layers with RoPE (Llama 4)."""
+    norm_placement: str = "pre"
+    """pre; pre_post: also over the outputs of attention and MLP before they are added (Gemma); post: only there (OLMo-2)."""
+    qk_layernorm_full: bool = False
+    """The query norm and the key norm each span all heads together (OLMo-2)."""
+    embedding_scale: float | None = None
+    """Embeddings are multiplied by it (Gemma: the square root of hidden_size)."""
+    attn_logit_softcapping: float | None = None
+    """Attention scores become cap * tanh(score / cap) (Gemma 2)."""
+    final_logit_softcapping: float | None = None
+    """The same for the logits."""
     init_method_std: float = 0.02
     """Standard deviation of fresh weights."""
     core: Mapping[str, Any] = field(default_factory=dict)

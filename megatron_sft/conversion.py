@@ -24,17 +24,21 @@ from megatron_sft.parallel import Ranks
 SEED = 1234
 
 
-def _padded(model: ModelConfig, tensor_parallel: int) -> ModelConfig:
+def padded(model: ModelConfig, tensor_parallel: int) -> ModelConfig:
+    """The model with its vocabulary padded to a multiple of the tensor-parallel size."""
     rows = -(-model.vocab_size // tensor_parallel) * tensor_parallel
     return dataclasses.replace(model, padded_vocab_size=max(model.padded_vocab_size, rows))
 
 
-def _built(model: ModelConfig, layout: ParallelConfig, dtype: str) -> tuple[list[Any], Ranks]:
+def built(model: ModelConfig, layout: ParallelConfig, dtype: str) -> tuple[list[Any], Ranks]:
+    """Joins the other processes and builds this rank's chunks; dtype is fp32 or bf16."""
     ranks = parallel.initialize(layout, SEED)
     return build_model(model, layout, TrainConfig(params_dtype=dtype), ranks), ranks
 
 
-def convert(hf_folder: str | Path, save: str | Path, layout: ParallelConfig, dtype: str = "bf16", verify: bool = True) -> None:
+def convert(
+    hf_folder: str | Path, save: str | Path, layout: ParallelConfig, dtype: str = "bf16", verify: bool = True
+) -> None:
     """HF folder -> torch_dist checkpoint in SAVE/release. All ranks call it.
 
     Args:
@@ -44,8 +48,8 @@ def convert(hf_folder: str | Path, save: str | Path, layout: ParallelConfig, dty
         dtype: bf16 or fp32, of the stored weights.
         verify: compare with transformers before writing.
     """
-    model = _padded(model_config_from_hf(read_hf_config(hf_folder)), layout.tensor_model_parallel_size)
-    chunks, ranks = _built(model, layout, dtype)
+    model = padded(model_config_from_hf(read_hf_config(hf_folder)), layout.tensor_model_parallel_size)
+    chunks, ranks = built(model, layout, dtype)
     load_hf_weights(chunks, model, hf_folder, ranks)
     if verify:
         quick_check(chunks, model, hf_folder, ranks)
@@ -55,7 +59,11 @@ def convert(hf_folder: str | Path, save: str | Path, layout: ParallelConfig, dty
 
 
 def export(
-    load: str | Path, save_folder: str | Path, layout: ParallelConfig, hf_folder: str | Path | None, dtype: str | None = None
+    load: str | Path,
+    save_folder: str | Path,
+    layout: ParallelConfig,
+    hf_folder: str | Path | None,
+    dtype: str | None = None,
 ) -> None:
     """Megatron checkpoint -> HF folder. All ranks call it.
 
@@ -67,8 +75,8 @@ def export(
             checkpoint does not say it (Megatron-LM's do not).
         dtype: bf16 or fp32; None: that of hf_folder, without one bf16.
     """
-    model = _padded(_architecture(load, hf_folder), layout.tensor_model_parallel_size)
-    chunks, ranks = _built(model, layout, dtype or "bf16")
+    model = padded(_architecture(load, hf_folder), layout.tensor_model_parallel_size)
+    chunks, ranks = built(model, layout, dtype or "bf16")
     load_checkpoint(load, chunks, None, None, ranks)
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype] if dtype else None
     save_hf(chunks, model, save_folder, ranks, hf_folder, stored)
@@ -93,8 +101,8 @@ def verify(hf_folder: str | Path, megatron_checkpoint: str | Path | None = None)
     Returns:
         Whether logits and every tensor agree; what differs is logged, the first layer first.
     """
-    model = _padded(model_config_from_hf(read_hf_config(hf_folder)), 1)
-    chunks, ranks = _built(model, ParallelConfig(), "fp32")
+    model = padded(model_config_from_hf(read_hf_config(hf_folder)), 1)
+    chunks, ranks = built(model, ParallelConfig(), "fp32")
     if megatron_checkpoint is None:
         load_hf_weights(chunks, model, hf_folder, ranks)
     else:

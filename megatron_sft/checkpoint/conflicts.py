@@ -22,7 +22,9 @@ SPELLINGS: Mapping[str, str] = {
 }
 """Flags that are not spelled as their field is; every other one is --field-name."""
 
-FREE = frozenset({"padded_vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings", "init_method_std", "core"})
+FREE = frozenset(
+    {"padded_vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings", "init_method_std", "core"}
+)
 """Fields that a run may choose for itself."""
 
 ARCHITECTURE = frozenset(
@@ -118,5 +120,8 @@ def _sparse_layers(frequency: Any, layers: range) -> list[bool]:
 def merged(flags: ModelConfig, explicit: frozenset[str], hf: ModelConfig) -> ModelConfig:
     """The model to build once conflicts() is empty: config.json's, with what a run may choose taken from the flags."""
     chosen = {name: getattr(flags, name) for name in (FREE - {"core"}) & explicit}
-    core = {**flags.core, **{name: value for name, value in hf.core.items() if name in ARCHITECTURE or name not in flags.core}}
+    core = {
+        **flags.core,
+        **{name: value for name, value in hf.core.items() if name in ARCHITECTURE or name not in flags.core},
+    }
     return dataclasses.replace(hf, **chosen, core=core)

@@ -11,7 +11,7 @@ Not here: config.json (hf_config.py), file formats (tensors.py), Megatron checkp
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_sft.checkpoint.conflicts import conflicts as conflicts
 from megatron_sft.checkpoint.hf_config import (
     family_of,
     hf_config_from_model,
@@ -41,10 +40,13 @@ from megatron_sft.checkpoint.tensors import (
 from megatron_sft.config import ModelConfig
 from megatron_sft.core_compat import device
 from megatron_sft.errors import CheckpointError
+from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TIED = "output_layer.weight"
+OPEN_BYTES = 2**28
+"""Read from one opening of a file."""
 
 
 class Held(NamedTuple):
@@ -86,7 +88,7 @@ def _global_name(module: Any, name: str, model: ModelConfig, ranks: Ranks) -> tu
     pattern = name
     if match:
         layer = module.decoder.layers[int(match[1])].layer_number - 1
-        pattern = f"decoder.layers.{{layer}}.{name[match.end():]}"
+        pattern = f"decoder.layers.{{layer}}.{name[match.end() :]}"
     match = re.search(r"\.local_experts\.(\d+)\.", pattern)
     if match:
         expert = ranks.ep_rank * (int(model.core["num_moe_experts"]) // ranks.ep_size) + int(match[1])
@@ -142,9 +144,7 @@ def load_hf_weights(chunks: list[nn.Module], model: ModelConfig, folder: str | P
     Raises:
         CheckpointError: missing or extra tensors, wrong shapes, damaged files; before anything is copied.
     """
-    family = family_of(read_hf_config(folder))
-    stored = stored_tensors(folder)
-    held = list(_held(chunks, model, family, ranks))
+    family, stored, held = _agreed(lambda: _prepare(chunks, model, folder, ranks))
     _check_names(held, stored, model, family, Path(folder))
     by_file: dict[Path, list[Held]] = {}
     for item in held:
@@ -152,14 +152,52 @@ def load_hf_weights(chunks: list[nn.Module], model: ModelConfig, folder: str | P
             by_file.setdefault(file, []).append(item)
     with torch.no_grad():
         for path in sorted(by_file):
-            with open_file(path) as file:
-                for item in by_file[path]:
-                    here = {
-                        number: file.get_tensor(source)
-                        for number, source in enumerate(item.sources)
-                        if stored[source].file == path
-                    }
-                    read_shard(item.placement, item.local, here)
+            for batch in _batches(by_file[path]):
+                _read_batch(path, batch, stored)
+
+
+def _batches(items: Sequence[Held]) -> Iterator[list[Held]]:
+    """Items in groups of about OPEN_BYTES: pages of a mapped file count as this process's memory until it is closed."""
+    batch: list[Held] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += item.local.nbytes
+        if size > OPEN_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _read_batch(path: Path, items: Sequence[Held], stored: Mapping[str, StoredTensor]) -> None:
+    with open_file(path) as file:
+        for item in items:
+            here = {
+                number: file.get_tensor(stored[source].name)
+                for number, source in enumerate(item.sources)
+                if stored[source].file == path
+            }
+            read_shard(item.placement, item.local, here)
+
+
+def _prepare(
+    chunks: list[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks
+) -> tuple[Family, dict[str, StoredTensor], list[Held]]:
+    family = family_of(read_hf_config(folder))
+    return family, stored_tensors(folder), list(_held(chunks, model, family, ranks))
+
+
+def _agreed(action: Callable[[], Any]) -> Any:
+    """Runs it on every rank; a CheckpointError of one is raised on all, so that nobody waits for a rank that left."""
+    result = message = None
+    try:
+        result = action()
+    except CheckpointError as error:
+        message = str(error)
+    for found in _gather_objects(message):
+        if found:
+            raise CheckpointError(found)
+    return result
 
 
 def _check_names(
@@ -174,6 +212,10 @@ def _check_names(
         ignored.add(family.tensors[TIED][1])
     missing = sorted(wanted.keys() - stored.keys())
     extra = sorted(name for name in stored.keys() - wanted.keys() if not name.endswith(tuple(ignored)))
+    predicting = [name for name in extra if _layer(name) >= model.num_layers]
+    if predicting:
+        logger.info("left out: %d tensors of multi-token prediction (layer %d)", len(predicting), model.num_layers)
+        extra = sorted(set(extra) - set(predicting))
     faults = []
     if missing:
         faults.append(f"{len(missing)} tensors missing (first: {', '.join(missing[:3])})")
@@ -188,6 +230,12 @@ def _check_names(
             f"{folder}: {'; '.join(shown)}; expected exactly the tensors that config.json describes. "
             "Check that config.json and the weights belong together, or download the folder again."
         )
+
+
+def _layer(name: str) -> int:
+    """Layer number in an HF name; -1 without one."""
+    match = re.search(r"layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
 
 
 def _gather_objects(value: Any) -> list[Any]:
@@ -239,7 +287,7 @@ def save_hf(
     Raises:
         CheckpointError: on every rank when the folder cannot be written.
     """
-    config, source = _config_like(model, source_folder)
+    config, source = _agreed(lambda: _config_like(model, source_folder))
     held, everyone = _offered(chunks, model, family_of(config), ranks)
     if ranks.rank != 0:
         _send(everyone, held, ranks)
@@ -268,11 +316,13 @@ def exported_tensors(
     yield from _assembled(_shards(plan, held), plan, _announced(plan, stored, None))
 
 
-def _offered(chunks: list[nn.Module], model: ModelConfig, family: Family, ranks: Ranks) -> tuple[Shards, list[list[_Offer]]]:
+def _offered(
+    chunks: list[nn.Module], model: ModelConfig, family: Family, ranks: Ranks
+) -> tuple[Shards, list[list[_Offer]]]:
     """This rank's shards, and what every rank offers."""
     held = {
         (item.name, item.part): item
-        for item in _held(chunks, model, family, ranks)
+        for item in _agreed(lambda: list(_held(chunks, model, family, ranks)))
         if not (item.name == TIED and model.share_embeddings_and_output_weights)
     }
     offers = [

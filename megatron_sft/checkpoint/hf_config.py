@@ -1,22 +1,20 @@
 """config.json <-> ModelConfig, and the contradictions between flags and a config.json. No weights here.
 
 A family's keys stand in names.py. What one key alone does not say (windows, MoE routing) is a pair of functions
-in DERIVED: from config.json's keys to fields, and back.
+in derived.py: from config.json's keys to fields, and back.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_sft.checkpoint.conflicts import ARCHITECTURE
+from megatron_sft.checkpoint.derived import DERIVED, Fields, Keys
 from megatron_sft.checkpoint.names import CONFIG, DEFAULTS, FAMILIES, OTHER_SPELLINGS, Family
 from megatron_sft.config import ModelConfig
 from megatron_sft.errors import CheckpointError
-
-Keys = Mapping[str, Any]
-Fields = dict[str, Any]
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
@@ -25,6 +23,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "relu2": "squared_relu",
+    "quick_gelu": "quick_gelu",
 }
 """config.json's name -> ours; the first of several names for one thing is the one that is written."""
 
@@ -82,6 +81,7 @@ def check_not_quantised(hf: Keys) -> None:
 def _rope(keys: Keys, family: Family) -> Fields:
     """RoPE base, share and scaling from transformers 5's rope_parameters or the older separate keys."""
     parameters = dict(keys.get("rope_parameters") or {})
+    parameters = dict(parameters.get("full_attention", parameters))
     scaling = dict(keys.get("rope_scaling") or parameters)
     fallback = {**DEFAULTS, **family.defaults}
     theta = keys.get("rope_theta") or parameters.get("rope_theta") or fallback["rope_theta"]
@@ -108,69 +108,6 @@ def _rope_keys(model: ModelConfig) -> Fields:
     if model.rotary_percent != 1.0:
         keys["partial_rotary_factor"] = parameters["partial_rotary_factor"] = model.rotary_percent
     return keys
-
-
-def _window_everywhere(keys: Keys) -> Fields:
-    return {"window_size": keys.get("sliding_window")}
-
-
-def _window_everywhere_keys(model: ModelConfig) -> Fields:
-    return {"sliding_window": model.window_size}
-
-
-def _window_qwen(keys: Keys) -> Fields:
-    """use_sliding_window switches it on, from layer max_window_layers upwards unless layer_types says otherwise."""
-    window = keys.get("sliding_window") if keys.get("use_sliding_window") else None
-    first = keys.get("max_window_layers", 0)
-    layers = _window_layers(keys, lambda layer: layer >= first)
-    return {"window_size": window, "window_layers": layers} if window and any(layers) else {}
-
-
-def _window_qwen_keys(model: ModelConfig) -> Fields:
-    if not model.window_size:
-        return {"use_sliding_window": False}
-    return {"use_sliding_window": True, "sliding_window": model.window_size, "layer_types": _layer_types(model)}
-
-
-def _window_layers(keys: Keys, default: Callable[[int], bool]) -> tuple[bool, ...]:
-    if keys.get("layer_types"):
-        return tuple(kind == "sliding_attention" for kind in keys["layer_types"])
-    return tuple(default(layer) for layer in range(keys["num_hidden_layers"]))
-
-
-def _layer_types(model: ModelConfig) -> list[str]:
-    layers = model.window_layers or (bool(model.window_size),) * model.num_layers
-    return ["sliding_attention" if windowed else "full_attention" for windowed in layers]
-
-
-def _moe_softmax(keys: Keys) -> Fields:
-    """Softmax over all experts, then the top k, renormalised if norm_topk_prob: the same as softmax over the k."""
-    return {"core.moe_router_pre_softmax": not keys.get("norm_topk_prob", False)}
-
-
-def _moe_softmax_keys(model: ModelConfig) -> Fields:
-    return {"norm_topk_prob": not model.core["moe_router_pre_softmax"]}
-
-
-def _moe_sparse_step(keys: Keys) -> Fields:
-    """Layers without experts: mlp_only_layers, and those that decoder_sparse_step jumps over (Qwen)."""
-    step, dense = keys.get("decoder_sparse_step", 1), set(keys.get("mlp_only_layers") or ())
-    layers = range(keys["num_hidden_layers"])
-    return {"core.moe_layer_freq": [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]}
-
-
-def _moe_sparse_step_keys(model: ModelConfig) -> Fields:
-    dense = [layer for layer, sparse in enumerate(model.core["moe_layer_freq"]) if not sparse]
-    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-
-
-DERIVED: Mapping[str, tuple[Callable[[Keys], Fields], Callable[[ModelConfig], Fields]]] = {
-    "window_everywhere": (_window_everywhere, _window_everywhere_keys),
-    "window_qwen": (_window_qwen, _window_qwen_keys),
-    "moe_softmax": (_moe_softmax, _moe_softmax_keys),
-    "moe_softmax_renormalised": (lambda keys: {"core.moe_router_pre_softmax": False}, lambda model: {}),
-    "moe_sparse_step": (_moe_sparse_step, _moe_sparse_step_keys),
-}
 
 
 def model_config_from_hf(hf: Keys, trust_remote_code: bool = False) -> ModelConfig:
@@ -200,7 +137,9 @@ def model_config_from_hf(hf: Keys, trust_remote_code: bool = False) -> ModelConf
         )
     fields.update(_rope(keys, family))
     for name in family.derived:
-        fields.update(DERIVED[name][0](keys))
+        fields.update(
+            DERIVED[name][0]({**fallback, **{key: value for key, value in keys.items() if value is not None}})
+        )
     return _model_config(fields)
 
 
@@ -231,6 +170,7 @@ def hf_config_from_model(model: ModelConfig, like: Keys | None) -> dict[str, Any
     """
     if like is not None:
         keys = dict(text_config(like))
+        keys.setdefault("architectures", [family_of(like).architecture])
         fresh = _write_keys(model, str(keys["model_type"]))
         before = _write_keys(model_config_from_hf(like), str(keys["model_type"]))
         both = {"rope_theta", "rope_scaling", "rope_parameters", *OTHER_SPELLINGS} - keys.keys()

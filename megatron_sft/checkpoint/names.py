@@ -37,8 +37,6 @@ class Family:
     """Keys that must have this value if they are there: the other values are not supported."""
     derived: tuple[str, ...] = ()
     """Names of hf_config.DERIVED, for what one key alone does not say."""
-    text_prefix: str = ""
-    """What stands before every name when the text model is part of a multimodal checkpoint."""
 
 
 CONFIG: Mapping[str, str] = {
@@ -66,7 +64,7 @@ DEFAULTS: Mapping[str, Any] = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
 }
-OTHER_SPELLINGS: Mapping[str, str] = {"num_experts": "num_local_experts"}
+OTHER_SPELLINGS: Mapping[str, str] = {"num_experts": "num_local_experts", "n_routed_experts": "num_local_experts"}
 """Keys that transformers 5 writes under another name than transformers 4 reads; the first is written, both are read."""
 
 NO_BIASES: Mapping[str, Any] = {"attention_bias": False, "mlp_bias": False}
@@ -125,6 +123,83 @@ DENSE: Tensors = {**EMBEDDINGS, **NORMS, **QKV, **MLP}
 MOE_CONFIG: Mapping[str, str] = {"core.moe_router_topk": "num_experts_per_tok"}
 MOE_ROUTER: Tensors = {LAYER + "mlp.router.weight": ("whole", HF_LAYER + "mlp.gate.weight")}
 MOE_EXPERTS = gated_mlp(EXPERT, HF_LAYER + "mlp.experts.{expert}.")
+
+MOE_SHARED = gated_mlp(LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_experts.")
+
+POST_NORMS: Tensors = {
+    ATTENTION + "linear_proj.post_layernorm.weight": ("whole", HF_LAYER + "post_attention_layernorm.weight"),
+    LAYER + "mlp.linear_fc2.post_layernorm.weight": ("whole", HF_LAYER + "post_feedforward_layernorm.weight"),
+}
+GEMMA: Tensors = {
+    **EMBEDDINGS,
+    **QKV,
+    **MLP,
+    **POST_NORMS,
+    LAYER + "input_layernorm.weight": ("whole", HF_LAYER + "input_layernorm.weight"),
+    LAYER + "pre_mlp_layernorm.weight": ("whole", HF_LAYER + "pre_feedforward_layernorm.weight"),
+}
+GEMMA_CONFIG: Mapping[str, str] = {
+    "activation": "hidden_activation",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+GEMMA_DEFAULTS: Mapping[str, Any] = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
+GEMMA_FIXED: Mapping[str, Any] = {"norm_zero_centered": True, "norm_placement": "pre_post"}
+
+MLA: Tensors = {
+    ATTENTION + "linear_q_proj.weight": ("row", HF_ATTENTION + "q_proj.weight"),
+    ATTENTION + "linear_q_down_proj.weight": ("row", HF_ATTENTION + "q_a_proj.weight"),
+    ATTENTION + "q_layernorm.weight": ("whole", HF_ATTENTION + "q_a_layernorm.weight"),
+    ATTENTION + "linear_q_up_proj.weight": ("row", HF_ATTENTION + "q_b_proj.weight"),
+    ATTENTION + "linear_kv_down_proj.weight": ("row", HF_ATTENTION + "kv_a_proj_with_mqa.weight"),
+    ATTENTION + "kv_layernorm.weight": ("whole", HF_ATTENTION + "kv_a_layernorm.weight"),
+    ATTENTION + "linear_kv_up_proj.weight": ("row", HF_ATTENTION + "kv_b_proj.weight"),
+    ATTENTION + "linear_proj.weight": ("column", HF_ATTENTION + "o_proj.weight"),
+}
+DEEPSEEK_CONFIG: Mapping[str, str] = {
+    **MOE_CONFIG,
+    "core.num_moe_experts": "n_routed_experts",
+    "core.moe_ffn_hidden_size": "moe_intermediate_size",
+    "core.moe_router_topk_scaling_factor": "routed_scaling_factor",
+    "core.moe_router_num_groups": "n_group",
+    "core.moe_router_group_topk": "topk_group",
+    "core.q_lora_rank": "q_lora_rank",
+    "core.kv_lora_rank": "kv_lora_rank",
+    "core.qk_head_dim": "qk_nope_head_dim",
+    "core.qk_pos_emb_head_dim": "qk_rope_head_dim",
+    "core.v_head_dim": "v_head_dim",
+}
+DEEPSEEK_FIXED: Mapping[str, Any] = {
+    "qk_layernorm": True,
+    "core.multi_latent_attention": True,
+    "core.moe_router_pre_softmax": True,
+}
+DEEPSEEK: Tensors = {**EMBEDDINGS, **NORMS, **MLA, **MLP, **MOE_ROUTER, **MOE_EXPERTS, **MOE_SHARED}
+DEEPSEEK_DEFAULTS: Mapping[str, Any] = {"q_lora_rank": None, "n_group": None, "topk_group": None}
+DEEPSEEK_V3 = Family(
+    architecture="DeepseekV3ForCausalLM",
+    tensors={
+        **DEEPSEEK,
+        LAYER + "mlp.router.expert_bias": ("whole", HF_LAYER + "mlp.gate.e_score_correction_bias"),
+    },
+    config=DEEPSEEK_CONFIG,
+    fixed={
+        **DEEPSEEK_FIXED,
+        "core.moe_router_score_function": "sigmoid",
+        "core.moe_router_enable_expert_bias": True,
+    },
+    defaults={**DEEPSEEK_DEFAULTS, "routed_scaling_factor": 2.5},
+    required={"attention_bias": False, "norm_topk_prob": True, "rope_interleave": True},
+    derived=("moe_first_dense", "moe_shared", "mla"),
+)
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
@@ -189,8 +264,141 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"rms_norm_eps": 1e-5, "router_aux_loss_coef": 0.001, "rope_theta": 1e6},
         derived=("window_everywhere", "moe_softmax_renormalised"),
     ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        tensors=GEMMA,
+        config=GEMMA_CONFIG,
+        fixed=GEMMA_FIXED,
+        defaults={**GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        required=NO_BIASES,
+        derived=("window_even", "gemma_scales"),
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        tensors={**GEMMA, **QK_NORM},
+        config=GEMMA_CONFIG,
+        fixed={**GEMMA_FIXED, "qk_layernorm": True},
+        defaults={
+            **GEMMA_DEFAULTS,
+            "rope_theta": 1e6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+        },
+        required={**NO_BIASES, "use_bidirectional_attention": False},
+        derived=("window_gemma3", "gemma_scales"),
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        tensors={
+            **EMBEDDINGS,
+            **QKV,
+            **MLP,
+            **POST_NORMS,
+            ATTENTION + "q_layernorm.weight": ("row", HF_ATTENTION + "q_norm.weight"),
+            ATTENTION + "k_layernorm.weight": ("row", HF_ATTENTION + "k_norm.weight"),
+        },
+        fixed={"norm_placement": "post", "qk_layernorm": True, "qk_layernorm_full": True},
+        defaults={"rms_norm_eps": 1e-5},
+        required=NO_BIASES,
+    ),
+    "nemotron": Family(
+        architecture="NemotronForCausalLM",
+        tensors={
+            **EMBEDDINGS,
+            **NORMS,
+            **QKV,
+            "decoder.final_layernorm.bias": ("whole", "model.norm.bias"),
+            LAYER + "input_layernorm.bias": ("whole", HF_LAYER + "input_layernorm.bias"),
+            LAYER + "pre_mlp_layernorm.bias": ("whole", HF_LAYER + "post_attention_layernorm.bias"),
+            LAYER + "mlp.linear_fc1.weight": ("row", HF_LAYER + "mlp.up_proj.weight"),
+            LAYER + "mlp.linear_fc2.weight": ("column", HF_LAYER + "mlp.down_proj.weight"),
+        },
+        config={"norm_epsilon": "norm_eps"},
+        fixed={"normalization": "LayerNorm", "norm_zero_centered": True, "gated_mlp": False},
+        defaults={"hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "initializer_range": 0.0134},
+        required=NO_BIASES,
+    ),
+    "deepseek_v2": Family(
+        architecture="DeepseekV2ForCausalLM",
+        tensors=DEEPSEEK,
+        config=DEEPSEEK_CONFIG,
+        fixed={**DEEPSEEK_FIXED, "core.moe_router_score_function": "softmax"},
+        defaults={**DEEPSEEK_DEFAULTS, "routed_scaling_factor": 1.0},
+        required={**NO_BIASES, "norm_topk_prob": False},
+        derived=("moe_first_dense", "moe_shared", "mla"),
+    ),
+    "deepseek_v3": DEEPSEEK_V3,
+    "kimi_k2": DEEPSEEK_V3,
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        tensors={
+            **EMBEDDINGS,
+            **NORMS,
+            **QKV,
+            **QKV_BIAS,
+            ATTENTION + "linear_proj.bias": ("whole", HF_ATTENTION + "o_proj.bias"),
+            ATTENTION + "core_attention.softmax_offset": ("row", HF_ATTENTION + "sinks"),
+            LAYER + "mlp.router.weight": ("whole", HF_LAYER + "mlp.router.weight"),
+            LAYER + "mlp.router.bias": ("whole", HF_LAYER + "mlp.router.bias"),
+            EXPERT + "linear_fc1.weight": ("experts_interleaved", HF_LAYER + "mlp.experts.gate_up_proj"),
+            EXPERT + "linear_fc1.bias": ("experts_interleaved", HF_LAYER + "mlp.experts.gate_up_proj_bias"),
+            EXPERT + "linear_fc2.weight": ("experts_down", HF_LAYER + "mlp.experts.down_proj"),
+            EXPERT + "linear_fc2.bias": ("experts_whole", HF_LAYER + "mlp.experts.down_proj_bias"),
+        },
+        config={
+            **MOE_CONFIG,
+            "core.num_moe_experts": "num_local_experts",
+            "core.moe_ffn_hidden_size": "intermediate_size",
+            "core.activation_func_clamp_value": "swiglu_limit",
+        },
+        fixed={
+            "add_bias_linear": True,
+            "position_embedding_type": "yarn",
+            "core.softmax_type": "learnable",
+            "core.glu_linear_offset": 1.0,
+            "core.moe_router_pre_softmax": False,
+        },
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 150000.0, "swiglu_limit": 7.0, "head_dim": 64},
+        required={"attention_bias": True, "swiglu_alpha": 1.702},
+        derived=("window_even", "quick_gelu"),
+    ),
+    "llama4_text": Family(
+        architecture="Llama4ForCausalLM",
+        tensors={
+            **EMBEDDINGS,
+            **NORMS,
+            **QKV,
+            **gated_mlp(LAYER + "mlp.", HF_LAYER + "feed_forward."),
+            **gated_mlp(LAYER + "mlp.shared_experts.", HF_LAYER + "feed_forward.shared_expert."),
+            LAYER + "mlp.router.weight": ("whole", HF_LAYER + "feed_forward.router.weight"),
+            EXPERT + "linear_fc1.weight": ("experts_gated", HF_LAYER + "feed_forward.experts.gate_up_proj"),
+            EXPERT + "linear_fc2.weight": ("experts_down", HF_LAYER + "feed_forward.experts.down_proj"),
+        },
+        config={
+            **MOE_CONFIG,
+            "ffn_hidden_size": "intermediate_size_mlp",
+            "attention_chunk_size": "attention_chunk_size",
+            "core.num_moe_experts": "num_local_experts",
+            "core.moe_ffn_hidden_size": "intermediate_size",
+            "core.moe_shared_expert_intermediate_size": "intermediate_size",
+            "core.qk_l2_norm": "use_qk_norm",
+        },
+        fixed={
+            "core.rotary_interleaved": True,
+            "core.moe_router_score_function": "sigmoid",
+            "core.moe_apply_probs_on_input": True,
+        },
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "attention_chunk_size": 8192, "use_qk_norm": True},
+        required=NO_BIASES,
+        derived=("moe_interleaved", "no_rope"),
+    ),
 }
 """Every family that can be converted, by config.json's `model_type`."""
+
+TEXT_PREFIX = "language_model."
+"""Stands before the names of the text model in a multimodal checkpoint, whose other tensors are left out."""
 
 WEIGHTLESS = (
     "rotary_emb.inv_freq",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_sft.checkpoint.names import TEXT_PREFIX
 from megatron_sft.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -30,6 +31,8 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.
 class StoredTensor:
     """Where a tensor lies, and its shape and dtype as the file's header gives them."""
 
+    name: str
+    """In the file; names.TEXT_PREFIX is cut off elsewhere."""
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -100,7 +103,7 @@ def open_file(path: Path) -> Iterator[Any]:
 
 
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder by name. Reads headers only.
+    """Every tensor of the folder by name; of a multimodal checkpoint, the text model's. Reads headers only.
 
     Raises:
         CheckpointError: no weights, damaged files, an index that does not agree with its files or leads elsewhere,
@@ -125,8 +128,9 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
                         f"{path}: {name} {fault}; expected one tensor of {', '.join(DTYPES)}. Save the model again "
                         "with transformers, unquantised."
                     )
-                found[name] = StoredTensor(path, tuple(view.get_shape()), dtype)
-    return found
+                found[name] = StoredTensor(name, path, tuple(view.get_shape()), dtype)
+    text = {name.removeprefix(TEXT_PREFIX): value for name, value in found.items() if name.startswith(TEXT_PREFIX)}
+    return text or found
 
 
 class TensorWriter:

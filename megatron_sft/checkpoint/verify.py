@@ -84,7 +84,9 @@ def _reference(folder: Path, tokens: torch.Tensor, num_layers: int | None) -> tu
     if num_layers is not None:
         config.get_text_config().num_hidden_layers = num_layers
     with _quiet_transformers():
-        model = kind.from_pretrained(str(folder), config=config, dtype=torch.float32, attn_implementation="eager").eval()
+        model = kind.from_pretrained(
+            str(folder), config=config, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
     body = model.model if num_layers is None else model
     outputs: dict[str, torch.Tensor] = {}
 
@@ -131,7 +133,9 @@ def _probe_tokens(model: ModelConfig, length: int = 48) -> torch.Tensor:
     return torch.randint(min(model.vocab_size, 2**31), (1, length), generator=generator).to(device())
 
 
-def first_difference(chunk: nn.Module, folder: str | Path, tokens: torch.Tensor | None = None) -> tuple[str | None, float]:
+def first_difference(
+    chunk: nn.Module, folder: str | Path, tokens: torch.Tensor | None = None
+) -> tuple[str | None, float]:
     """Runs the whole model on one process beside transformers.
 
     Args:
@@ -230,7 +234,7 @@ def changed_tensors(
     stored, changed = stored_tensors(folder), []
     for name, tensor in exported_tensors(chunks, model, folder, ranks):
         with open_file(stored[name].file) as file:
-            theirs = file.get_tensor(name)
+            theirs = file.get_tensor(stored[name].name)
             if not torch.equal(tensor, theirs):
                 changed.append((name, checksum(tensor), checksum(theirs)))
     return changed

@@ -63,13 +63,22 @@ def test_head_size_and_groups_have_defaults():
 def test_all_conflicts_at_once_with_flag_spellings():
     hf = model_config_from_hf(LLAMA_3_2)
     flags = dataclasses.replace(
-        hf, norm_epsilon=1e-6, rotary_base=10000.0, rope_scaling={"factor": 8.0}, qk_layernorm=True, kv_channels=128,
+        hf,
+        norm_epsilon=1e-6,
+        rotary_base=10000.0,
+        rope_scaling={"factor": 8.0},
+        qk_layernorm=True,
+        kv_channels=128,
         max_position_embeddings=4096,
     )
     explicit = frozenset(field.name for field in dataclasses.fields(hf))
     found = conflicts(flags, explicit, hf)
     assert [sentence.split(":")[0] for sentence in found] == [
-        "--kv-channels", "--norm-epsilon", "--qk-layernorm", "--rotary-base", "--use-rope-scaling",
+        "--kv-channels",
+        "--norm-epsilon",
+        "--qk-layernorm",
+        "--rotary-base",
+        "--use-rope-scaling",
     ]
     assert found[1] == (
         "--norm-epsilon: the flags say norm_epsilon = 1e-06, config.json says 1e-05. Leave the flag out or correct it."

@@ -1,0 +1,39 @@
+"""Every family's table covers what transformers stores, and its config.json survives both ways."""
+
+import re
+
+import pytest
+
+from megatron_sft.checkpoint.derived import DERIVED
+from megatron_sft.checkpoint.hf_config import hf_config_from_model, model_config_from_hf, read_hf_config
+from megatron_sft.checkpoint.layout import LAYOUTS
+from megatron_sft.checkpoint.names import FAMILIES
+from megatron_sft.checkpoint.tensors import stored_tensors
+from tests.unit.checkpoint.tiny_models import KEYS, tiny_folder
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_table_covers_every_stored_tensor(name, tmp_path):
+    tiny_folder(name, tmp_path)
+    family = FAMILIES[KEYS[name]["model_type"]]
+    known = {source for rule in family.tensors.values() for source in rule[1:]}
+    stored = {
+        re.sub(r"experts\.\d+\.", "experts.{expert}.", re.sub(r"layers\.\d+\.", "layers.{layer}.", name))
+        for name in stored_tensors(tmp_path)
+    }
+    assert stored - known == set()
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_config_survives_both_ways(name, tmp_path):
+    tiny_folder(name, tmp_path)
+    hf = read_hf_config(tmp_path)
+    model = model_config_from_hf(hf)
+    assert model_config_from_hf(hf_config_from_model(model, None)) == model
+    assert model_config_from_hf(hf_config_from_model(model, hf)) == model
+
+
+def test_tables_name_existing_layouts_and_functions():
+    for family in FAMILIES.values():
+        assert {rule[0] for rule in family.tensors.values()} <= LAYOUTS.keys()
+        assert set(family.derived) <= DERIVED.keys()
