@@ -345,6 +345,8 @@ def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks
     if getattr(args, "no_save_optim", False):
         optimizer = None
     wanted = state_dicts.sharded_state(chunks, optimizer, None, content, is_loading=True)
+    if optimizer is not None:
+        common["optimizer"] = state_dicts.optimizer_settings(wanted["optimizer"], common.get("optimizer"))
     rng = state_dicts.rng_state(ranks)
     if load_rng and rng.unique_key in torch_dist.sharded_keys(metadata):
         wanted[state_dicts.RNG_KEY] = rng

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
 
@@ -61,6 +61,43 @@ def sharded_state(
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
     return state
+
+
+def optimizer_settings(wanted: Any, saved: Any) -> Any:
+    """The part of an optimizer's state dict that is not sharded, for this layout, with the checkpoint's step count.
+
+    Parameter groups differ between layouts (expert parallelism makes groups of its own) and their values are this run's
+    flags; all that a checkpoint says of them is how many steps were taken, the same number for all.
+
+    Args:
+        wanted: optimizer part of sharded_state(is_loading=True).
+        saved: optimizer part of the checkpoint's common state.
+    """
+    steps = _values(saved, "step") + _values(saved, "common_step")
+    settings = _not_sharded(wanted)
+    for groups in _values(settings, "param_groups"):
+        for group in groups:
+            if steps:
+                group["step"] = int(max(steps))
+    return settings
+
+
+def _values(tree: Any, name: str) -> list[Any]:
+    """Every value under a key of this name, at any depth."""
+    if isinstance(tree, dict):
+        return [v for key, value in tree.items() for v in ([value] if key == name else _values(value, name))]
+    return [v for value in tree for v in _values(value, name)] if isinstance(tree, list) else []
+
+
+def _not_sharded(tree: Any) -> Any:
+    """A copy without sharded and local leaves, and without what only held such leaves; None when nothing is left."""
+    if isinstance(tree, dict):
+        kept = {key: _not_sharded(value) for key, value in tree.items()}
+        return {key: value for key, value in kept.items() if value is not None} or None
+    if isinstance(tree, list):
+        items = [_not_sharded(value) for value in tree]
+        return items if any(item is not None for item in items) else None
+    return None if isinstance(tree, (ShardedBase, LocalNonpersistentObject)) else tree
 
 
 def rng_state(ranks: Ranks) -> ShardedObject:
