@@ -1,16 +1,22 @@
 """Core attention over packed documents, in place of megatron-core's, which packs only with TransformerEngine.
 
-CUDA: torch's varlen flash attention. CPU: one scaled_dot_product_attention a document. Never an S x S mask.
-Context parallelism: all-to-all over heads (cp_comm_type a2a) or all-gather of keys and values (allgather).
+1. context parallelism brings whole documents together (context.py);
+2. CUDA: torch's varlen flash attention; elsewhere, and for sinks and soft caps: one document at a time, in blocks of
+   queries where a mask is needed. Never an S x S mask.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_sft.config import ModelConfig
+from megatron_sft.model.cache import CachedSeqParams, decode_attention
+from megatron_sft.model.context import Span, gather_keys, heads_to_tokens, spans_of, tokens_to_heads
+
+QUERY_BLOCK = 512
+"""Queries that share a mask of [QUERY_BLOCK, keys]."""
 
 
 def packed_seq_params(cu_seqlens: torch.Tensor, max_seqlen: int) -> PackedSeqParams:
@@ -29,20 +35,10 @@ def packed_seq_params(cu_seqlens: torch.Tensor, max_seqlen: int) -> PackedSeqPar
     )
 
 
-@dataclass
-class CachedSeqParams(PackedSeqParams):
-    """A row of documents whose earlier tokens are in a cache: for generation.
-
-    Prefill: cu_seqlens_q are the prompts, `lengths` zeros. Decode: each document has one new token.
-    """
-
-    keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By layer number: [documents, capacity, groups, head_dim]; the layer makes it on first use."""
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)
-    """Tokens a document has in the cache before this row."""
-    capacity: int = 0
-    """Tokens a document can have in the cache."""
+def layer_window(model: ModelConfig, layer: int) -> int | None:
+    """Window in tokens of a layer (0 is the first), None where it sees everything before it."""
+    windowed = model.window_layers[layer] if model.window_layers else True
+    return model.window_size if windowed else None
 
 
 class PackedAttention(torch.nn.Module):
@@ -51,13 +47,14 @@ class PackedAttention(torch.nn.Module):
     The interface is megatron-core's core_attention (megatron/core/transformer/attention.py:CoreAttention).
 
     Args:
-        config: the TransformerConfig.
-        layer_number: 1 for the first layer.
+        config: the TransformerConfig that build.transformer_config made.
+        layer_number: 1 for the first layer of the whole model.
         attn_mask_type: causal in every spec of ours.
         attention_type: self attention in every spec of ours.
         softmax_scale: None: 1 / sqrt(head_dim).
-        cp_comm_type: a2a or allgather.
-        pg_collection: has the context-parallel group as `cp`.
+        cp_comm_type: not used; build_model sets it for the whole model.
+        pg_collection: has the groups `cp` and `tp`.
+        unused: k_channels and v_channels, which latent attention gives.
     """
 
     def __init__(
@@ -69,10 +66,29 @@ class PackedAttention(torch.nn.Module):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        **unused: Any,
     ):
         super().__init__()
+        model: ModelConfig = config.sft_model
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
+        self.window = layer_window(model, layer_number - 1)
+        skips_rope = bool(config.no_rope_freq and config.no_rope_freq[layer_number - 1])
+        self.chunk = None if skips_rope else model.attention_chunk_size
+        self.softcap = model.attn_logit_softcapping
+        self.cp_group, self.cp_comm_type = pg_collection.cp, config.sft_cp_comm_type
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // pg_collection.tp.size()
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """megatron-core's description of the sinks, cut over heads (as in its extensions/transformer_engine.py)."""
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {"softmax_offset": 0}, sharded_offsets
+        )
 
     def forward(
         self,
@@ -90,15 +106,139 @@ class PackedAttention(torch.nn.Module):
             query: [tokens, heads, head_dim].
             key: [tokens, groups, head_dim].
             value: [tokens, groups, head_dim].
-            packed_seq_params: where documents begin.
+            packed_seq_params: where documents begin, in the whole row over all context-parallel ranks.
 
         Returns:
             [tokens, heads * head_dim].
         """
         assert packed_seq_params is not None, "PackedAttention needs packed_seq_params"
-        offsets = packed_seq_params.cu_seqlens_q.tolist()
-        parts = []
-        for first, last in zip(offsets[:-1], offsets[1:], strict=True):
-            q, k, v = (x[first:last].transpose(0, 1) for x in (query, key, value))
-            parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=self.softmax_scale).transpose(0, 1))
-        return torch.cat(parts).reshape(query.shape[0], -1)
+        if isinstance(packed_seq_params, CachedSeqParams):
+            if packed_seq_params.decodes:
+                self._require_plain_decode()
+                return decode_attention(
+                    query, key, value, packed_seq_params, self.layer_number, self.softmax_scale, self.window
+                )
+            packed_seq_params.store(self.layer_number, key, value)
+        sinks, cp_size = self.softmax_offset, self.cp_group.size()
+        if cp_size == 1:
+            return self._attend(query, key, value, packed_seq_params, sinks).flatten(1)
+        if self.cp_comm_type == "a2a":
+            query, key, value = (tokens_to_heads(x, self.cp_group) for x in (query, key, value))
+            if sinks is not None:
+                sinks = sinks.chunk(cp_size)[self.cp_group.rank()]
+            output = self._attend(query, key, value, packed_seq_params, sinks)
+            return heads_to_tokens(output, self.cp_group).flatten(1)
+        first = self.cp_group.rank() * query.shape[0]
+        key, value = gather_keys(key, value, self.cp_group)
+        spans = spans_of(packed_seq_params.cu_seqlens_q.tolist(), self.chunk, first, first + query.shape[0])
+        return self._by_span(query, key, value, spans, sinks).flatten(1)
+
+    def _require_plain_decode(self) -> None:
+        assert self.softcap is None and self.softmax_offset is None and self.chunk is None, (
+            "the KV cache's decode step has no soft cap, sinks or chunks: generate without a cache for this family"
+        )
+
+    def _attend(self, query: Any, key: Any, value: Any, packed: PackedSeqParams, sinks: Any) -> torch.Tensor:
+        """Whole documents -> [tokens, heads, head_dim]."""
+        plain = sinks is None and self.softcap is None and self.chunk is None
+        if query.is_cuda and plain and query.dtype != torch.float32 and query.shape[-1] == value.shape[-1]:
+            return self._flash(query, key, value, packed)
+        spans = spans_of(packed.cu_seqlens_q.tolist(), self.chunk, 0, query.shape[0])
+        return self._by_span(query, key, value, spans, sinks)
+
+    def _flash(self, query: Any, key: Any, value: Any, packed: PackedSeqParams) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(
+            query,
+            key,
+            value,
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_kv,
+            packed.max_seqlen_q,
+            packed.max_seqlen_kv,
+            scale=self.softmax_scale,
+            window_size=(-1 if self.window is None else self.window - 1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+    def _by_span(self, query: Any, key: Any, value: Any, spans: list[Span], sinks: Any) -> torch.Tensor:
+        """One document (or part of one) after another."""
+        queries = query.split([span.queries for span in spans])
+        whole = len(spans) > 0 and spans[0].first_key == 0 and sum(span.keys for span in spans) == key.shape[0]
+        if whole:  # split, not slices: one gradient tensor for all documents
+            sizes = [span.keys for span in spans]
+            pairs = list(zip(key.split(sizes), value.split(sizes), strict=True))
+        else:
+            pairs = [tuple(x[span.first_key : span.first_key + span.keys] for x in (key, value)) for span in spans]
+        parts = [
+            self._document(q, k, v, span.offset, sinks) for q, (k, v), span in zip(queries, pairs, spans, strict=True)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _document(self, query: Any, key: Any, value: Any, offset: int, sinks: Any) -> torch.Tensor:
+        """Queries at positions offset, offset + 1 ... over the keys of a document up to the last query."""
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # four dimensions: else SDPA is not fused
+        grouped, length = q.shape[1] != k.shape[1], query.shape[0]
+        special = sinks is not None or self.softcap is not None
+        if not special and offset == 0 and (self.window is None or self.window >= length):
+            output = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=grouped, scale=self.softmax_scale
+            )
+            return output[0].transpose(0, 1)
+        blocks = []
+        for first in range(0, length, QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, length)
+            low = max(0, offset + first - self.window + 1) if self.window else 0
+            seen = _seen(offset + first, offset + last, low, self.window, query.device)
+            args = (q[:, :, first:last], k[:, :, low : offset + last], v[:, :, low : offset + last], seen)
+            if special:
+                blocks.append(_capped_attention(*args, self.softmax_scale, self.softcap, sinks))
+            else:
+                blocks.append(
+                    F.scaled_dot_product_attention(
+                        *args[:3], attn_mask=seen, enable_gqa=grouped, scale=self.softmax_scale
+                    )
+                )
+        return torch.cat(blocks, dim=2)[0].transpose(0, 1)
+
+
+def _seen(first: int, last: int, low: int, window: int | None, where: torch.device) -> torch.Tensor:
+    """[last - first, last - low] bool: query positions first..last-1 over keys low..last-1."""
+    queries = torch.arange(first, last, device=where)[:, None]
+    keys = torch.arange(low, last, device=where)[None]
+    seen = keys <= queries
+    return seen & (keys > queries - window) if window else seen
+
+
+def _capped_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with a soft cap on the scores (arXiv 2408.00118) or a sink a head (arXiv 2309.17453), written out.
+
+    Args:
+        q: [1, heads, queries, head_dim].
+        k: [1, groups, keys, head_dim].
+        v: as k.
+        seen: [queries, keys] bool.
+        scale: None: 1 / sqrt(head_dim).
+        softcap: scores become softcap * tanh(score / softcap).
+        sinks: [heads], a score that takes its share of the softmax and adds nothing.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scores = (q @ k.transpose(2, 3)) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.float().masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=3)
+    shares = scores.softmax(dim=3)[..., : k.shape[2]].to(v.dtype)
+    return shares @ v

@@ -1,17 +1,31 @@
 """From ModelConfig to megatron-core's GPTModel with packed attention and a head that never holds full logits."""
 
+import dataclasses
+import difflib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_sft.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sft.core_compat import apply_gathered_rope, device
+from megatron_sft.errors import ConfigError
+from megatron_sft.model.attention import PackedAttention
+from megatron_sft.model.cache import CachedSeqParams
+from megatron_sft.model.layers import HeadsNorm
 from megatron_sft.model.loss import linear_cross_entropy
+from megatron_sft.model.rope import RotaryTable, rotate
 from megatron_sft.model.specs import block_spec
 from megatron_sft.parallel import Ranks
 
@@ -19,7 +33,8 @@ ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "squared_relu": lambda x: F.relu(x).square(),
+    "squared_relu": squared_relu,
+    "quick_gelu": quick_gelu,
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,19 +48,31 @@ class SFTModel(GPTModel):
 
     vocab_rows: int
     """Ids from here on are padding of the embedding table."""
+    rotary_table: RotaryTable | None
+    embedding_scale: float | None
+    final_softcap: float | None
 
     def _preprocess(self, input_ids: Any, position_ids: Any, *args: Any, **kwargs: Any) -> tuple:
-        """As GPTModel's, with the rotary table gathered by position: [T, 1, 1, head_dim]."""
-        prepared = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        table = prepared[1]
-        if table is None or position_ids is None:
-            return prepared
-        return (prepared[0], table.index_select(0, position_ids.flatten()), *prepared[2:])
+        """As GPTModel's, with the rotary table gathered by position: [T, kinds, 2, dim]."""
+        hidden, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if self.embedding_scale is not None and hidden is not None:  # rounded to the dtype, as transformers has it
+            hidden = hidden * torch.tensor(self.embedding_scale, dtype=hidden.dtype, device=hidden.device)
+        table = None
+        if self.rotary_table is not None:
+            longest = kwargs["packed_seq_params"].max_seqlen_kv
+            table = self.rotary_table.gather(position_ids, longest, self.config.params_dtype)
+        return (hidden, table, *rest)
 
     def _postprocess(self, hidden_states: Any, *args: Any, labels: Any = None, loss_mask: Any = None, **kwargs: Any) -> Any:
         """As GPTModel's without labels; with labels the head and the loss in one."""
+        packed = kwargs.get("packed_seq_params")
+        if self.post_process and isinstance(packed, CachedSeqParams):  # generation looks at last tokens only
+            hidden_states = hidden_states[packed.cu_seqlens_q[1:].long() - 1]
         if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
+            output = super()._postprocess(hidden_states, *args, labels=None, loss_mask=loss_mask, **kwargs)
+            if not self.post_process or self.final_softcap is None:
+                return output
+            return self.final_softcap * torch.tanh(output / self.final_softcap)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         if self.config.sequence_parallel:
@@ -55,7 +82,9 @@ class SFTModel(GPTModel):
         if loss_mask is None:
             loss_mask = torch.ones_like(labels, dtype=torch.float32)
         group = parallel_state.get_tensor_model_parallel_group()
-        loss = linear_cross_entropy(hidden_states[:, 0], weight, labels[0], loss_mask[0], self.vocab_rows, group)
+        loss = linear_cross_entropy(
+            hidden_states[:, 0], weight, labels[0], loss_mask[0], self.vocab_rows, group, self.final_softcap
+        )
         return loss[None]
 
 
@@ -109,7 +138,28 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
     )
-    return TransformerConfig(**{**fields, **model.core})
+    latent = bool(model.core.get("multi_latent_attention"))
+    if latent:
+        fields |= dict(rotary_base=model.rotary_base, rotary_percent=model.rotary_percent)
+    kind = MLATransformerConfig if latent else TransformerConfig
+    _require_known(model.core, kind)
+    config = kind(**{**fields, **model.core})
+    config.sft_model = model  # type: ignore[attr-defined] # what our modules need beyond megatron-core's fields
+    config.sft_cp_comm_type = parallel.cp_comm_type  # type: ignore[attr-defined]
+    return config
+
+
+def _require_known(core: Any, kind: type) -> None:
+    """Raises ConfigError for names in ModelConfig.core that megatron-core's configuration does not have."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    problems = []
+    for name in core:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {nearest[0]}?" if nearest else "Leave it out."
+            problems.append(f"model setting {name!r}: expected a field of megatron-core's {kind.__name__}. {hint}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, ranks: Ranks) -> list[SFTModel]:
@@ -118,29 +168,49 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
     Returns:
         One chunk, or one a virtual pipeline stage.
     """
-    apply_gathered_rope()
+    apply_gathered_rope(rotate)
     config = transformer_config(model, parallel, train)
     stages = parallel.virtual_pipeline_model_parallel_size
     return [_chunk(model, config, ranks, stage) for stage in (range(stages) if stages else [None])]
 
 
 def _chunk(model: ModelConfig, config: TransformerConfig, ranks: Ranks, vp_stage: int | None) -> SFTModel:
-    scaling = model.rope_scaling or {}
     chunk = SFTModel(
         config,
-        block_spec(config, vp_stage),
+        block_spec(model, config, vp_stage),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
-        rotary_percent=model.rotary_percent,
-        rotary_base=model.rotary_base,
-        rope_scaling=scaling.get("rope_type") == "llama3",
-        rope_scaling_factor=scaling.get("factor", 8.0),
+        position_embedding_type="none",  # the table is ours
         vp_stage=vp_stage,
     )
     chunk.vocab_rows = model.vocab_size
+    chunk.embedding_scale = model.embedding_scale
+    chunk.final_softcap = model.final_logit_softcapping
+    latent_dim = config.qk_pos_emb_head_dim if config.multi_latent_attention else None
+    chunk.rotary_table = RotaryTable(model, latent_dim) if model.position_embedding_type != "none" else None
+    _mark_tensor_parallel(chunk)
     return chunk.to(device())
+
+
+def _mark_tensor_parallel(chunk: SFTModel) -> None:
+    """Says which weights are cut over tensor-parallel ranks; the gradient norm counts the others once only.
+
+    megatron/core/tensor_parallel/layers.py does it while it draws fresh weights, which are not drawn here.
+    """
+    for module in chunk.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            cut = {name: 0 for name in ("weight", "bias")}
+        elif isinstance(module, RowParallelLinear):
+            cut = {"weight": 1}
+        elif isinstance(module, (HeadsNorm, PackedAttention)):
+            cut = {"weight": 0, "softmax_offset": 0}
+        else:
+            continue
+        for name, dim in cut.items():
+            parameter = getattr(module, name, None)
+            if parameter is not None:
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)

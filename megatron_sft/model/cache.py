@@ -1,0 +1,106 @@
+"""Keys and values of earlier tokens, for generation: what a decode step attends to besides its own tokens.
+
+Prefill computes attention as training does and stores keys and values; decode adds one token a document.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass
+class CachedSeqParams(PackedSeqParams):
+    """A packed row whose documents have earlier tokens in a cache. The model gives logits of last tokens only.
+
+    Prompts of lengths [3, 2] with capacity 8: prefill has cu_seqlens_q [0, 3, 5] and lengths [0, 0]; the first decode
+    step has cu_seqlens_q [0, 1, 2] and lengths [3, 2], the next one lengths [4, 3].
+    """
+
+    lengths: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """[documents] int64: tokens in the cache before this row."""
+    capacity: int = 0
+    """Tokens a document can have in the cache; 0: nothing is stored (prefill without decode)."""
+    decodes: bool = False
+    """The row has one new token a document."""
+    longest: int = 0
+    """Tokens of the longest document, this row's included."""
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By layer number: [documents, groups, capacity, head_dim]."""
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    """By window: which cached tokens the new one sees, [documents, 1, 1, longest] bool; made once a step."""
+
+    def store(self, layer_number: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Puts a prompt row's keys and values [tokens, groups, head_dim] into the cache."""
+        if not self.capacity:
+            return
+        offsets = self.cu_seqlens_q.tolist()
+        for cache, new in ((self.keys, key), (self.values, value)):
+            cache[layer_number] = new.new_zeros(len(offsets) - 1, new.shape[1], self.capacity, new.shape[2])
+            for document, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+                cache[layer_number][document, :, : last - first] = new[first:last].transpose(0, 1)
+
+    def advance(self, longest: int) -> None:
+        """The next row has one more token a document; the longest document then has `longest` tokens."""
+        documents, where = len(self.lengths), self.cu_seqlens_q.device
+        self.lengths = self.lengths + (1 if self.decodes else self.cu_seqlens_q.diff().long())
+        self.cu_seqlens_q = self.cu_seqlens_kv = torch.arange(documents + 1, dtype=torch.int32, device=where)
+        self.decodes, self.longest, self.max_seqlen_q = True, longest, 1
+        self.masks.clear()
+
+    def keep(self, documents: torch.Tensor) -> None:
+        """Forgets all documents but these (int64 indices)."""
+        self.lengths = self.lengths[documents]
+        self.cu_seqlens_q = self.cu_seqlens_kv = self.cu_seqlens_q[: len(documents) + 1]
+        self.masks.clear()
+        for cache in (self.keys, self.values):
+            for layer in cache:
+                cache[layer] = cache[layer][documents]
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """True where a new token sees a cached one; None: everywhere."""
+        if window not in self.masks:
+            positions = torch.arange(self.longest, device=self.lengths.device)[None]
+            last = self.lengths[:, None]
+            seen = positions <= last
+            if window is not None:
+                seen &= positions > last - window
+            self.masks[window] = None if bool(seen.all()) else seen[:, None, None]
+        return self.masks[window]
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: CachedSeqParams,
+    layer_number: int,
+    scale: float | None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Attention of one new token a document over all tokens before it and itself.
+
+    Args:
+        query: [documents, heads, head_dim].
+        key: [documents, groups, head_dim]; stored in the cache.
+        value: as key.
+        cache: after `advance`.
+        layer_number: whose cache it is.
+        scale: None: 1 / sqrt(head_dim).
+        window: newest tokens that are seen, the new one included; None: all.
+
+    Returns:
+        [documents, heads * head_dim].
+    """
+    documents, heads, _ = query.shape
+    keys, values = cache.keys[layer_number], cache.values[layer_number]
+    rows = torch.arange(documents, device=query.device)
+    keys[rows, :, cache.lengths] = key
+    values[rows, :, cache.lengths] = value
+    # the heads of a group stand as so many queries: no key is repeated
+    grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
+    seen = (keys[:, :, : cache.longest], values[:, :, : cache.longest])
+    output = F.scaled_dot_product_attention(grouped, *seen, attn_mask=cache.mask(window), scale=scale)
+    return output.reshape(documents, -1)
