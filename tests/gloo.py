@@ -1,6 +1,7 @@
 """Runs a function in real gloo processes, for tests of distributed behaviour."""
 
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -43,7 +44,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 assert any(p.is_alive() for p in processes), f"only ranks {sorted(answers)} answered, the others died"
                 time.sleep(0.01)
                 continue
-            rank, error, value = results.get()
+            rank, error, value = pickle.loads(results.get())
             assert error is None, f"rank {rank}:\n{error}"
             answers[rank] = value
     finally:
@@ -67,7 +68,7 @@ def _rank(function: Callable[..., Any], args: tuple, rank: int, world_size: int,
 
     torch.set_num_threads(1)
     try:
-        results.put((rank, None, function(*args)))
+        results.put(pickle.dumps((rank, None, function(*args))))  # by value: the process may end before it is read
     except BaseException:
-        results.put((rank, traceback.format_exc(), None))
+        results.put(pickle.dumps((rank, traceback.format_exc(), None)))
         raise

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sft.checkpoint.conflicts import conflicts, merged
 from megatron_sft.checkpoint.distributed import latest_iteration, read_run_config
-from megatron_sft.checkpoint.hf import conflicts, is_hf_folder, is_megatron_checkpoint
+from megatron_sft.checkpoint.hf import is_hf_folder, is_megatron_checkpoint
 from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
 from megatron_sft.config import CheckpointConfig, ModelConfig
 from megatron_sft.errors import CheckpointError, ConfigError
@@ -76,8 +77,7 @@ def resolve_model(
     problems = conflicts(flags, explicit, model)
     if problems:
         raise ConfigError([f"{source.path}: {problem}" for problem in problems])
-    chosen = {name: getattr(flags, name) for name in explicit if name != "core"}
-    model = dataclasses.replace(model, **chosen, core={**model.core, **flags.core})
+    model = merged(flags, explicit, model)
     multiple = model.make_vocab_size_divisible_by * tensor_parallel
     padded = model.padded_vocab_size or -(-model.vocab_size // multiple) * multiple
     return dataclasses.replace(model, padded_vocab_size=padded)

@@ -5,28 +5,47 @@ before a weight is.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from megatron_sft import parallel
 from megatron_sft.checkpoint.distributed import CheckpointSaver, load_checkpoint
 from megatron_sft.checkpoint.hf import load_hf_weights, save_hf
-from megatron_sft.checkpoint.source import WeightSource
-from megatron_sft.config import RunConfig
+from megatron_sft.checkpoint.resume import FINGERPRINT, refuse_changed
+from megatron_sft.checkpoint.source import WeightSource, find_source, resolve_model
+from megatron_sft.checkpoint.verify import quick_check
+from megatron_sft.config import DataConfig, RunConfig, problems
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.data.loader import TrainLoader, ValidLoader
 from megatron_sft.data.packing import pack
+from megatron_sft.data.report import log_report
 from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
-from megatron_sft.data.store import DocumentStore
+from megatron_sft.data.sources import open_source
+from megatron_sft.data.tokens import TokenStore, build_token_store
+from megatron_sft.errors import ConfigError, DataError, TrainingError
 from megatron_sft.log import logger
 from megatron_sft.model.build import build_model
 from megatron_sft.parallel import Ranks
-from megatron_sft.train.loop import Job
+from megatron_sft.train.evaluate import evaluate
+from megatron_sft.train.loop import Job, loss_metrics, train
 from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, wrap_ddp
 from megatron_sft.train.state import TrainState
+
+EXIT_DURATION = 4
+
+
+@dataclass(frozen=True)
+class Data:
+    """The packed rows of a run."""
+
+    store: TokenStore
+    train: SFTDataset
+    valid: SFTDataset | None
 
 
 def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
@@ -46,8 +65,18 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
     run = with_model(run, explicit, source)
     ranks = parallel.initialize(run.parallel, run.train.seed)
     data = build_data(run, ranks)
-    job, state = build_job(run, ranks, source, data)
+    job, state, saver = build_job(run, ranks, source, data)
+    if run.train.skip_train:
+        validate_only(job)
+        return 0
+    if state.iteration >= len(job.loader):
+        raise TrainingError(
+            f"{source.path}: trained to iteration {state.iteration} already; expected one below {len(job.loader)}. "
+            "Ask for more (--num-epoch, --train-iters), or choose another --save for a new run."
+        )
     state, stopped = train(job, state)
+    if saver:
+        saver.finish()
     if stopped:
         return 128 + stopped if stopped > 0 else EXIT_DURATION
     if run.checkpoint.save_hf:
@@ -55,3 +84,119 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
         logger.info("wrote the HF folder %s", run.checkpoint.save_hf)
     parallel.finalize()
     return 0
+
+
+def with_model(run: RunConfig, explicit: frozenset[str], source: WeightSource) -> RunConfig:
+    """The run with the architecture that its weights have, checked against the layout."""
+    model = resolve_model(
+        run.model, explicit, source, run.parallel.tensor_model_parallel_size, run.data.trust_remote_code
+    )
+    run = dataclasses.replace(run, model=model)
+    found = problems(run, parallel.process_environment()[1])
+    if found:
+        raise ConfigError(found)
+    return run
+
+
+def build_data(run: RunConfig, ranks: Ranks) -> Data:
+    """Tokens, masks and packs of the training and the held-out rows."""
+    config = run.data
+    tokenizer = load_tokenizer(config)
+    store = _store(config, config.train_data, config.train_names)
+    everything = np.arange(len(store))
+    held_out = _held_out(everything, config) if not config.valid_data else everything[:0]
+    train_set = _packed(run, store, np.setdiff1d(everything, held_out), tokenizer)
+    valid_store = _store(config, config.valid_data, ()) if config.valid_data else store
+    chosen = np.arange(len(valid_store)) if config.valid_data else held_out
+    valid_set = _packed(run, valid_store, chosen, tokenizer) if len(chosen) and run.train.eval_iters else None
+    if run.train.eval_iters and valid_set is None and run.train.skip_train:
+        raise DataError("--skip-train: there are no held-out rows; expected some. Pass --valid-data or --split 90,10,0.")
+    log_report(store, train_set.plan, config.seq_length)
+    return Data(store, train_set, valid_set)
+
+
+def _store(config: DataConfig, paths: Sequence[str], names: Sequence[str]) -> TokenStore:
+    cache = Path(config.data_cache_path) if config.data_cache_path else Path.home() / ".cache" / "megatron_sft"
+    sources = [open_source(path, config, names[index] if names else None) for index, path in enumerate(paths)]
+    return build_token_store(config, sources, cache / "tokens")
+
+
+def _held_out(documents: np.ndarray, config: DataConfig) -> np.ndarray:
+    """The share of the documents that --split keeps for validation, chosen by the seed, in order."""
+    share = config.split[1] / sum(config.split)
+    order = np.random.Generator(np.random.PCG64([config.seed, 1])).permutation(documents)
+    return np.sort(order[: round(share * len(documents))])
+
+
+def _packed(run: RunConfig, store: TokenStore, documents: np.ndarray, tokenizer: Any) -> SFTDataset:
+    if not len(documents):
+        raise DataError(f"--split {run.data.split} leaves no row to train on of {len(store)}. Give training a larger share.")
+    plan = pack(store.lengths[documents], run.data.seq_length, run.data.packing).remapped(documents)
+    return SFTDataset.from_config(store, plan, run.data, pad_token_id_of(tokenizer))
+
+
+def build_job(
+    run: RunConfig, ranks: Ranks, source: WeightSource, data: Data
+) -> tuple[Job, TrainState, CheckpointSaver | None]:
+    """Model, weights, optimizer and loaders. The state is that of the checkpoint, or a new one."""
+    fingerprint = data.store.fingerprint
+    if source.resumes:
+        refuse_changed(source.run_config, run, run.checkpoint.allow_changed, fingerprint)
+    chunks = build_model(run.model, run.parallel, run.train, ranks)
+    if source.is_hf:
+        load_hf_weights(chunks, run.model, source.path, ranks)
+        logger.info("converted the HF weights of %s", source.path)
+        if run.checkpoint.verify_conversion:
+            quick_check(chunks, run.model, source.path, ranks)
+    wrapped = wrap_ddp(chunks, run.parallel, run.train)
+    optimizer = build_optimizer(wrapped, run)
+    multiple = run.parallel.context_parallel_size * (run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1)
+    dealt = dict(dp_rank=ranks.dp_rank, dp_size=ranks.dp_size, multiple=multiple, prefetch=run.data.prefetch)
+    pinned = torch.cuda.is_available()
+    order = dict(seed=run.data.seed, shuffle=run.data.shuffle)
+    loader = TrainLoader(data.train, run.train, **order, **dealt, pin_memory=pinned)
+    valid_loader = ValidLoader(data.valid, run.train, **dealt, pin_memory=pinned) if data.valid else None
+    lengths = schedule_lengths(run, len(loader), loader.num_samples)
+    scheduler = build_scheduler(optimizer, run.optim, lengths)
+    state = TrainState()
+    if not source.is_hf:
+        state = _load(run, ranks, source, wrapped, optimizer, scheduler)
+        loader = TrainLoader(data.train, run.train, **order, **dealt, pin_memory=pinned, consumed_samples=state.consumed_samples)
+    saver = CheckpointSaver(run.checkpoint.save, run, ranks) if run.checkpoint.save else None
+
+    def save(state: TrainState, valid_loss: float | None) -> None:
+        assert saver is not None, "the loop saves only with --save"
+        values = {**state.to_dict(), "consumed_train_samples": state.consumed_samples, FINGERPRINT: fingerprint}
+        saver.save(state.iteration, wrapped, optimizer, scheduler, values)
+
+    job = Job(
+        run, ranks, wrapped, optimizer, scheduler, lengths, loader, valid_loader, data.store.source_names, data.store.where, save
+    )
+    return job, state, saver
+
+
+def _load(
+    run: RunConfig, ranks: Ranks, source: WeightSource, chunks: list[Any], optimizer: Any, scheduler: Any
+) -> TrainState:
+    whole = source.resumes
+    values = load_checkpoint(
+        source.path,
+        chunks,
+        optimizer if run.checkpoint.load_optim or not whole else None,
+        scheduler if whole else None,
+        ranks,
+        weights_only=not whole,
+        load_rng=run.checkpoint.load_rng,
+        verify=run.checkpoint.verify_integrity,
+    )
+    if not whole or "tokens_seen" not in values:
+        return TrainState(iteration=values["iteration"], consumed_samples=values["consumed_train_samples"])
+    return TrainState.from_dict(values)
+
+
+def validate_only(job: Job) -> None:
+    """--skip-train: prints the loss of the held-out rows."""
+    assert job.valid_loader is not None, "build_data refuses --skip-train without held-out rows"
+    totals = evaluate(job.chunks, job.valid_loader, len(job.source_names))
+    metrics = loss_metrics("valid", totals, job.source_names)
+    logger.info("validation loss: %.6f | trained tokens: %d | %s", totals.loss, totals.trained_tokens, dict(metrics))
