@@ -1,6 +1,8 @@
 """config.json <-> ModelConfig in both spellings, and the contradictions with flags."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +103,22 @@ def test_all_conflicts_at_once_with_flag_spellings():
 def test_what_is_not_supported_is_refused(change, message):
     with pytest.raises(CheckpointError, match=message):
         model_config_from_hf({**LLAMA_3_2, **change})
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "assets" / "hf_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_published_configs_read_as_transformers_reads_them(path):
+    from transformers import AutoConfig
+
+    hf = json.loads(path.read_text())
+    model, theirs = model_config_from_hf(hf), AutoConfig.for_model(**hf)
+    heads = theirs.num_attention_heads
+    assert model.kv_channels == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
+    assert (model.num_query_groups, model.norm_epsilon) == (theirs.num_key_value_heads, theirs.rms_norm_eps)
+    assert model.rotary_base == theirs.rope_parameters["rope_theta"]
+    assert (model.rope_scaling or {}).get("factor") == theirs.rope_parameters.get("factor")
+    assert model.window_size is None
+    assert model.share_embeddings_and_output_weights == theirs.tie_word_embeddings
+    assert model_config_from_hf(hf_config_from_model(model, None)) == model
