@@ -1,0 +1,12 @@
+#!/bin/bash
+# meta-llama/Llama-3.2-1B-Instruct: the values of its config.json.
+HF_MODEL_CKPT="${HF_MODEL_CKPT:-meta-llama/Llama-3.2-1B-Instruct}"
+# shellcheck disable=SC2034  # read by arguments.sh
+MODEL_ARGS=(
+  --bf16 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope --rotary-percent 1.0
+  --num-layers 16 --hidden-size 2048 --ffn-hidden-size 8192
+  --num-attention-heads 32 --group-query-attention --num-query-groups 8 --kv-channels 64
+  --norm-epsilon 1e-5 --rotary-base 500000 --use-rope-scaling --rope-scaling-factor 32
+  --max-position-embeddings 131072 --seq-length 4096
+  --make-vocab-size-divisible-by 1 --tokenizer-type HuggingFaceTokenizer
+)
