@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +147,11 @@ def _move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def apply_gathered_rope() -> None:
+def apply_gathered_rope(rotate: Callable[[Any, Any, bool], Any]) -> None:
     """Lets megatron-core's RoPE for packed rows take a table that is gathered by position already.
+
+    Args:
+        rotate: model/rope.py:rotate.
 
     megatron/core/models/common/embeddings/rope_utils.py:_apply_rotary_pos_emb_thd cuts the row into documents in
     Python and waits for the device at every call; SFTModel gathers the table once a forward pass instead.
@@ -158,10 +162,10 @@ def apply_gathered_rope() -> None:
     if getattr(sliced, "takes_gathered", False):
         return
 
-    def apply(t: Any, cu_seqlens: Any, freqs: Any, *args: Any, cp_group: Any = None, **kwargs: Any) -> Any:
-        if freqs.shape[0] != t.shape[0]:
-            return sliced(t, cu_seqlens, freqs, *args, cp_group=cp_group, **kwargs)
-        return rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, *args, **kwargs).squeeze(1)
+    def apply(t: Any, cu_seqlens: Any, freqs: Any, rotary_interleaved: bool = False, *args: Any, **kwargs: Any) -> Any:
+        if freqs.dim() != 3:  # not RotaryTable.gather's [T, 2, dim]
+            return sliced(t, cu_seqlens, freqs, rotary_interleaved, *args, **kwargs)
+        return rotate(t, freqs, rotary_interleaved or kwargs.get("multi_latent_attention", False))
 
     apply.takes_gathered = True  # type: ignore[attr-defined]
     rope_utils._apply_rotary_pos_emb_thd = apply

@@ -203,7 +203,7 @@ def _mark_tensor_parallel(chunk: SFTModel) -> None:
     """
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
-            cut = {name: 0 for name in ("weight", "bias")}
+            cut = {"weight": 0}  # their biases are marked
         elif isinstance(module, RowParallelLinear):
             cut = {"weight": 1}
         elif isinstance(module, (HeadsNorm, PackedAttention)):
@@ -212,5 +212,5 @@ def _mark_tensor_parallel(chunk: SFTModel) -> None:
             continue
         for name, dim in cut.items():
             parameter = getattr(module, name, None)
-            if parameter is not None:
+            if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)

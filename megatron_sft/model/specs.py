@@ -1,42 +1,56 @@
-"""Which module stands where in a layer: megatron-core's local spec with our norms and our attention."""
+"""Which module stands where in a layer: megatron-core's local spec with our norms, projections and attention."""
 
+import copy
 from typing import Any
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sft.config import ModelConfig
 from megatron_sft.model.attention import PackedAttention
-from megatron_sft.model.layers import LayerNorm, RMSNorm
+from megatron_sft.model.layers import L2Norm, LayerNorm, NormedRowParallelLinear, RMSNorm
+from megatron_sft.model.self_attention import LatentSelfAttention, PackedSelfAttention
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers of one model chunk on this pipeline rank.
 
     Args:
+        model: where norms stand.
         config: decides between dense and expert layers (moe_layer_freq).
         vp_stage: virtual pipeline stage of the chunk; None without.
     """
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
-    if config.num_moe_experts:
-        block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
-    else:
-        from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
-        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-        block = TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), norm)
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+    )
+    block.layer_specs = [copy.deepcopy(layer) for layer in block.layer_specs]
     for layer in block.layer_specs:
-        _replace(layer, norm, config)
+        _replace(layer, norm, model, config)
     block.layer_norm = norm
     return block
 
 
-def _replace(layer: ModuleSpec, norm: type, config: TransformerConfig) -> None:
+def _replace(layer: ModuleSpec, norm: type, model: ModelConfig, config: TransformerConfig) -> None:
     """Puts our modules into megatron-core's spec of one layer."""
     submodules: Any = layer.submodules
-    submodules.input_layernorm = submodules.pre_mlp_layernorm = norm
+    before = IdentityOp if model.norm_placement == "post" else norm
+    submodules.input_layernorm = submodules.pre_mlp_layernorm = before
     attention = submodules.self_attention.submodules
     attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = norm
+    if config.multi_latent_attention:
+        submodules.self_attention.module = LatentSelfAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.kv_layernorm = norm
+    else:
+        submodules.self_attention.module = PackedSelfAttention
+        head_norm = L2Norm if config.qk_l2_norm else norm if config.qk_layernorm else IdentityOp
+        attention.q_layernorm = attention.k_layernorm = head_norm
+    after = RowParallelLinear if model.norm_placement == "pre" else NormedRowParallelLinear
+    attention.linear_proj = after
+    if hasattr(submodules.mlp.submodules, "linear_fc2"):  # a dense layer; experts have no norm after them
+        submodules.mlp.submodules.linear_fc2 = after

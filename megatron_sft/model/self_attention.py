@@ -1,0 +1,57 @@
+"""megatron-core's self attention for packed rows: the rotary table is gathered by position, some norms span all heads."""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+from megatron_sft.config import ModelConfig
+from megatron_sft.model.attention import layer_window
+from megatron_sft.model.layers import HeadsNorm
+
+
+class PackedSelfAttention(SelfAttention):
+    """Takes the table of RotaryTable.gather; layers with a window may have a kind of their own (Gemma 3)."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        model: ModelConfig = config.sft_model
+        local = model.rotary_base_local is not None and layer_window(model, self.layer_number - 1) is not None
+        self.rotary_kind = 1 if local else 0
+        if model.qk_layernorm_full:
+            eps = config.layernorm_epsilon
+            self.q_layernorm = HeadsNorm(config, self.query_projection_size, eps, self.tp_group)
+            self.k_layernorm = HeadsNorm(config, self.kv_projection_size, eps, self.tp_group)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+        """As megatron-core's; `rotary_pos_emb` is [T, kinds, 2, dim] or None."""
+        table = kwargs.pop("rotary_pos_emb", None)
+        chosen = None if table is None else table[:, self.rotary_kind]
+        return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=chosen, **kwargs)
+
+
+class LatentSelfAttention(MLASelfAttention):
+    """Latent attention (DeepSeek). megatron-core's makes a rotary table a layer, by place in the document."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+        """As megatron-core's; `rotary_pos_emb` is [T, 1, 2, dim]."""
+        table = kwargs.pop("rotary_pos_emb")[:, 0]
+        self.rotary_pos_emb = GatheredTable(table, self.config.rope_type)
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+
+class GatheredTable(torch.nn.Module):
+    """Stands where MLASelfAttention expects its RotaryEmbedding or YarnRotaryEmbedding, and gives this row's table."""
+
+    def __init__(self, table: torch.Tensor, rope_type: str):
+        super().__init__()
+        self.table, self.rope_type = table, rope_type
+
+    def get_rotary_seq_len(self, *args: Any) -> int:
+        """Not used: the table is gathered already."""
+        return self.table.shape[0]
+
+    def forward(self, length: int, packed_seq: bool = False) -> Any:
+        """The table; with YaRN also its factor, which is in the table."""
+        return self.table if self.rope_type == "rope" else (self.table, 1.0)
