@@ -1,13 +1,12 @@
 """Text from a model, whole or cut over ranks: packed prefill, then one token a document and step from a KV cache.
 
-1. `load_for_inference`: weights of an HF folder or a Megatron checkpoint, tokenizer, end tokens;
-2. `generate`: prompts are dealt over data-parallel ranks, each batch is prefilled in one packed row and decoded;
+1. prompts are dealt over data-parallel ranks;
+2. each batch is prefilled in one packed row, then decoded, and finished prompts leave it;
 3. every rank returns every result.
 
-Not here: reading prompts and writing answers (prompts.py).
+Not here: loading the model (inference.py), reading prompts and writing answers (prompts.py).
 """
 
-import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,0 +1,35 @@
+"""Generates answers with a Hugging Face folder or a Megatron checkpoint.
+
+torchrun --nproc_per_node 1 generate.py --load MODEL --prompt "What is 2 + 2?"
+cat prompts.txt | python generate.py --load MODEL --output answers.jsonl
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_sft.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Answers every prompt; returns the process's exit status."""
+    from megatron_sft.arguments import parse_generate
+
+    try:
+        run, explicit, options = parse_generate(argv, int(os.environ.get("WORLD_SIZE", "1")))
+        from megatron_sft.prompts import answer_prompts
+
+        rows = answer_prompts(run, explicit, options)
+    except UserError as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        return error.exit_status
+    for number, row in enumerate(rows, start=1):
+        asked = "\n".join(f"{m['role']}: {m['content']}" for m in row["messages"])
+        print(f"\n=== {number}\n{asked}\n--- answer ({len(row['tokens'])} tokens, {row['finish_reason']})\n{row['response']}")
+    if options.output and rows:
+        print(f"\nwrote {len(rows)} answers to {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

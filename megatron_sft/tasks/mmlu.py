@@ -1,0 +1,255 @@
+"""MMLU (https://github.com/hendrycks/test): which of four letters a model finds most likely after "Answer:".
+
+megatron-sft mmlu --load MODEL --mmlu-dataset FOLDER --few-shots 5 --output mmlu.json
+
+Prompts are those of the original evaluate.py and of lm-evaluation-harness: raw text, no chat template.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_sft import parallel
+from megatron_sft.config import DataConfig, MMLUConfig, RunConfig
+from megatron_sft.core_compat import device
+from megatron_sft.data.sources import open_source, read_file
+from megatron_sft.errors import ConfigError, DataError
+from megatron_sft.generation import from_last_stage, last_logits, packed_rows, prefill_params
+from megatron_sft.inference import load_for_inference
+from megatron_sft.log import logger
+from megatron_sft.parallel import Ranks
+from megatron_sft.prompts import write_whole
+
+LETTERS = "ABCD"
+MAX_FEW_SHOTS = 5
+_SPLIT = re.compile(r"(?:^|[/_.-])(dev|test|val|validation|auxiliary_train|train)(?=[/_.-]|$)")
+_DATA_FILE = re.compile(r"\.(csv|jsonl|ndjson|json|parquet|arrow)(\.gz|\.zst)?$")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question; `answer` is the index of the right choice."""
+
+    subject: str
+    question: str
+    choices: tuple[str, str, str, str]
+    answer: int
+    where: str
+
+
+Subjects = dict[str, list[Question]]
+
+
+def examples(path: str) -> dict[str, Subjects]:
+    """Reads the questions.
+
+    Args:
+        path: a folder with SUBJECT/{dev,test}/*, SUBJECT/{dev,test}*.parquet or {dev,test}/SUBJECT_{dev,test}.csv; one
+            file with subject, question, choices and answer (and perhaps split); or a hub name.
+
+    Returns:
+        {"dev": {subject: questions}, "test": {subject: questions}}, subjects in alphabetical order.
+
+    Raises:
+        DataError: no test question there, or a row that is no question; the message names file and line.
+    """
+    found: dict[str, Subjects] = {"dev": {}, "test": {}}
+    for split, question in _questions(path):
+        if split in found:
+            found[split].setdefault(question.subject, []).append(question)
+    if not found["test"]:
+        raise DataError(f"{path}: has no test question; expected files or folders named test. Check --mmlu-dataset.")
+    return {split: dict(sorted(subjects.items())) for split, subjects in found.items()}
+
+
+def _questions(path: str) -> Iterator[tuple[str, Question]]:
+    if os.path.isfile(path):
+        for where, row in _rows(path):
+            yield str(row.get("split", "test")) if isinstance(row, dict) else "test", _question(row, where, "")
+    elif os.path.isdir(path):
+        for file, split, subject in _files(path):
+            for where, row in _rows(file):
+                yield split, _question(row, where, subject)
+    else:
+        for split in ("dev", "test"):
+            for where, row in open_source(path, DataConfig(data_split=split)):
+                yield split, _question(row, where, "")
+
+
+def _files(folder: str) -> Iterator[tuple[str, str, str]]:
+    """(file, split, subject as the path says it) of a folder's data files; the sum of all subjects is left out."""
+    names = sorted(os.path.relpath(os.path.join(top, name), folder) for top, _, inside in os.walk(folder) for name in inside)
+    data = [name for name in names if _DATA_FILE.search(name) and not os.path.basename(name).startswith((".", "state.", "dataset_info"))]
+    if any(not name.startswith("all" + os.sep) for name in data):
+        data = [name for name in data if not name.startswith(("all" + os.sep, "auxiliary_train" + os.sep))]
+    for name in data:
+        split = _SPLIT.search(name)
+        stem = _DATA_FILE.sub("", os.path.basename(name))
+        parts = name.split(os.sep)[:-1]
+        subject = next((part for part in parts if not _SPLIT.fullmatch(part)), re.sub(r"_(dev|test|val)$", "", stem))
+        if split:
+            yield os.path.join(folder, name), split[1], subject
+
+
+def _rows(file: str) -> Iterator[tuple[str, Any]]:
+    if not file.endswith(".csv"):
+        yield from read_file(file)
+        return
+    with open(file, encoding="utf-8", newline="") as lines:
+        reader = csv.reader(lines)
+        for row in reader:
+            if len(row) != 6:
+                raise DataError(f"{file}:{reader.line_num}: {len(row)} columns; expected question, four choices, letter. Mend the row.")
+            if row[0] != "question":
+                yield f"{file}:{reader.line_num}", {"question": row[0], "choices": row[1:5], "answer": row[5]}
+
+
+def _question(row: Any, where: str, subject: str) -> Question:
+    if isinstance(row, DataError):
+        raise row
+    missing = [name for name in ("question", "choices", "answer") if name not in row]
+    if missing:
+        raise DataError(f"{where}: no {', '.join(missing)}; expected question, choices, answer. Check --mmlu-dataset.")
+    choices, answer = tuple(map(str, row["choices"])), str(row["answer"]).strip()
+    index = LETTERS.find(answer) if len(answer) == 1 and answer in LETTERS else "0123".find(answer) if len(answer) == 1 else -1
+    if len(choices) != 4 or index < 0:
+        raise DataError(f"{where}: {len(choices)} choices and answer {answer!r}; expected 4, and 0 to 3 or A to D. Mend the row.")
+    return Question(str(row.get("subject") or subject), str(row["question"]), choices, index, where)  # type: ignore[arg-type]
+
+
+def prompt(question: Question, shots: Sequence[Question]) -> str:
+    """The text that ends in "Answer:"; examples before it end in "Answer: B" and a blank line."""
+    head = f"The following are multiple choice questions (with answers) about {question.subject.replace('_', ' ')}.\n\n"
+    return head + "".join(f"{_asked(shot)} {LETTERS[shot.answer]}\n\n" for shot in shots) + _asked(question)
+
+
+def _asked(question: Question) -> str:
+    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True))
+    return f"{question.question.strip()}{choices}\nAnswer:"
+
+
+def choice_token_ids(tokenizer: Any) -> list[int]:
+    """The tokens of " A" to " D" as they stand after "Answer:"."""
+    ids = [tokenizer(f"Answer: {letter}", add_special_tokens=False)["input_ids"][-1] for letter in LETTERS]
+    if len(set(ids)) != len(LETTERS):
+        raise ConfigError([f"{tokenizer.name_or_path}: the letters A to D end in the same token; expected four. Use the model's tokenizer."])
+    return ids
+
+
+@torch.no_grad()
+def predictions(chunk: Any, sequences: Sequence[Sequence[int]], choice_ids: Sequence[int], batch_size: int, ranks: Ranks) -> list[int]:
+    """Index of the likeliest choice after each sequence. Collective; every rank returns all.
+
+    Sequences of like length share a packed row; rows are dealt over data-parallel ranks.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    shards, shard = (1, 0) if ranks.ep_size > 1 else (ranks.dp_size, ranks.dp_rank)
+    found: dict[int, int] = {}
+    where, training = device(), chunk.training
+    chunk.eval()
+    for number, batch in enumerate(batches[shard::shards]):
+        params = prefill_params([len(sequences[i]) for i in batch], 0, where)
+        logits = last_logits(chunk, *packed_rows([sequences[i] for i in batch], where), params)
+        chosen = torch.empty(len(batch), dtype=torch.int64, device=where) if logits is None else logits[:, choice_ids].argmax(-1)
+        found.update(zip(batch, from_last_stage(chosen).tolist(), strict=True))
+        if number % 10 == 9:
+            logger.info("mmlu: %d of %d questions", min(len(found) * shards, len(sequences)), len(sequences))
+    chunk.train(training)
+    if shards > 1:
+        parts: list[Any] = [None] * shards
+        dist.all_gather_object(parts, found, group=parallel_state.get_data_parallel_group())
+        found = {index: choice for part in parts for index, choice in part.items()}
+    return [found[index] for index in range(len(sequences))]
+
+
+def score(questions: Sequence[Question], chosen: Sequence[int]) -> dict[str, Any]:
+    """Accuracy of each subject, over all questions (average) and over subjects (macro_average)."""
+    subjects: dict[str, dict[str, Any]] = {}
+    for question, choice in zip(questions, chosen, strict=True):
+        entry = subjects.setdefault(question.subject, {"correct": 0, "total": 0, "predictions": []})
+        entry["correct"] += choice == question.answer
+        entry["total"] += 1
+        entry["predictions"].append(LETTERS[choice])
+    for entry in subjects.values():
+        entry["accuracy"] = entry["correct"] / entry["total"]
+    correct = sum(entry["correct"] for entry in subjects.values())
+    macro = sum(entry["accuracy"] for entry in subjects.values()) / len(subjects)
+    return {"average": correct / len(questions), "macro_average": macro, "correct": correct, "total": len(questions), "subjects": subjects}
+
+
+def table(scores: Mapping[str, Any]) -> str:
+    """The scores as text, one subject a line."""
+    lines = [f"{'subject':40} {'questions':>9} {'accuracy':>8}"]
+    lines += [f"{name:40} {entry['total']:9d} {entry['accuracy']:8.4f}" for name, entry in scores["subjects"].items()]
+    lines += [f"{'average over questions':40} {scores['total']:9d} {scores['average']:8.4f}"]
+    return "\n".join([*lines, f"{'average over subjects':40} {len(scores['subjects']):9d} {scores['macro_average']:8.4f}"])
+
+
+def select(data: Mapping[str, Subjects], options: MMLUConfig) -> tuple[list[Question], list[str]]:
+    """The questions that are asked, subject by subject, and their prompts.
+
+    Raises:
+        DataError: a subject has fewer dev questions than --few-shots.
+    """
+    asked, texts = [], []
+    for subject, questions in data["test"].items():
+        shots = data["dev"].get(subject, [])[: options.few_shots]
+        if len(shots) < options.few_shots:
+            raise DataError(
+                f"{options.mmlu_dataset}: {subject} has {len(shots)} dev questions; expected {options.few_shots} for --few-shots. "
+                "Lower it, or add the dev split."
+            )
+        chosen = questions[: math.ceil(len(questions) * options.fraction)]
+        asked += chosen
+        texts += [prompt(question, shots) for question in chosen]
+    return asked, texts
+
+
+def check_options(options: MMLUConfig) -> None:
+    """Raises ConfigError with every option that makes no sense."""
+    rules = [
+        (not 0 < options.fraction <= 1, f"--fraction is {options.fraction}; expected more than 0, at most 1."),
+        (not 0 <= options.few_shots <= MAX_FEW_SHOTS, f"--few-shots is {options.few_shots}; expected 0 to {MAX_FEW_SHOTS} (MMLU's dev split)."),
+        (options.mmlu_batch_size < 1, f"--mmlu-batch-size is {options.mmlu_batch_size}; expected 1 or more."),
+    ]
+    found = [sentence for broken, sentence in rules if broken]
+    if found:
+        raise ConfigError(found)
+
+
+def mmlu(run: RunConfig, explicit: frozenset[str], options: MMLUConfig) -> int:
+    """Scores --load on MMLU, prints the table, writes --output. Collective.
+
+    Returns:
+        The process's exit status: 1 when the average is below --lower-bound.
+    """
+    check_options(options)
+    questions, texts = select(examples(options.mmlu_dataset), options)
+    loaded = load_for_inference(run, explicit)
+    limit = loaded.model.max_position_embeddings or None
+    sequences = [list(ids) for ids in loaded.tokenizer(texts)["input_ids"]]
+    cut = sum(limit is not None and len(ids) > limit for ids in sequences)
+    if cut:
+        logger.warning("%d prompts are longer than %s tokens: their beginning is left out", cut, limit)
+        sequences = [ids[-limit:] if limit else ids for ids in sequences]
+    chosen = predictions(loaded.chunk, sequences, choice_token_ids(loaded.tokenizer), options.mmlu_batch_size, loaded.ranks)
+    scores = score(questions, chosen)
+    logger.info("%s", table(scores))
+    if options.output and loaded.ranks.rank == 0:
+        settings = {"load": run.checkpoint.load, "few_shots": options.few_shots, "fraction": options.fraction}
+        write_whole(options.output, json.dumps({**settings, **scores}, indent=1) + "\n")
+    parallel.finalize()
+    if options.lower_bound is not None and scores["average"] < options.lower_bound:
+        logger.warning("average %.4f is below --lower-bound %s", scores["average"], options.lower_bound)
+        return 1
+    return 0
