@@ -1,22 +1,30 @@
-# make demo | test | check | bench | bench-data | soak. PYTHON=python3.12 works in a virtual environment of its own.
+# make demo | model | test | check | bench | bench-data | soak | model    [PYTHON=python3.12]
+# A PYTHON of another version than python3's works in a virtual environment of its own, such as .venv-3.12.
 PYTHON ?= python3
-SUFFIX := $(if $(filter python3,$(PYTHON)),,$(patsubst python%,-%,$(notdir $(PYTHON))))
-VENV := .venv$(SUFFIX)
+VERSION_OF = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VERSION := $(call VERSION_OF,$(PYTHON))
+VENV := .venv$(if $(filter $(VERSION),$(call VERSION_OF,python3)),,-$(VERSION))
 BIN := $(VENV)/bin
-READY := $(VENV)/ready
+READY := $(VENV)/.installed
+MODEL := demo/SmolLM2-135M-Instruct
+SHELL_FILES := .ci/run $(wildcard conf/*.sh conf/*/*.sh examples/post_training/modelopt/*.sh)
 
-.PHONY: demo test check bench bench-data soak
+ifeq ($(VERSION),)
+$(error $(PYTHON) does not run. Name a Python of at least 3.11: make PYTHON=/path/to/python3.11 ...)
+endif
 
-demo: $(READY)
+.PHONY: demo model test check bench bench-data soak model
+
+demo: $(MODEL)/config.json
 	$(BIN)/python -u examples/demo/demo.py
 
-test: $(READY)
-	$(BIN)/python -m pytest
+test: $(MODEL)/config.json
+	$(BIN)/python -m pytest tests --ignore=tests/soak --durations=15
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	shellcheck -x conf/arguments.sh examples/post_training/modelopt/*.sh .ci/run
+	$(BIN)/shellcheck --external-sources $(SHELL_FILES)
 
 bench: bench-data
 
@@ -26,8 +34,13 @@ bench-data: $(READY)
 soak: $(READY)
 	for test in tests/soak/*.py; do $(BIN)/python $$test || exit 1; done
 
+model: $(MODEL)/config.json
+
+$(MODEL)/config.json: | $(READY)
+	$(BIN)/python -u examples/demo/get_model.py $(MODEL)
+
 $(READY): setup.py pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("expected Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then $(BIN)/pip install -q torch==2.13.0; fi
-	$(BIN)/pip install -q -e .[test,demo]
+	$(BIN)/python -m pip install --quiet --progress-bar off --editable '.[test,demo]'
 	touch $@

@@ -1,4 +1,5 @@
 #!/bin/bash
+# shellcheck disable=SC2034  # what is set here is read by the scripts that source it
 # Environment variables -> command line, shared by the scripts of examples/post_training/modelopt. Sourced, not run.
 #
 #   $1 (MLM_MODEL_CFG)                    conf/<org>/<model>.sh, which sets HF_MODEL_CKPT and MODEL_ARGS
@@ -37,7 +38,7 @@ PYTHON="${PYTHON:-python3}"
 MLM_MODEL_CFG="${1:-}"
 CONF_DIR="${SCRIPT_DIR}/conf"
 if [[ -z "${MLM_MODEL_CFG}" ]]; then
-  fail "no model named; expected one of: $(cd "${CONF_DIR}/" && ls -- */*.sh | sed 's/\.sh$//' | tr '\n' ' ')"
+  fail "no model named; expected one of: $(cd "${CONF_DIR}/" && echo */*.sh)"
 fi
 for setup in "${SANDBOX_ENV_SETUP:-}" "${MLM_ENV_SETUP:-}"; do
   # shellcheck source=/dev/null

@@ -39,12 +39,13 @@ class _Flag:
     help: str = ""
 
 
-def parse(argv: Sequence[str], world_size: int) -> tuple[RunConfig, frozenset[str]]:
-    """Reads the flags of a training run.
+def parse(argv: Sequence[str], world_size: int, training: bool = True) -> tuple[RunConfig, frozenset[str]]:
+    """Reads the flags of a training run, or of a command that only needs a model.
 
     Args:
         argv: without the program's name.
         world_size: processes, for checks of the layout.
+        training: False leaves out what only training needs (data, lengths, schedules).
 
     Returns:
         The run, and the names of the ModelConfig fields that a flag set (the checkpoint says the others).
@@ -54,7 +55,7 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[RunConfig, frozenset[st
     """
     values, found = read_flags(argv, [])
     run = _run(values)
-    found += problems(run, world_size)
+    found += problems(run, world_size, training)
     if found:
         raise ConfigError(found)
     return run, _explicit(values)

