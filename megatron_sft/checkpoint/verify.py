@@ -24,6 +24,7 @@ from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
 
 QUICK_LAYERS = 2
+PROBE_TOKENS = 48
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 """Largest relative error (2-norm) of a layer's output, by the dtype of the parameters."""
 
@@ -127,7 +128,7 @@ def _relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
 
 
-def _probe_tokens(model: ModelConfig, length: int = 48) -> torch.Tensor:
+def _probe_tokens(model: ModelConfig, length: int = PROBE_TOKENS) -> torch.Tensor:
     """Ids spread over the vocabulary, [1, length] int64; a text is not needed to see a difference."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(min(model.vocab_size, 2**31), (1, length), generator=generator).to(device())
@@ -162,7 +163,8 @@ def first_difference(
 
 def _rotary_faults(module: Any, body: Any) -> list[str]:
     """Compares the rotary frequencies where both sides keep one table."""
-    ours = getattr(getattr(module, "rotary_pos_emb", None), "inv_freq", None)
+    table = getattr(module, "rotary_table", None)
+    ours = None if table is None else table.inverse_frequencies(PROBE_TOKENS)[0][0]
     theirs = getattr(getattr(body, "rotary_emb", None), "inv_freq", None)
     if ours is None or theirs is None or ours.shape != theirs.shape:
         return []
