@@ -1,4 +1,4 @@
-# make demo | model | test | check | bench | bench-data | soak | model    [PYTHON=python3.12]
+# make demo | model | test | check | bench | bench-data | soak    [PYTHON=python3.12]
 # A PYTHON of another version than python3's works in a virtual environment of its own, such as .venv-3.12.
 PYTHON ?= python3
 VERSION_OF = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -13,7 +13,7 @@ ifeq ($(VERSION),)
 $(error $(PYTHON) does not run. Name a Python of at least 3.11: make PYTHON=/path/to/python3.11 ...)
 endif
 
-.PHONY: demo model test check bench bench-data soak model
+.PHONY: demo model test check bench bench-data soak
 
 demo: $(MODEL)/config.json
 	$(BIN)/python -u examples/demo/demo.py
