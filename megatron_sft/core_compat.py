@@ -129,9 +129,16 @@ def _cpu_function_mode() -> Any:
 def _patch_core_for_cpu() -> None:
     """The places of megatron-core that keep their own reference to a CUDA function."""
     import torch
+    import torch._dynamo
     from megatron.core.tensor_parallel import random as core_random
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
+    # megatron/core/jit.py compiles small functions: minutes of C++ compiler on a CPU for nothing.
+    torch._dynamo.config.disable = True
+    # 0.16.1 multi_latent_attention.py says HAVE_TE when only modelopt is there, and then meets None for TELinear.
+    if getattr(multi_latent_attention, "TELinear", None) is None:
+        multi_latent_attention.HAVE_TE = False
     core_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     core_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     # 0.16.1 uses te_general_gemm in moe_utils.py without defining it when TransformerEngine is missing.

@@ -111,3 +111,16 @@ class NormedRowParallelLinear(RowParallelLinear):
         """megatron-core's description of the matrix, cut along its input, and of the norm, whole on every rank."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 1}, sharded_offsets)
+
+
+class BiasedRowParallelLinear(RowParallelLinear):
+    """An expert's second projection when it has a bias.
+
+    megatron/core/transformer/mlp.py adds the bias in place to this output, which autograd refuses for the view that
+    RowParallelLinear returns on a single tensor-parallel rank.
+    """
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[tokens, input_size / tp] -> a copy of [tokens, output_size], and the bias."""
+        output, bias = super().forward(input_)
+        return output.clone(), bias

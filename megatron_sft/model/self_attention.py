@@ -19,6 +19,8 @@ class PackedSelfAttention(SelfAttention):
         model: ModelConfig = config.sft_model
         local = model.rotary_base_local is not None and layer_window(model, self.layer_number - 1) is not None
         self.rotary_kind = 1 if local else 0
+        if config.qk_l2_norm and config.no_rope_freq and config.no_rope_freq[self.layer_number - 1]:
+            self.q_layernorm = self.k_layernorm = None  # Llama 4 has this norm only beside RoPE
         if model.qk_layernorm_full:
             eps = config.layernorm_epsilon
             self.q_layernorm = HeadsNorm(config, self.query_projection_size, eps, self.tp_group)

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sft.config import ModelConfig
 from megatron_sft.model.attention import PackedAttention
-from megatron_sft.model.layers import L2Norm, LayerNorm, NormedRowParallelLinear, RMSNorm
+from megatron_sft.model.layers import BiasedRowParallelLinear, L2Norm, LayerNorm, NormedRowParallelLinear, RMSNorm
 from megatron_sft.model.self_attention import LatentSelfAttention, PackedSelfAttention
 
 
@@ -54,3 +54,5 @@ def _replace(layer: ModuleSpec, norm: type, model: ModelConfig, config: Transfor
     attention.linear_proj = after
     if hasattr(submodules.mlp.submodules, "linear_fc2"):  # a dense layer; experts have no norm after them
         submodules.mlp.submodules.linear_fc2 = after
+    elif config.add_bias_linear:
+        submodules.mlp.submodules.experts.submodules.linear_fc2 = BiasedRowParallelLinear
