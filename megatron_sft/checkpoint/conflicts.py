@@ -86,7 +86,8 @@ def conflicts(flags: ModelConfig, explicit: frozenset[str], hf: ModelConfig) -> 
 
 def _sentence(name: str, ours: Any, theirs: Any) -> str:
     flag = SPELLINGS.get(name, "--" + name.replace("_", "-"))
-    return f"{flag}: the flags say {name} = {_show(ours)}, config.json says {_show(theirs)}. Leave the flag out or correct it."
+    found = f"the flags say {name} = {_show(ours)}, config.json says {_show(theirs)}"
+    return f"{flag}: {found}. Leave the flag out or correct it."
 
 
 def _show(value: Any) -> str:

@@ -73,7 +73,7 @@ def is_megatron_checkpoint(path: str | Path) -> bool:
     return (folder / TRACKER).is_file() or (folder / "metadata.json").is_file()
 
 
-def core_module(chunk: nn.Module) -> nn.Module:
+def core_module(chunk: Any) -> Any:
     """The GPTModel inside DDP and precision wrappers."""
     while not hasattr(chunk, "decoder"):
         assert hasattr(chunk, "module"), f"{type(chunk).__name__} is no GPTModel and wraps none"
@@ -118,7 +118,7 @@ def _held(chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ranks
             if name == TIED and model.share_embeddings_and_output_weights:
                 sources = list(family.tensors["embedding.word_embeddings.weight"][1:])
             part = expert_part if "{expert}" in pattern else (ranks.tp_rank, ranks.tp_size)
-            shard = Shard(tuple(parameter.shape), *part, model, expert)
+            shard = Shard(tuple(parameter.shape), part[0], part[1], model, expert)
             placement = LAYOUTS[layout](shard)
             names = tuple(source.format(layer=layer, expert=expert) for source in sources)
             yield Held(name, parameter.detach(), placement, names, (0, 1) if layout in REPLICATED else part)
@@ -409,7 +409,7 @@ def _write_folder(
     except CheckpointError as fault:
         error = str(fault)
     except OSError as fault:
-        error = f"{folder}: not written ({fault.strerror}); expected room and permission. Free space or name another folder."
+        error = f"{folder}: not written ({fault.strerror}); expected room there. Free space or name another folder."
     for _ in shards:  # the other ranks' sends that are still to come
         pass
     return error

@@ -52,7 +52,7 @@ def text_config(hf: Keys) -> Keys:
 
 def family_of(hf: Keys, trust_remote_code: bool = False) -> Family:
     """The entry of names.FAMILIES for this config.json. Raises CheckpointError when there is none."""
-    model_type = text_config(hf).get("model_type")
+    model_type = str(text_config(hf).get("model_type"))
     if hf.get("auto_map") and model_type not in FAMILIES and not trust_remote_code:
         raise CheckpointError(
             f"config.json: auto_map asks to run Python code that came with model_type {model_type!r}; expected a family "
@@ -177,9 +177,9 @@ def hf_config_from_model(model: ModelConfig, like: Keys | None) -> dict[str, Any
         keys.update({key: fresh[key] for key in fresh if fresh[key] != before.get(key) or key in both})
         return keys
     for model_type in FAMILIES:
-        keys = _try_write(model, model_type)
-        if keys is not None:
-            return keys
+        written = _try_write(model, model_type)
+        if written is not None:
+            return written
     raise CheckpointError(
         f"no family of names.py can express this model ({model}). Pass the HF folder that the model came from."
     )

@@ -31,11 +31,11 @@ class Shard(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """`length` rows (along Placement.dim) of the shard are `source[index]`, transposed if so; no source: zeros."""
+    """`length` rows (along Placement.dim) of the shard are `source[window]`, transposed if so; no source: zeros."""
 
     length: int
     source: int | None
-    index: Index
+    window: Index
     transposed: bool = False
 
 
@@ -58,7 +58,7 @@ def windows(
         if piece.source is None:
             yield mine, None
         elif piece.source in sources:
-            theirs = sources[piece.source][piece.index]
+            theirs = sources[piece.source][piece.window]
             yield mine, theirs.t() if piece.transposed else theirs
 
 

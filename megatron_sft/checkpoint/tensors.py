@@ -172,7 +172,7 @@ class TensorWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Stores one tensor, which has the shape and dtype that were announced."""
         descriptor, offset = self._places.pop(name)
-        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         while data:
             written = os.pwrite(descriptor, data, offset)
             data, offset = data[written:], offset + written

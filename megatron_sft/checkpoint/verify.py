@@ -5,6 +5,7 @@ first_difference: `megatron-sft verify`; all layers and the logits on one proces
 changed_tensors: `megatron-sft verify`; every tensor, written back and compared bit for bit.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,15 +65,17 @@ def _run(chunk: nn.Module, tokens: torch.Tensor, last: int | None) -> dict[str, 
     length = tokens.shape[1]
     ends = torch.tensor([0, length], dtype=torch.int32, device=tokens.device)
     packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=length, max_seqlen_kv=length)
-    training = chunk.training
+    training, module = chunk.training, core_module(chunk)
     chunk.eval()
-    with torch.no_grad(), _recorded(core_module(chunk), last) as outputs:
+    with torch.no_grad(), _recorded(module, last) as outputs:
         try:
             positions = torch.arange(length, device=tokens.device)[None]
             outputs["logits"] = chunk(tokens, positions, None, packed_seq_params=packed)[0]
         except _Reached:
             pass
     chunk.train(training)
+    if "embedding" in outputs and getattr(module, "embedding_scale", None):
+        outputs["embedding"] = outputs["embedding"] * module.embedding_scale
     return {name: value.reshape(-1, value.shape[-1]) for name, value in outputs.items()}
 
 
@@ -244,6 +247,4 @@ def changed_tensors(
 
 def checksum(tensor: torch.Tensor) -> str:
     """sha256 of the tensor's bytes in row order, the first 16 digits."""
-    import hashlib
-
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()[:16]
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
