@@ -1,0 +1,174 @@
+"""The shell scripts: which command line each makes of its environment variables. Nothing is trained; the launcher prints."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "post_training" / "modelopt"
+CONF = "Qwen/Qwen3-0.6B"
+OWN = ("MLM_", "HF_", "TP", "PP", "CP", "EP", "ETP", "DP", "DATASET", "LAUNCH_SCRIPT", "OMP_", "SANDBOX_", "TOKENIZER_", "PYTHON")
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> str:
+    """A LAUNCH_SCRIPT that prints its arguments and OMP_NUM_THREADS as JSON."""
+    script = tmp_path / "print arguments.py"
+    script.write_text("import json, os, sys\nprint(json.dumps([os.environ['OMP_NUM_THREADS'], *sys.argv[1:]]))\n")
+    return f"'{sys.executable}' '{script}'"
+
+
+def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs one script with these variables and no others of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OWN)}
+    environment |= {"PYTHON": sys.executable, **variables}
+    return subprocess.run(
+        [str(SCRIPTS / script), *arguments], env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def arguments_of(script: str, *arguments: str, **variables: str) -> list[str]:
+    """The command line that the script launches."""
+    done = run(script, *arguments, **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)[1:]
+
+
+def value(arguments: list[str], flag: str) -> str:
+    """What follows the last `flag`."""
+    return arguments[len(arguments) - arguments[::-1].index(flag)]
+
+
+def test_finetune_has_upstreams_defaults_and_reads_the_hf_folder(launcher: str) -> None:
+    arguments = arguments_of("finetune.sh", CONF, LAUNCH_SCRIPT=launcher, HF_MODEL_CKPT="/models/q", MLM_MODEL_SAVE="/out")
+    assert arguments[0] == str(SCRIPTS / "finetune.py")
+    expected = {
+        "--load": "/models/q",
+        "--tokenizer-model": "/models/q",
+        "--save": "/out",
+        "--finetune-hf-dataset": "Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered",
+        "--train-samples": "128000",
+        "--lr-decay-samples": "128000",
+        "--lr-warmup-samples": "0",
+        "--split": "100,0,0",
+        "--lr": "5.0e-5",
+        "--min-lr": "1.0e-7",
+        "--lr-decay-style": "cosine",
+        "--clip-grad": "1.0",
+        "--weight-decay": "0.0",
+        "--adam-beta1": "0.9",
+        "--adam-beta2": "0.95",
+        "--micro-batch-size": "1",
+        "--eval-iters": "1",
+        "--save-interval": "1000",
+        "--log-interval": "100",
+        "--tensor-model-parallel-size": "1",
+        "--num-layers": "28",
+    }
+    assert {flag: value(arguments, flag) for flag in expected} == expected
+    assert "--no-check-for-nan-in-loss-and-grad" not in arguments
+
+
+@pytest.mark.parametrize("variables", [{}, {"MLM_MODEL_CKPT": "/runs/first"}, {"MLM_MODEL_CKPT": "/models/q"}])
+def test_save_never_defaults_to_the_folder_that_is_read(launcher: str, variables: dict[str, str]) -> None:
+    arguments = arguments_of(
+        "finetune.sh", CONF, LAUNCH_SCRIPT=launcher, HF_MODEL_CKPT="/models/q", MLM_WORK_DIR="/work dir", **variables
+    )
+    assert value(arguments, "--load") == variables.get("MLM_MODEL_CKPT", "/models/q")
+    assert value(arguments, "--save") == f"/work dir/{CONF}_sft"
+
+
+def test_values_of_several_words_and_quotes_survive(launcher: str) -> None:
+    arguments = arguments_of(
+        "finetune.sh",
+        CONF,
+        LAUNCH_SCRIPT=launcher,
+        DATASET="/my data/chats 1.jsonl",
+        MLM_DATA_ARGS=" \\\n --train-samples 5 \\\n --finetune-hf-dataset '/other data/a b.jsonl' \\\n",
+        MLM_OPTIM_ARGS="--lr 1e-5 -o --min-lr 0",
+        MLM_EXTRA_ARGS="--chat-template \"{{ 'a b' }}\" --log-note '*' --last \"it's\"",
+    )
+    assert "128000" not in arguments
+    assert value(arguments, "--finetune-hf-dataset") == "/other data/a b.jsonl"
+    start = arguments.index("--lr")
+    assert arguments[start : start + 5] == ["--lr", "1e-5", "-o", "--min-lr", "0"]
+    assert arguments[-6:] == ["--chat-template", "{{ 'a b' }}", "--log-note", "*", "--last", "it's"]
+
+
+def test_dataset_with_a_space_is_one_word(launcher: str) -> None:
+    arguments = arguments_of("finetune.sh", CONF, LAUNCH_SCRIPT=launcher, DATASET="/my data/chats.jsonl")
+    assert value(arguments, "--finetune-hf-dataset") == "/my data/chats.jsonl"
+
+
+def test_nothing_in_a_variable_is_run(launcher: str, tmp_path: Path) -> None:
+    marker = tmp_path / "made"
+    text = f"$(touch {marker}) `touch {marker}` ; touch {marker}"
+    arguments = arguments_of("finetune.sh", CONF, LAUNCH_SCRIPT=launcher, MLM_EXTRA_ARGS=text)
+    assert arguments[-len(text.split()) :] == text.split()
+    assert not marker.exists()
+
+
+def test_unbalanced_quote_is_an_error(launcher: str) -> None:
+    done = run("finetune.sh", CONF, LAUNCH_SCRIPT=launcher, MLM_EXTRA_ARGS="--lr '1e-5")
+    assert done.returncode == 2
+    assert "cannot be split into words. Check its quotes." in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes"),
+    [
+        ({"DP": "4"}, 4),
+        ({"TP": "2"}, 2),
+        ({"TP": "2", "PP": "2", "CP": "2", "DP": "2"}, 16),
+        ({"TP": "1", "EP": "4", "DP": "1"}, 4),
+    ],
+)
+def test_processes_follow_the_parallel_sizes(tmp_path: Path, sizes: dict[str, str], processes: int) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[[ $1 == -c ]] && exec "{sys.executable}" "$@"\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    done = run("finetune.sh", CONF, **{**sizes, "PYTHON": str(python)})
+    words = done.stdout.split("\n")
+    assert words[:4] == ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    assert value(words, "--tensor-model-parallel-size") == sizes.get("TP", "1")
+
+
+def test_one_process_needs_no_torchrun(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[[ $1 == -c ]] && exec "{sys.executable}" "$@"\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    done = run("finetune.sh", CONF, PYTHON=str(python))
+    assert done.stdout.split("\n")[0] == str(SCRIPTS / "finetune.py")
+
+
+def test_unknown_model_and_missing_model_are_errors(launcher: str) -> None:
+    missing, unknown = run("finetune.sh", LAUNCH_SCRIPT=launcher), run("finetune.sh", "Qwen/Nothing", LAUNCH_SCRIPT=launcher)
+    assert (missing.returncode, unknown.returncode) == (2, 2)
+    assert "no model named; expected one of:" in missing.stderr and CONF in missing.stderr
+    assert "conf/Qwen/Nothing.sh does not exist" in unknown.stderr
+
+
+def test_other_scripts(launcher: str) -> None:
+    common = {"LAUNCH_SCRIPT": launcher, "HF_MODEL_CKPT": "/models/q", "MLM_WORK_DIR": "/w"}
+    generate = arguments_of("generate.sh", CONF, PROMPTS_PATH="/a b/prompts.jsonl", MLM_MODEL_CKPT="/sft", **common)
+    assert generate[0] == str(SCRIPTS / "generate.py")
+    assert (value(generate, "--prompts-path"), value(generate, "--load")) == ("/a b/prompts.jsonl", "/sft")
+    assert value(generate, "--tokenizer-model") == "/models/q"
+    mmlu = arguments_of("mmlu.sh", CONF, MLM_EXTRA_ARGS="--fraction 0.05", **common)
+    assert mmlu[:3] == ["-m", "megatron_sft", "mmlu"] and mmlu[-2:] == ["--fraction", "0.05"]
+    convert = arguments_of("convert.sh", CONF, **common)
+    assert (value(convert, "--load"), value(convert, "--save")) == ("/models/q", f"/w/{CONF}_mlm")
+    export = arguments_of("export.sh", CONF, MLM_MODEL_CKPT="/sft", EXPORT_DIR="/hf out", **common)
+    assert (value(export, "--load"), value(export, "--save-hf")) == ("/sft", "/hf out")
+    assert "MLM_MODEL_CKPT is not set" in run("export.sh", CONF, **common).stderr
+
+
+def test_sandbox_files_are_sourced_first(launcher: str, tmp_path: Path) -> None:
+    setup = tmp_path / "environment.sh"
+    setup.write_text("export HF_MODEL_CKPT=/from/setup TP=2\n")
+    arguments = arguments_of("finetune.sh", CONF, LAUNCH_SCRIPT=launcher, SANDBOX_ENV_SETUP=str(setup))
+    assert (value(arguments, "--load"), value(arguments, "--tensor-model-parallel-size")) == ("/from/setup", "2")
