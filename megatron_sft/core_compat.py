@@ -136,8 +136,8 @@ def _patch_core_for_cpu() -> None:
 
     # megatron/core/jit.py compiles small functions: minutes of C++ compiler on a CPU for nothing.
     torch._dynamo.config.disable = True
-    # 0.16.1 multi_latent_attention.py says HAVE_TE when only modelopt is there, and then meets None for TELinear.
-    if getattr(multi_latent_attention, "TELinear", None) is None:
+    # 0.16.1 multi_latent_attention.py:66 says HAVE_TE without it, and then asks isinstance of a mock.
+    if importlib.util.find_spec("transformer_engine") is None:
         multi_latent_attention.HAVE_TE = False
     core_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     core_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
