@@ -55,6 +55,7 @@ def convert(
         quick_check(chunks, model, hf_folder, ranks)
     run = RunConfig(model, layout, checkpoint=CheckpointConfig(save=str(save)))
     save_checkpoint(save, "release", chunks, None, None, {}, run, ranks)
+    parallel.finalize()
     logger.info("converted %s to %s/release", hf_folder, save)
 
 
@@ -80,6 +81,7 @@ def export(
     load_checkpoint(load, chunks, None, None, ranks)
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype] if dtype else None
     save_hf(chunks, model, save_folder, ranks, hf_folder, stored)
+    parallel.finalize()
     logger.info("exported %s to %s", load, save_folder)
 
 
@@ -112,6 +114,7 @@ def verify(hf_folder: str | Path, megatron_checkpoint: str | Path | None = None)
     if place:
         logger.info("first difference: %s", place)
     changed = changed_tensors(chunks, model, hf_folder, ranks)
+    parallel.finalize()
     for name, ours, theirs in changed:
         logger.info("%s: sha256 %s here, %s in the folder", name, ours, theirs)
     logger.info("tensors: %d differ", len(changed))

@@ -1,4 +1,4 @@
-"""HF folders through tensor, pipeline, virtual pipeline and expert parallelism: the layers' outputs and the way back."""
+"""HF folders through tensor, pipeline, virtual pipeline and expert parallelism, and back."""
 
 import pytest
 import torch

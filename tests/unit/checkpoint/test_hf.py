@@ -1,4 +1,4 @@
-"""HF folder -> model -> HF folder on one process, against transformers; and what is refused before any weight is read."""
+"""HF folder -> model -> HF folder on one process, against transformers; what is refused before any weight is read."""
 
 import dataclasses
 import json
