@@ -23,7 +23,7 @@ from megatron_sft.config import DataConfig, RunConfig, problems
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.data.loader import TrainLoader, ValidLoader
 from megatron_sft.data.packing import pack
-from megatron_sft.data.report import log_report
+from megatron_sft.data.report import as_table, data_report
 from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
 from megatron_sft.data.sources import open_source
 from megatron_sft.data.tokens import TokenStore, build_token_store
@@ -111,7 +111,7 @@ def build_data(run: RunConfig, ranks: Ranks) -> Data:
     valid_set = _packed(run, valid_store, chosen, tokenizer) if len(chosen) and run.train.eval_iters else None
     if run.train.eval_iters and valid_set is None and run.train.skip_train:
         raise DataError("--skip-train: there are no held-out rows; expected some. Pass --valid-data or --split 90,10,0.")
-    log_report(store, train_set.plan, config.seq_length)
+    logger.info("%s", as_table(data_report(store, train_set.plan, config.seq_length)))
     return Data(store, train_set, valid_set)
 
 

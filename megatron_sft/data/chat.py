@@ -1,0 +1,302 @@
+"""Conversation -> tokens and loss mask: the tokenizer's own template, exact masks, the user's policy.
+
+1. the policy edits the messages (reasoning in the history, what is trained);
+2. the template renders them once (templates.py), and the assistant's characters are found (spans.py);
+3. the text is tokenised once; a token is trained when all its characters are;
+4. `check_masks` tries all of it on real rows before a build, and fails closed.
+"""
+
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sft.config import DataConfig
+from megatron_sft.data.fast_bpe import HFText, TextTokenizer, Tokens
+from megatron_sft.data.schema import Row, RowError
+from megatron_sft.data.spans import Conversation, Undecided, assistant_spans
+from megatron_sft.data.templates import Span, Template, TemplateError, probe
+from megatron_sft.errors import ConfigError, DataError
+
+THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+CHECKED_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample.
+
+    Example: prompt of 2 tokens, answer of 2 with its end token -> loss_mask [0, 0, 1, 1].
+    """
+
+    tokens: np.ndarray
+    """int32 [n]."""
+    loss_mask: np.ndarray
+    """uint8 [n], or float32 [n] where messages have weights: whether token i itself is trained (not shifted)."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One sample as text."""
+
+    text: str
+    spans: tuple[tuple[int, int, float], ...]
+    """(first character, one past the last, weight), in order, of what is trained."""
+    route: str
+    """How the spans were found (spans.ROUTES), or "all"."""
+
+
+def load_tokenizer(config: DataConfig) -> Any:
+    """The tokenizer of --tokenizer-model: an HF folder, a hub name, or a sentencepiece tokenizer.model.
+
+    Raises:
+        ConfigError: there is no tokenizer there.
+    """
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    name = config.tokenizer_model
+    try:
+        if name.endswith(".model") and os.path.isfile(name):
+            tokenizer = LlamaTokenizer(vocab_file=name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        first_line = str(error).strip().split("\n")[0][:300]
+        raise ConfigError(
+            [f"--tokenizer-model {name}: {first_line} Expected an HF folder, a hub name or a sentencepiece tokenizer.model."]
+        ) from None
+    if config.chat_template:
+        tokenizer.chat_template = template_text(config.chat_template)
+    return tokenizer
+
+
+def template_text(given: str) -> str:
+    """--chat-template: Jinja text, or a file that holds it."""
+    return Path(given).read_text(encoding="utf-8") if "{" not in given and os.path.isfile(given) else given
+
+
+def special_texts(tokenizer: Any) -> tuple[str, ...]:
+    """Texts that the tokenizer turns into one token whatever stands around them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return tuple(sorted({str(token) for token in [*tokenizer.all_special_tokens, *added.values()] if str(token)}))
+
+
+class ChatEncoder:
+    """Turns rows into tokens and masks.
+
+    Args:
+        tokenizer: from load_tokenizer.
+        config: train_on, train_on_tool_calls, history_thinking.
+
+    Attributes:
+        tokenise: text -> Tokens; a faster one may be put in its place.
+        routes: how many samples each route of spans.py decided.
+
+    Raises:
+        ConfigError: there is no chat template, or it cannot be compiled.
+    """
+
+    def __init__(self, tokenizer: Any, config: DataConfig):
+        template = tokenizer.chat_template
+        if isinstance(template, Mapping):
+            template = template.get("default")
+        if not template:
+            raise ConfigError(
+                [
+                    f"{config.tokenizer_model}: the tokenizer has no chat template; expected one, which says how messages "
+                    "become text. Take the -Instruct tokenizer of the family, or pass --chat-template FILE."
+                ]
+            )
+        self.tokenizer, self.config = tokenizer, config
+        self._names = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+        try:
+            self.template = Template(template, self._names)
+        except TemplateError as error:
+            raise ConfigError([f"{config.tokenizer_model}: the chat template {error}. Correct it, or pass --chat-template."]) from None
+        self.special = special_texts(tokenizer)
+        self.tokenise: TextTokenizer = HFText(tokenizer) if tokenizer.is_fast else SlowText(tokenizer)
+        self.routes: Counter[str] = Counter()
+
+    def encode(self, row: Row) -> list[Encoded]:
+        """Tokens and mask of a row; several samples with history_thinking=expand.
+
+        Raises:
+            RowError: the template refuses the row, or which tokens are the assistant's cannot be decided exactly.
+        """
+        return [self._encoded(rendered) for rendered in self.render(row)]
+
+    def _encoded(self, rendered: Rendered) -> Encoded:
+        tokens = self.tokenise(rendered.text)
+        plain = all(weight == 1.0 for _, _, weight in rendered.spans)
+        mask = np.zeros(len(tokens.ids), dtype=np.uint8 if plain else np.float32)
+        for first, last, weight in rendered.spans:
+            mask[(tokens.starts >= first) & (tokens.ends <= last) & (tokens.ends > tokens.starts)] = weight
+        return Encoded(tokens.ids.astype(np.int32), mask)
+
+    def render(self, row: Row) -> list[Rendered]:
+        """The text of every sample of a row and what of it is trained. Raises as `encode`."""
+        if row.text is not None:
+            return [Rendered(row.text + (self.tokenizer.eos_token or ""), ((0, len(row.text) + 10**6, 1.0),), "all")]
+        return [self._render(messages, row, last) for messages, last in self._samples(row)]
+
+    def _samples(self, row: Row) -> list[tuple[list[dict[str, Any]], bool]]:
+        """(messages, only the last turn is trained) of each sample, after the reasoning policy."""
+        messages = [dict(message) for message in row.messages]
+        last_turn = self.config.train_on == "last-turn"
+        if self.config.history_thinking == "drop":
+            return [(_without_history_thinking(messages), last_turn)]
+        if self.config.history_thinking == "expand" and any(_thinks(message) for message in messages):
+            ends = [end for end in range(1, len(messages) + 1) if _turn_ends(messages, end)]
+            return [(messages[:end], True) for end in (ends[-1:] if last_turn else ends)]
+        return [(messages, last_turn)]
+
+    def _render(self, messages: list[dict[str, Any]], row: Row, last_turn: bool) -> Rendered:
+        conversation = Conversation([_for_template(m) for m in messages], row.tools, row.template_kwargs)
+        try:
+            if self.config.train_on == "all":
+                text, _ = self.template.render(conversation.messages, row.tools, row.template_kwargs)
+                return Rendered(text, ((0, len(text), 1.0),), "all")
+            text, spans, route = assistant_spans(self.template, conversation, self.special)
+        except TemplateError as error:
+            raise RowError(row.where, "refused by the template", f"the chat template {error}. Expected a conversation that it "
+                           "renders; correct the row or pass another --chat-template.") from None  # fmt: skip
+        except Undecided as error:
+            raise RowError(row.where, "mask undecided", f"which tokens the assistant wrote cannot be decided exactly ({error}). "
+                           "Put {% generation %} blocks into the template and pass it with --chat-template, or correct the "
+                           f"row. The template begins {self.template.text[:80]!r}.") from None  # fmt: skip
+        self.routes[route] += 1
+        return Rendered(text, tuple(self._weighted(text, spans, messages, last_turn)), route)
+
+    def _weighted(self, text: str, spans: Sequence[Span], messages: list[dict[str, Any]], last_turn: bool) -> Iterable[tuple[int, int, float]]:
+        """The spans that the policy trains, with the weights of their messages."""
+        turn = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+        assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        for (first, last), index in zip(spans, assistants, strict=True):
+            message = messages[index]
+            weight = float(message.get("weight", 1.0)) if message.get("train", True) else 0.0
+            calls = bool(message.get("tool_calls")) and not self.config.train_on_tool_calls
+            if calls or not weight or (last_turn and index < turn):
+                continue
+            if self.config.history_thinking == "mask" and index < turn:
+                yield from ((a, b, weight) for a, b in _outside_thinking(text, first, last))
+            else:
+                yield (first, last, weight)
+
+
+class SlowText:
+    """HF tokenizers without offsets: a token's end is where the decoded prefix of the text ends."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> Tokens:
+        pieces = re.split(f"({'|'.join(map(re.escape, special_texts(self._tokenizer))) or '(?!)'})", text)
+        ids: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        place = 0
+        for piece in (piece for piece in pieces if piece):
+            own = self._tokenizer.encode(piece, add_special_tokens=False)
+            lengths = [len(self._tokenizer.decode(own[: n + 1], clean_up_tokenization_spaces=False)) for n in range(len(own))]
+            edges = [min(length, len(piece)) for length in lengths[:-1]] + [len(piece)]
+            ids += own
+            starts += [place + edge for edge in [0, *edges[:-1]]]
+            ends += [place + edge for edge in edges]
+            place += len(piece)
+        return Tokens(np.array(ids, np.int32), np.array(starts, np.int64), np.array(ends, np.int64))
+
+
+def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message without the keys that are ours, which a template must not see."""
+    return {key: value for key, value in message.items() if key not in ("train", "weight")}
+
+
+def _thinks(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and bool(message.get("reasoning_content") or "<think>" in str(message.get("content")))
+
+
+def _turn_ends(messages: Sequence[Mapping[str, Any]], end: int) -> bool:
+    """Messages[:end] ends with the assistant's last word before a user message or the end."""
+    return messages[end - 1]["role"] == "assistant" and (end == len(messages) or messages[end]["role"] == "user")
+
+
+def _without_history_thinking(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    turn = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    for message in messages[: max(turn, 0)]:
+        if message["role"] == "assistant":
+            message.pop("reasoning_content", None)
+            message["content"] = THINKING.sub("", str(message.get("content") or ""))
+    return messages
+
+
+def _outside_thinking(text: str, first: int, last: int) -> Iterable[Span]:
+    place = first
+    for found in THINKING.finditer(text, first, last):
+        yield (place, found.start())
+        place = found.end()
+    yield (place, last)
+
+
+def check_masks(encoder: ChatEncoder, rows: Iterable[Row], source: str) -> None:
+    """The gate before a build: on real rows, template, tokens and masks fit together. Fails closed.
+
+    1. the template renders within limits of time and memory, in a process of its own;
+    2. the tokens are those of tokenizer.apply_chat_template;
+    3. each trained stretch ends with the end-of-turn token, which is trained whatever the pad token is;
+    4. nothing before the first assistant message is trained.
+
+    Args:
+        encoder: to be checked.
+        rows: of one source; the first CHECKED_ROWS are looked at.
+        source: its name, for messages.
+
+    Raises:
+        ConfigError: the template runs away.
+        DataError: a row for which one of these does not hold.
+    """
+    sample = [row for row in itertools.islice(rows, CHECKED_ROWS) if row.text is None]
+    if not sample:
+        return
+    conversations = [([_for_template(m) for m in row.messages], row.tools, row.template_kwargs) for row in sample]
+    try:
+        probe(encoder.template.text, encoder._names, conversations)
+    except TemplateError as error:
+        raise ConfigError([f"{encoder.config.tokenizer_model}: the chat template {error}. Correct it, or pass --chat-template."]) from None
+    for row in sample:
+        try:
+            _check_row(encoder, row)
+        except RowError:
+            continue  # counted and reported by the build, which sees every row
+
+
+def _check_row(encoder: ChatEncoder, row: Row) -> None:
+    for messages, last in encoder._samples(row):
+        rendered = encoder._render(messages, row, last)
+        encoded = encoder._encoded(rendered)
+        expected = encoder.tokenizer.apply_chat_template(
+            [_for_template(m) for m in messages], tools=row.tools, tokenize=True, return_dict=False, **row.template_kwargs
+        )
+        if list(expected) != encoded.tokens.tolist():
+            raise DataError(
+                f"{row.where}: our tokens are not those of tokenizer.apply_chat_template ({len(encoded.tokens)} against "
+                f"{len(expected)}). Expected the same; report the template. Text: {rendered.text[:200]!r}"
+            )
+        if rendered.route == "all":
+            continue
+        outside = np.ones(len(encoded.tokens), dtype=bool)
+        tokens = encoder.tokenise(rendered.text)
+        for first, last_character, _ in rendered.spans:
+            outside &= ~((tokens.starts >= first) & (tokens.ends <= last_character))
+            inside = np.flatnonzero((tokens.starts >= first) & (tokens.ends <= last_character))
+            if len(inside) and not encoded.loss_mask[inside[-1]]:
+                raise DataError(f"{row.where}: the end-of-turn token is not trained; the model would never stop. Report the template.")
+        if encoded.loss_mask[outside].any():
+            raise DataError(f"{row.where}: a token outside the assistant's messages is trained. Report the template.")
+
+

@@ -1,0 +1,176 @@
+"""Chat templates: Jinja in a sandbox, compiled once, tried in a limited process before it is trusted with the data.
+
+The environment is the one that transformers renders with (transformers/utils/chat_template_utils.py): a test compares
+the texts. `{% generation %}` blocks leave marks in the text, from which the trained spans are read.
+Not here: which part of a text is trained (spans.py), tokens (chat.py).
+"""
+
+import json
+import multiprocessing
+import resource
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+PROBE_S = 4.0
+PROBE_BYTES = 2**30
+LIMIT_MESSAGE = "did not finish in {seconds:g} s and {gib:g} GiB"
+
+Span = tuple[int, int]
+
+
+class TemplateError(Exception):
+    """A template that cannot be compiled, refuses a conversation, or runs away."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`: what the assistant says, between two marks."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Any) -> str:
+        marks = self.environment.globals["generation_marks"]
+        return f"{marks[0]}{caller()}{marks[1]}"
+
+
+class Template:
+    """A compiled chat template.
+
+    Args:
+        text: Jinja.
+        special_tokens: names such as bos_token that templates use.
+
+    Raises:
+        TemplateError: the text is no Jinja.
+    """
+
+    def __init__(self, text: str, special_tokens: Mapping[str, str]):
+        self.text = text
+        self._special_tokens = dict(special_tokens)
+        self._marks = tuple(f"\x02{name}{secrets.token_hex(8)}\x03" for name in ("from", "to"))
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda form: datetime.now().strftime(form),
+            "generation_marks": self._marks,
+        }
+        try:
+            self._compiled = environment.from_string(text)
+        except (jinja2.TemplateError, RecursionError, MemoryError, OverflowError) as error:
+            raise TemplateError(f"cannot be compiled: {error}") from None
+        self.has_generation = "generation" in text and "endgeneration" in text
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> tuple[str, list[Span]]:
+        """The text of a conversation and the character spans of its generation blocks.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
+        values = {
+            **self._special_tokens, **(kwargs or {}),
+            "messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": add_generation_prompt,
+        }  # fmt: skip
+        try:
+            marked = self._compiled.render(**values)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError) as error:
+            raise TemplateError(f"refuses the conversation: {error}") from None
+        except (RecursionError, MemoryError, OverflowError) as error:
+            raise TemplateError(f"runs away: {type(error).__name__}") from None
+        return self._unmark(marked)
+
+    def _unmark(self, marked: str) -> tuple[str, list[Span]]:
+        first, last = self._marks
+        text, spans = "", []
+        head, *parts = marked.split(first)
+        text = head
+        for part in parts:
+            inside, _, after = part.partition(last)
+            spans.append((len(text), len(text) + len(inside)))
+            text += inside + after
+        return text, spans
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def probe(text: str, special_tokens: Mapping[str, str], conversations: Sequence[tuple[Any, Any, Any]]) -> None:
+    """Compiles and renders in a process with limits on time and memory, so that a hostile template cannot hang a run.
+
+    Args:
+        text: the template.
+        special_tokens: as Template's.
+        conversations: (messages, tools, kwargs) of real rows.
+
+    Raises:
+        TemplateError: it was killed at a limit, or cannot be compiled.
+    """
+    context = multiprocessing.get_context("fork")  # starts in milliseconds; the child only renders and leaves
+    connection, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_probe, args=(theirs, text, dict(special_tokens), list(conversations)))
+    process.start()
+    theirs.close()
+    answer = "ended without an answer"
+    try:
+        answer = connection.recv() if connection.poll(PROBE_S) else LIMIT_MESSAGE.format(seconds=PROBE_S, gib=PROBE_BYTES / 2**30)
+    except (EOFError, OSError):
+        answer = "ended its process: out of memory, most likely"
+    finally:
+        process.kill()
+        process.join()
+        connection.close()
+    if answer:
+        raise TemplateError(answer)
+
+
+def _probe(connection: Any, text: str, special_tokens: dict[str, str], conversations: list[Any]) -> None:
+    used = _address_space_bytes()
+    resource.setrlimit(resource.RLIMIT_AS, (used + PROBE_BYTES, used + PROBE_BYTES))
+    answer = ""
+    try:
+        template = Template(text, special_tokens)
+        for messages, tools, kwargs in conversations:
+            _try_render(template, messages, tools, kwargs)
+    except TemplateError as error:
+        answer = str(error)
+    except MemoryError:
+        answer = f"needs more than {PROBE_BYTES / 2**30:g} GiB"
+    connection.send(answer)
+
+
+def _try_render(template: Template, messages: Any, tools: Any, kwargs: Any) -> None:
+    """Renders for the limits alone: a row that the template refuses is that row's problem, found later."""
+    try:
+        template.render(messages, tools, kwargs)
+    except TemplateError as error:
+        if "runs away" in str(error):
+            raise
+
+
+def _address_space_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
