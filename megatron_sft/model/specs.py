@@ -1,6 +1,7 @@
 """Which module stands where in a layer: megatron-core's local spec with our norms, projections and attention."""
 
 import copy
+import functools
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -52,7 +53,13 @@ def _replace(layer: ModuleSpec, norm: type, model: ModelConfig, config: Transfor
         attention.q_layernorm = attention.k_layernorm = head_norm
     after = RowParallelLinear if model.norm_placement == "pre" else NormedRowParallelLinear
     attention.linear_proj = after
-    if hasattr(submodules.mlp.submodules, "linear_fc2"):  # a dense layer; experts have no norm after them
-        submodules.mlp.submodules.linear_fc2 = after
+    mlp = _submodules(submodules.mlp)
+    if hasattr(mlp, "linear_fc2"):  # a dense layer; experts have no norm after them
+        mlp.linear_fc2 = after
     elif config.add_bias_linear:
-        submodules.mlp.submodules.experts.submodules.linear_fc2 = BiasedRowParallelLinear
+        _submodules(mlp.experts).linear_fc2 = BiasedRowParallelLinear
+
+
+def _submodules(spec: Any) -> Any:
+    """Of a ModuleSpec (0.16) or of a partial of a module's class (0.19)."""
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
