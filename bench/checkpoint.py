@@ -67,7 +67,10 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, list[float]]:
             folder = saver.root / f"iter_{number:07d}"
             size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
             if number > 1:  # the first makes the staging buffers and warms the page cache
-                add("ours async stall s" if asynchronous else "ours sync save GB/s", stall if asynchronous else size / stall)
+                add(
+                    "ours async stall s" if asynchronous else "ours sync save GB/s",
+                    stall if asynchronous else size / stall,
+                )
                 if not asynchronous:
                     add("ours sync save s", stall)
             if number < options.runs + 1 or asynchronous:

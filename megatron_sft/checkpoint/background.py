@@ -1,8 +1,8 @@
 """What an asynchronous save needs: copies of live tensors, taken while training goes on, and talk between threads.
 
-Weights and optimizer states change in optimizer.step() and nowhere else. So the copy is made by a thread during the next
-forward and backward pass, and the step waits for it (a hook on the torch optimizers): training stands still only where
-the copy takes longer than the two passes. Buffers of the model, which a forward pass may change, are copied at once.
+Weights and optimizer states change in optimizer.step() and nowhere else. So the copy is made by a thread during the
+next forward and backward pass, and the step waits for it (a hook on the torch optimizers). Training stands still only
+where the copy takes longer than the two passes. Buffers of the model, which a forward pass may change, are copied at once.
 """
 
 import os
@@ -84,7 +84,7 @@ class StoreExchange:
     def __call__(self, value: Any) -> list[Any]:
         keys = [f"checkpoint/{self._name}/{self._turn}/{rank}" for rank in range(self._world_size)]
         self._turn += 1
-        self._store.set(keys[self._rank], pickle.dumps(value))
+        self._store.set(keys[self._rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes are right
         deadline = time.monotonic() + self._timeout_s
         while not self._store.check(keys):
             if time.monotonic() > deadline:
@@ -100,6 +100,6 @@ class StoreExchange:
 
 
 def writer_threads(world_size: int) -> int:
-    """Writing threads of one process: enough to hide checksums behind the disk, not more than its share of the cores."""
+    """Writing threads of one process: enough to hide checksums behind the disk, at most its share of cores."""
     local = min(world_size, torch.cuda.device_count()) if torch.cuda.is_available() else world_size
     return max(1, min(4, (os.cpu_count() or 1) // local))

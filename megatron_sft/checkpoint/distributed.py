@@ -85,7 +85,9 @@ class CheckpointSaver:
         where = f"{tracker.checkpoint_folder(self.root, iteration)}: not saved"
         try:
             _agree(lambda: self._make(iteration), self._ranks, where)
-            if optimizer is not None and not (self._run.checkpoint.save_optim and any(part.state for part in torch_optimizers(optimizer))):
+            if optimizer is not None and not (
+                self._run.checkpoint.save_optim and any(part.state for part in torch_optimizers(optimizer))
+            ):
                 optimizer = None  # before the first step there is nothing in it
             full = self._state_dict(iteration, chunks, optimizer, scheduler, state)
             job = torch_dist.plan(full, validate=self._number == 1)
@@ -138,7 +140,12 @@ class CheckpointSaver:
         return full
 
     def _write(
-        self, iteration: tracker.Iteration, job: torch_dist.WriteJob, config: bytes, where: str, exchange: Exchange | None
+        self,
+        iteration: tracker.Iteration,
+        job: torch_dist.WriteJob,
+        config: bytes,
+        where: str,
+        exchange: Exchange | None,
     ) -> None:
         """Writes and publishes; the whole of a save that may run in a thread."""
         folder = tracker.saving_folder(self.root, iteration)
@@ -191,7 +198,9 @@ class _BackgroundSave:
         if not inner:
             self._wait_for_copy()
 
-    def _run(self, saver: CheckpointSaver, iteration: tracker.Iteration, job: torch_dist.WriteJob, config: bytes) -> None:
+    def _run(
+        self, saver: CheckpointSaver, iteration: tracker.Iteration, job: torch_dist.WriteJob, config: bytes
+    ) -> None:
         try:
             try:
                 if self._ready is not None:
@@ -244,7 +253,9 @@ def _agree(action: Any, ranks: Ranks, where: str, exchange: Exchange | None = No
     if failures:
         own = [text for text in failures if text.startswith(where)]
         found = "; ".join(f"rank {rank}: {text}" for text, rank in failures.items())
-        raise CheckpointError(own[0] if own else f"{where}. Found: {found}. Expected a writable folder with room. {_ADVICE}")
+        raise CheckpointError(
+            own[0] if own else f"{where}. Found: {found}. Expected a writable folder with room. {_ADVICE}"
+        )
     return [result for result, _ in outcomes]
 
 
@@ -300,11 +311,13 @@ def load_checkpoint(
     release = chosen == tracker.RELEASE
     whole = not weights_only and not release
     try:
-        state = _load(folder, chunks, optimizer if whole else None, scheduler if whole else None, ranks, load_rng and whole)
+        state = _load(
+            folder, chunks, optimizer if whole else None, scheduler if whole else None, ranks, load_rng and whole
+        )
     except torch_dist.READ_ERRORS as error:
         raise CheckpointError(
-            f"{folder}: cannot be loaded: {type(error).__name__}: {str(error)[:400]}. Expected a torch_dist checkpoint of this "
-            "model and optimizer. Check the model flags, or load the weights alone with --finetune."
+            f"{folder}: cannot be loaded: {type(error).__name__}: {str(error)[:400]}. Expected a torch_dist "
+            "checkpoint of this model and optimizer. Check the model flags, or load the weights alone with --finetune."
         ) from error
     if optimizer is not None and not whole:
         optimizer.reload_model_params()
@@ -337,7 +350,9 @@ def _choose(root: Path, iteration: tracker.Iteration | None, ranks: Ranks, verif
     raise CheckpointError(f"{root}: no usable checkpoint. Found: {'; '.join(found)}. Restore one from a copy.")
 
 
-def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks: Ranks, load_rng: bool) -> dict[str, Any]:
+def _load(
+    folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks: Ranks, load_rng: bool
+) -> dict[str, Any]:
     metadata = torch_dist.read_metadata(folder)
     common = torch_dist.read_common(folder, metadata)
     args = common.get("args")
@@ -399,4 +414,6 @@ def read_run_config(root: str | Path, iteration: tracker.Iteration | None = None
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}; expected the JSON written with the checkpoint. Delete it or restore it.") from error
+        raise CheckpointError(
+            f"{path}: {error}; expected the JSON written with the checkpoint. Delete it or restore it."
+        ) from error

@@ -124,7 +124,7 @@ def problems(folder: Path, content: bool, share: tuple[int, int] = (0, 1)) -> li
         return [f"{folder / MANIFEST}: {error or 'unreadable'}; expected the manifest that was written with it"]
     mine = sorted(files.items(), key=lambda file: -file[1][0])[share[0] :: share[1]]
     with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-        found = pool.map(lambda file: _file_problem(folder / file[0], *file[1], content), mine)
+        found = pool.map(lambda file: _file_problem(folder / file[0], file[1][0], file[1][1], content), mine)
         return [problem for problem in found if problem]
 
 
@@ -132,7 +132,11 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
     """{file name: (bytes, crc32)}; ValueError when the manifest itself is damaged."""
     data = json.loads((folder / MANIFEST).read_bytes().decode("utf-8"))
     files = data["files"]
-    if data["algorithm"] != "crc32" or data["crc32"] != _entry_crc(files) or set(data) != {"algorithm", "files", "crc32"}:
+    if (
+        data["algorithm"] != "crc32"
+        or data["crc32"] != _entry_crc(files)
+        or set(data) != {"algorithm", "files", "crc32"}
+    ):
         raise ValueError("its own checksum does not match")
     if any(Path(name).name != name for name in files):
         raise ValueError("it names a file outside its folder")

@@ -1,6 +1,6 @@
 """Compares the configuration beside a checkpoint with that of the run that resumes from it.
 
-Free: layout, folders, logging and speed. Told: what changes the rest of the training on purpose (learning rate, length).
+Free: layout, folders, logging and speed. Told: what changes the rest of training on purpose (learning rate, length).
 Refused unless allowed by name: what makes the two halves trainings of different data, models or order.
 """
 
@@ -14,7 +14,8 @@ from megatron_sft.log import logger
 
 FINGERPRINT = "data_fingerprint"
 _REFUSED = {
-    "data": ("tokenizer_model", "chat_template", "seq_length", "packing", "truncation", "train_on", "train_on_tool_calls",
+    "data": ("tokenizer_model", "chat_template",
+             "seq_length", "packing", "truncation", "train_on", "train_on_tool_calls",
              "history_thinking", "role_map", "train_epochs", "split", "shuffle", "seed", "reset_position_ids",
              "reset_attention_mask", "eod_mask_loss"),
     "optim": ("optimizer",),
@@ -77,8 +78,8 @@ def refuse_changed(
     if left:
         listed = ",".join(names[line] for line in left)
         raise CheckpointError(
-            f"resume: {len(left)} settings differ from the checkpoint's: {'; '.join(left)}. Expected the same data, order "
-            f"and model. Restore them, start afresh with --finetune, or pass --allow-changed {listed}."
+            f"resume: {len(left)} settings differ from the checkpoint's: {'; '.join(left)}. Expected the same data, "
+            f"order and model. Restore them, start afresh with --finetune, or pass --allow-changed {listed}."
         )
 
 

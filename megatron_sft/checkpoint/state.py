@@ -1,4 +1,4 @@
-"""The state dict of a checkpoint, with the keys that Megatron-LM's loader asks for (megatron/training/checkpointing.py).
+"""The state dict of a checkpoint, with the keys that Megatron-LM's loader asks for (megatron/training/checkpointing.py)
 
 args (Namespace), checkpoint_version 3.0, iteration, model or model0, model1 ... (virtual stages), optimizer,
 opt_param_scheduler, rng_state, num_floating_point_operations_so_far, content_metadata; and of ours `train_state`.
@@ -54,7 +54,9 @@ def sharded_state(
     """
     metadata = {**metadata, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    state = {name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
+    state = {
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)
+    }
     if optimizer is not None:
         models = dict(state)
         state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)

@@ -11,10 +11,9 @@ common.pt (torch.save of what is not sharded), metadata.json (names the format).
 
 import io
 import json
-import os
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +37,19 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_sft.checkpoint.manifest import ChecksumFile, FileRecord, write_file
 
-READ_ERRORS = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, ImportError,
-               AssertionError, pickle.UnpicklingError, CheckpointingException)
+READ_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    AssertionError,
+    pickle.UnpicklingError,
+    CheckpointingException,
+)
 """What torch, pickle and megatron-core raise on a damaged file or on one of another model."""
 
 _COMMON = "common.pt"
@@ -85,7 +95,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def safe_load(file: Any) -> Any:
-    """torch.load with weights_only=True and megatron-core's list of harmless classes (Namespace, enums, numpy arrays)."""
+    """torch.load with weights_only=True and megatron-core's list of harmless classes (Namespace, enums, arrays)."""
     from megatron.core.safe_globals import SAFE_GLOBALS
 
     with torch.serialization.safe_globals(list(SAFE_GLOBALS)):
@@ -229,7 +239,8 @@ def write_items(folder: Path, job: WriteJob, rank: int, threads: int) -> tuple[l
     try:
         with ThreadPoolExecutor(len(shares) or 1) as pool:
             written = [
-                pool.submit(_write_share, folder / f"__{rank}_{index}.distcp", share) for index, share in enumerate(shares)
+                pool.submit(_write_share, folder / f"__{rank}_{index}.distcp", share)
+                for index, share in enumerate(shares)
             ]
     finally:
         set_crc32_options(checksums)
@@ -262,7 +273,7 @@ def _write_share(path: Path, items: list[tuple[WriteItem, Any]]) -> tuple[list[W
         if item.type == WriteItemType.BYTE_IO:
             file.write(data.getbuffer())
         else:
-            torch.save(compact(data), file)
+            torch.save(compact(data), file)  # type: ignore[arg-type]  # write and flush are all it uses
         length = file.tell() - start
         results.append(WriteResult(item.index, length, _StorageInfo(path.name, start, length)))
     return results, file.close()

@@ -1,8 +1,8 @@
 """Names inside a checkpoint root, the tracker file, and what a kill at any moment may leave behind.
 
-A root holds iter_%07d/ and release/ (whole checkpoints only: they appear by one rename), latest_checkpointed_iteration.txt
-(Megatron's tracker: an iteration or "release"), best_checkpoint.json, and hidden work folders. No torch, no collectives:
-one process calls this, the others hear of it through distributed.py.
+A root holds iter_%07d/ and release/ (whole checkpoints only: they appear by one rename), the tracker
+latest_checkpointed_iteration.txt (an iteration or "release"), best_checkpoint.json, and hidden work folders. No torch,
+no collectives: one process calls this, the others hear of it through distributed.py.
 """
 
 import json
@@ -111,7 +111,7 @@ def publish(root: Path, iteration: Iteration) -> Path:
 
 
 def sweep(root: Path) -> None:
-    """Removes the work folders that a killed process left; restores a replaced checkpoint whose successor never came."""
+    """Removes the work folders that a killed process left; restores a replaced checkpoint without successor."""
     if not root.is_dir():
         return
     for entry in sorted(root.iterdir()):

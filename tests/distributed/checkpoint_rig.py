@@ -75,14 +75,20 @@ class Rig:
         state = sharded_state(
             self.chunks, self.optimizer, None, content_metadata(self.run.parallel.use_distributed_optimizer), False
         )
-        return {t.key: t.data.clone() for t in torch_dist._leaves(state) if hasattr(t, "data") and torch.is_tensor(t.data)}
+        return {
+            t.key: t.data.detach().clone()
+            for t in torch_dist._leaves(state)
+            if hasattr(t, "data") and torch.is_tensor(t.data)
+        }
 
 
 def compacted(tensor: torch.Tensor) -> bytes:
     return torch_dist.compact(tensor).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def build(parallel: ParallelConfig, checkpoint: CheckpointConfig | None = None, dtype: str = "fp32", **model: Any) -> Rig:
+def build(
+    parallel: ParallelConfig, checkpoint: CheckpointConfig | None = None, dtype: str = "fp32", **model: Any
+) -> Rig:
     """Builds the rig for a layout; weights differ from seed to seed of torch's generator, set here."""
     from megatron_sft.train.optim import DTYPES, build_optimizer, build_scheduler, schedule_lengths, wrap_ddp
 

@@ -45,7 +45,9 @@ def _async_steps(root: str, layout: dict) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(1, {}), (2, {"use_distributed_optimizer": True})])
-def test_async_checkpoints_hold_the_iteration_they_were_asked_for(tmp_path: Path, world_size: int, layout: dict) -> None:
+def test_async_checkpoints_hold_the_iteration_they_were_asked_for(
+    tmp_path: Path, world_size: int, layout: dict
+) -> None:
     for expected, found in run_ranks(_async_steps, world_size, str(tmp_path), layout):
         assert found == expected
     assert tracker.iterations(tmp_path) == [5, 4, 3]

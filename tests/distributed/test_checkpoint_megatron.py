@@ -32,7 +32,9 @@ def _ours_in_theirs(root: str, layout: dict) -> tuple[str, str, dict]:
 
     rig = build(ParallelConfig(**layout))
     rig.train(1, 2)
-    save_checkpoint(root, 2, rig.chunks, rig.optimizer, rig.scheduler, {"consumed_train_samples": 6}, rig.run, rig.ranks)
+    save_checkpoint(
+        root, 2, rig.chunks, rig.optimizer, rig.scheduler, {"consumed_train_samples": 6}, rig.run, rig.ranks
+    )
     expected = rig.digest()
     folder = str(tracker.checkpoint_folder(Path(root), 2))
     common = dist_checkpointing.load_common_state_dict(folder)

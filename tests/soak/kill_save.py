@@ -2,8 +2,8 @@
 
     python tests/soak/kill_save.py --kills 200 [--seed 1] [--cases sync-1,async-1,sync-2,async-2]
 
-Each case trains the tiny model of tests/distributed/checkpoint_rig.py in 1 or 2 gloo processes, saves after every step and
-is killed (all processes, or one of two) after a random time; the next start resumes and goes on. Checked at every start:
+Each case trains the tiny model of tests/distributed/checkpoint_rig.py in 1 or 2 gloo processes, saves after every step
+and is killed (all processes, or one of two) after a random time; the next start resumes and goes on. Checked each time:
 the newest checkpoint loads, all its checksums match, its weights are those of its iteration, it is not a start from
 nothing once there was a checkpoint, and at most one save interval is lost. Exits with 1 if any of this fails.
 """
