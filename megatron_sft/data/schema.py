@@ -1,0 +1,304 @@
+"""One record of a data file -> Row: messages in OpenAI's form, tools, template arguments.
+
+Not here: reading files (sources.py), rendering and masks (chat.py). A new format is one function and one line in SCHEMAS.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_sft.config import DataConfig
+from megatron_sft.errors import DataError
+
+Message = dict[str, Any]
+"""role, content [, tool_calls, reasoning_content, name, tool_call_id, train: bool, weight: float]."""
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+ROLE_MAP = {
+    "human": "user",
+    "User": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "Assistant": "assistant",
+    "System": "system",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+}
+MESSAGE_KEYS = ("messages", "conversations", "conversation")
+PAIRS = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("question", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("instruction", "response"),
+    ("problem", "solution"),
+    ("input", "output"),
+    ("input", "ideal"),
+)
+"""Columns taken for prompt and response when neither --prompt-key nor --response-key is given, first match wins."""
+WEIGHT_ALIASES = {"training": "train", "loss": "train", "loss_weight": "weight", "loss_scale": "weight"}
+
+
+class RowError(DataError):
+    """A row that cannot be used.
+
+    Args:
+        where: `file:line`.
+        reason: a few words, the same for all rows with this fault; the ledger counts by it.
+        detail: what was found, what was expected, what to do.
+    """
+
+    def __init__(self, where: str, reason: str, detail: str):
+        self.where, self.reason, self.detail = where, reason, detail
+        super().__init__(f"{where}: {detail}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return RowError, (self.where, self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversation, checked. `text` is set for plain-text rows, which have no messages."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
+    text: str | None = None
+
+
+def to_row(record: Mapping[str, Any] | RowError, where: str, config: DataConfig) -> Row:
+    """Turns a record of any known schema into a Row.
+
+    Args:
+        record: one row as read; a RowError (a line that could not be read) is raised as it is.
+        where: `file:line`, for messages.
+
+    Raises:
+        RowError: the record has no known schema, or breaks its rules.
+    """
+    if isinstance(record, RowError):
+        raise record
+    if not isinstance(record, Mapping):
+        raise RowError(where, "not an object", f"the row is {_kind(record)}; expected a JSON object such as "
+                       '{"messages": [...]}. Remove or rewrite the row.')  # fmt: skip
+    name = schema_of(record, config)
+    if name is None:
+        raise RowError(where, "unknown schema", f"no known schema has the columns {_shorten(sorted(map(str, record)))}; "
+                       "expected messages, conversations, instruction/output, prompt/response or text. "
+                       "Name the columns with --input-key, or with --prompt-key and --response-key.")  # fmt: skip
+    if name == "text":
+        return Row([], where=where, text=_text(record["text"], where, "column text"))
+    messages = SCHEMAS[name](record, where, config)
+    if not any(m["role"] == "assistant" for m in messages) and config.train_on != "all":
+        raise RowError(where, "no assistant turn", "the conversation has no assistant message; expected at least one, "
+                       "as only these are trained. Remove the row, or pass --train-on all.")  # fmt: skip
+    return Row(messages, _tools(record, where, config), _template_kwargs(record, where), where)
+
+
+def schema_of(record: Mapping[str, Any], config: DataConfig) -> str | None:
+    """The name in SCHEMAS that the columns of a record ask for (or "text"); None: unknown."""
+    if config.prompt_key or config.response_key:
+        return "pair"
+    if config.input_key:
+        return "messages" if config.input_key in record else None
+    if any(record.get(key) is not None for key in MESSAGE_KEYS):
+        return "messages"
+    if record.get("instruction") is not None and "output" in record:
+        return "alpaca"
+    if any(a in record and b in record for a, b in PAIRS):
+        return "pair"
+    return "text" if "text" in record else None
+
+
+def _messages(record: Mapping[str, Any], where: str, config: DataConfig) -> list[Message]:
+    """OpenAI messages (role/content) and ShareGPT conversations (from/value), with an optional `system` column."""
+    keys = (config.input_key,) if config.input_key else MESSAGE_KEYS
+    key = next(k for k in keys if record.get(k) is not None or config.input_key)
+    found = _maybe_json(record[key])
+    if not isinstance(found, list) or not found:
+        what = "an empty list" if found == [] else _kind(found)
+        raise RowError(where, "no messages", f"column {key} is {what}; expected a list of messages "
+                       '[{"role": ..., "content": ...}, ...]. Remove or rewrite the row.')  # fmt: skip
+    system = record.get("system", record.get("system_prompt"))
+    messages = [_message(m, i, where, config) for i, m in enumerate(found)]
+    if isinstance(system, str) and system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": _text(system, where, "column system")})
+    return messages
+
+
+def _alpaca(record: Mapping[str, Any], where: str, config: DataConfig) -> list[Message]:
+    """instruction, input (may be empty), output, with optional `system` and `history` (list of [prompt, response])."""
+    prompt = _text(record["instruction"], where, "column instruction")
+    if record.get("input"):
+        prompt += "\n" + _text(record["input"], where, "column input")
+    history = [part for turn in record.get("history") or [] for part in turn]
+    texts = [_text(part, where, "column history") for part in history]
+    texts += [prompt, _text(record["output"], where, "column output")]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return _with_system(record, messages, where)
+
+
+def _pair(record: Mapping[str, Any], where: str, config: DataConfig) -> list[Message]:
+    """A prompt and a response column; each may be text, a list of messages, or a dict (--prompt-dict-keys)."""
+    found = next(((a, b) for a, b in PAIRS if a in record and b in record), ("prompt", "response"))
+    prompt_key, response_key = config.prompt_key or found[0], config.response_key or found[1]
+    prompt = _column(record, prompt_key, config.prompt_dict_keys, where)
+    response = _column(record, response_key, config.response_dict_keys, where)
+    messages = _as_messages(prompt, "user", prompt_key, where, config)
+    messages += _as_messages(response, "assistant", response_key, where, config)
+    return _with_system(record, messages, where)
+
+
+SCHEMAS: dict[str, Callable[[Mapping[str, Any], str, DataConfig], list[Message]]] = {
+    "messages": _messages,
+    "alpaca": _alpaca,
+    "pair": _pair,
+}
+
+
+def _with_system(record: Mapping[str, Any], messages: list[Message], where: str) -> list[Message]:
+    system = record.get("system") or record.get("system_prompt")
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": _text(system, where, "column system")}, *messages]
+
+
+def _column(record: Mapping[str, Any], key: str, dict_keys: tuple[str, ...], where: str) -> Any:
+    """record[key][dict_keys[0]][dict_keys[1]]...; a list met on the way stands for its first element."""
+    value: Any = record
+    for step in (key, *dict_keys):
+        if isinstance(value, list) and value:
+            value = value[0]
+        if not isinstance(value, Mapping) or step not in value:
+            have = sorted(map(str, value)) if isinstance(value, Mapping) else _kind(value)
+            raise RowError(where, "missing column", f"column {step!r} is missing; found {_shorten(have)}. "
+                           "Correct --prompt-key, --response-key or their -dict-keys.")  # fmt: skip
+        value = value[step]
+    return value
+
+
+def _as_messages(value: Any, role: str, key: str, where: str, config: DataConfig) -> list[Message]:
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return [_message(m, i, where, config) for i, m in enumerate(value)]
+    return [{"role": role, "content": _text(value, where, f"column {key}")}]
+
+
+def _message(found: Any, index: int, where: str, config: DataConfig) -> Message:
+    """One message in OpenAI's form; None values are left out, as apply_chat_template does."""
+    here = f"message {index + 1}"
+    if not isinstance(found, Mapping):
+        raise RowError(where, "message is no object", f"{here} is {_kind(found)}; expected an object with role and "
+                       "content. Remove or rewrite the row.")  # fmt: skip
+    message = {WEIGHT_ALIASES.get(k, k): v for k, v in found.items() if v is not None and k not in ("from", "value")}
+    given = found.get("role", found.get("from"))
+    message["role"] = role = _role(given, here, where, config)
+    content = found.get("content", found.get("value"))
+    message.setdefault("content", content)
+    if given in ("function_call", "tool_call"):
+        message["content"], message["tool_calls"] = "", _maybe_json(content)
+    if message.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(message["tool_calls"], here, where)
+    if message.get("content") is None and role == "assistant" and message.get("tool_calls"):
+        message["content"] = ""
+    message["content"] = _text(message.get("content"), where, here)
+    if "reasoning_content" in message:
+        message["reasoning_content"] = _text(message["reasoning_content"], where, f"reasoning_content of {here}")
+    _check_weight(message, here, where)
+    return message
+
+
+def _role(given: Any, here: str, where: str, config: DataConfig) -> str:
+    role = config.role_map.get(given, ROLE_MAP.get(given, given)) if isinstance(given, str) else None
+    if role in ROLES:
+        return role
+    what = f"role {given!r}" if given is not None else "no role"
+    raise RowError(where, "unknown role", f"{here} has {what}; expected system, user, assistant or tool. "
+                   f"Rename it or pass --role-map {given if isinstance(given, str) else 'NAME'}=assistant.")  # fmt: skip
+
+
+def _check_weight(message: Message, here: str, where: str) -> None:
+    train, weight = message.get("train"), message.get("weight")
+    if train in (0, 1) and train is not None:
+        message["train"] = train = bool(train)
+    if train is not None and not isinstance(train, bool):
+        raise RowError(where, "bad train flag", f"{here} has train {train!r}; expected true or false. Correct the row.")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6):
+        raise RowError(where, "bad weight", f"{here} has weight {weight!r}; expected a number of at least 0. "
+                       "Correct the row.")  # fmt: skip
+
+
+def _tool_calls(found: Any, here: str, where: str) -> list[dict[str, Any]]:
+    """[{"type": "function", "function": {"name", "arguments": dict}}]; arguments in a JSON string are parsed."""
+    calls = [found] if isinstance(found, Mapping) else _maybe_json(found)
+    result = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RowError(where, "bad tool call", f"{here} has a tool call without a function name: {_shorten(call)}; "
+                           'expected {"function": {"name": ..., "arguments": {...}}}. Correct the row.')  # fmt: skip
+        arguments = _maybe_json(function.get("arguments", {}))
+        function = {**function, "arguments": arguments}
+        result.append({**call, "function": function} if "function" in call else {"type": "function", "function": function})
+    return result
+
+
+def _tools(record: Mapping[str, Any], where: str, config: DataConfig) -> list[dict[str, Any]] | None:
+    tools = _maybe_json(record.get(config.tool_key))
+    if tools in (None, "", []):
+        return None
+    tools = [_maybe_json(tool) for tool in tools] if isinstance(tools, list) else [tools]
+    bad = next((tool for tool in tools if not isinstance(tool, Mapping)), None)
+    if bad is not None:
+        raise RowError(where, "bad tools", f"column {config.tool_key} holds {_shorten(bad)}; expected a list of "
+                       "function schemas. Correct the row, or name the column with --tool-key.")  # fmt: skip
+    return [dict(tool) for tool in tools]
+
+
+def _template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    kwargs = _maybe_json(record.get("chat_template_kwargs")) or {}
+    if not isinstance(kwargs, Mapping):
+        raise RowError(where, "bad chat_template_kwargs", f"chat_template_kwargs is {_kind(kwargs)}; expected an "
+                       'object such as {"enable_thinking": false}. Correct the row.')  # fmt: skip
+    return dict(kwargs)
+
+
+def _maybe_json(value: Any) -> Any:
+    """Parses text that looks like a JSON object or list; anything else comes back as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _text(value: Any, where: str, here: str) -> str:
+    """Text that UTF-8 can hold. A list of {"type": "text"} parts is joined."""
+    if isinstance(value, list) and value and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in value):
+        value = "".join(part["text"] for part in value)
+    if not isinstance(value, str):
+        raise RowError(where, "content is no text", f"{here} has content that is {_kind(value)}; expected text. "
+                       "Remove or rewrite the row.")  # fmt: skip
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowError(where, "lone surrogate", f"{here} has a lone surrogate at character {error.start}; expected "
+                           "valid Unicode. Correct the escape \\ud800-\\udfff in the row.") from None  # fmt: skip
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
+    return names.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
