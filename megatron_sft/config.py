@@ -259,7 +259,8 @@ class CheckpointConfig:
     load_optim: bool = True
     load_rng: bool = True
     save_optim: bool = True
-    verify_integrity: bool = False
+    verify_integrity: bool = True
+    """Every file of a checkpoint is checksummed before it is loaded."""
     verify_conversion: bool = True
     allow_changed: tuple[str, ...] = ()
     """Names of resolved settings that may differ from the checkpoint's on resume."""

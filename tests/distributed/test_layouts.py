@@ -132,6 +132,8 @@ def monkeypatch_module():
 
 
 LAYOUTS = {
+    "cp2-a2a": (2, dict(context_parallel_size=2), (1, 4)),
+    "cp2-allgather": (2, dict(context_parallel_size=2, cp_comm_type="allgather"), (1, 4)),
     "dp2": (2, dict(), (1, 4)),
     "dp2-distopt": (2, dict(use_distributed_optimizer=True), (1, 4)),
     "dp2-overlap": (2, dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True), (1, 4)),

@@ -52,6 +52,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "nemotron": {"model_type": "nemotron"},
     "deepseek_v2": dict(
         model_type="deepseek_v2",
+        num_key_value_heads=4,
         q_lora_rank=None,
         n_shared_experts=2,
         topk_method="greedy",

@@ -1,0 +1,58 @@
+"""A tiny model and rows on disk, and the command line of finetune.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.text_models import text_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HF folder of a random Llama with a byte-level tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("tiny")
+    text_model("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 conversations of 40 to 150 tokens."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with path.open("w") as file:
+        for number in range(23):
+            question = {"role": "user", "content": f"What is {number} plus {number * 7 % 5}?" + " Tell me." * (number % 4)}
+            answer = {"role": "assistant", "content": f"It is {number + number * 7 % 5}." + " Really." * (number % 5)}
+            file.write(json.dumps({"messages": [question, answer]}) + "\n")
+    return path
+
+
+@pytest.fixture
+def finetune(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> Any:
+    """Runs finetune.py on the tiny model; flags are added to those that every run needs."""
+
+    def run(*flags: str, processes: int = 1, needs: bool = True, timeout: float = 300) -> subprocess.CompletedProcess:
+        start = [sys.executable]
+        if processes > 1:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        needed = ["--load", tiny_folder, "--tokenizer-model", tiny_folder, "--finetune-hf-dataset", rows_file]
+        needed += ["--seq-length", "256", "--data-cache-path", tmp_path / "cache", "--num-workers", "1"]
+        command = [*start, "finetune.py", *(needed if needs else []), *flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        return subprocess.run(
+            list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment
+        )
+
+    return run
+
+
+def metrics_of(save: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,134 @@
+"""finetune.py from the command line: what it writes, resume, several processes, and what goes wrong."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.functional.conftest import metrics_of
+
+KEYS = {"iteration", "sft/loss", "sft/trained_tokens", "sft/tokens_seen", "sft/epoch", "grad_norm", "lr", "perf/tokens_per_s"}
+
+
+def test_a_run_writes_checkpoint_metrics_and_hf_folder(finetune, tiny_folder, tmp_path):
+    save, exported = tmp_path / "out", tmp_path / "hf"
+    flags = ["--save", save, "--save-hf", exported, "--num-epoch", "2", "--global-batch-size", "4", "--lr", "1e-3"]
+    done = finetune(*flags, "--split", "90,10,0", "--eval-iters", "-1", "--eval-interval", "2", "--save-interval", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = metrics_of(save)
+    assert all(KEYS <= line.keys() for line in lines)
+    assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
+    packs = lines[len(lines) // 2 - 1]["consumed_samples"]
+    assert lines[-1]["consumed_samples"] == 2 * packs and lines[-1]["sft/epoch"] == 2.0
+    assert packs % 4, "the data must end with a partial batch for this test to mean anything"
+    assert "valid/loss" in lines[1] and lines[-1]["sft/loss"] < lines[0]["sft/loss"]
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(len(lines))
+    assert (save / f"iter_{len(lines):07d}" / ".metadata").exists() and list((save / "tensorboard").iterdir())
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = AutoModelForCausalLM.from_pretrained(exported)
+    assert AutoTokenizer.from_pretrained(exported).chat_template
+    before = load_file(tiny_folder / "model.safetensors")
+    assert any(not torch.equal(before[name], value) for name, value in trained.state_dict().items() if name in before)
+
+
+def test_stop_and_resume_is_bit_identical_around_an_epochs_end(finetune, tmp_path):
+    """6 steps an epoch of 3: stopping after 2, 3 and 4 gives the unbroken run's losses and weights."""
+    flags = ["--lr", "1e-3", "--global-batch-size", "4", "--train-iters", "7", "--lr-warmup-iters", "2"]
+    whole = tmp_path / "whole"
+    assert finetune(*flags, "--save", whole, "--save-hf", tmp_path / "hf", "--save-interval", "1").returncode == 0
+    expected, weights = metrics_of(whole), load_file(tmp_path / "hf" / "model.safetensors")
+    assert len({int(line["sft/epoch"]) for line in expected}) > 1
+    for stop in (1, 3, 4):
+        again = tmp_path / f"again{stop}"
+        shutil.copytree(whole / f"iter_{stop:07d}", again / f"iter_{stop:07d}")
+        (again / "latest_checkpointed_iteration.txt").write_text(str(stop))
+        done = finetune(*flags, "--save", again, "--save-hf", tmp_path / f"hf{stop}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        resumed = {line["iteration"]: (line["sft/loss"], line["grad_norm"], line["lr"]) for line in metrics_of(again)}
+        assert resumed == {
+            line["iteration"]: (line["sft/loss"], line["grad_norm"], line["lr"]) for line in expected if line["iteration"] > stop
+        }
+        again_weights = load_file(tmp_path / f"hf{stop}" / "model.safetensors")
+        assert all(torch.equal(weights[name], again_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    "layout", [["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"], ["--use-distributed-optimizer"]]
+)
+def test_two_processes_give_the_losses_of_one(finetune, tmp_path, layout):
+    flags = ["--lr", "1e-3", "--train-iters", "5", "--global-batch-size", "4"]
+    assert finetune(*flags, "--save", tmp_path / "one").returncode == 0
+    done = finetune(*flags, "--save", tmp_path / "two", *layout, processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = ([line["sft/loss"] for line in metrics_of(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-6)
+
+
+def test_bf16_recompute_and_schedules_run(finetune, tmp_path):
+    flags = ["--bf16", "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    done = finetune(*flags, "--train-samples", "6", "--lr-decay-style", "WSD", "--micro-batch-size", "2", "--save", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert metrics_of(tmp_path / "out")[-1]["consumed_samples"] == 6
+
+
+def test_sigterm_saves_and_says_so(finetune, tiny_folder, rows_file, tmp_path):
+    command = [sys.executable, "finetune.py", "--load", tiny_folder, "--finetune-hf-dataset", rows_file, "--seq-length", "256"]
+    command += ["--train-iters", "100000", "--save", tmp_path / "out", "--data-cache-path", tmp_path / "cache", "--num-workers", "1"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "iteration        3/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    saved = int((tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text())
+    assert saved == metrics_of(tmp_path / "out")[-1]["iteration"] >= 3
+
+
+def test_a_finished_run_is_not_trained_again(finetune, tmp_path):
+    flags = ["--train-iters", "1", "--save", tmp_path / "out"]
+    assert finetune(*flags).returncode == 0
+    again = finetune(*flags)
+    assert again.returncode == 3 and "trained to iteration 1 already" in again.stdout
+
+
+def test_changed_data_is_refused_on_resume(finetune, tmp_path):
+    assert finetune("--train-iters", "1", "--save", tmp_path / "out").returncode == 0
+    other = finetune("--train-iters", "2", "--save", tmp_path / "out", "--seed", "7")
+    assert other.returncode == 2 and "data.seed: 1234 -> 7" in other.stdout
+
+
+BAD = {
+    "missing file": (["--finetune-hf-dataset", "{tmp}/none.jsonl"], "none.jsonl"),
+    "empty file": (["--finetune-hf-dataset", "{tmp}/empty.jsonl"], "empty.jsonl"),
+    "no checkpoint": (["--load", "{tmp}"], "neither an HF folder"),
+    "tp does not divide": (["--tensor-model-parallel-size", "3"], "3"),
+    "short sequences": (["--seq-length", "8"], "Raise --seq-length"),
+    "save is a file": (["--save", "{tmp}/empty.jsonl"], "cannot be written"),
+    "flag against config.json": (["--norm-epsilon", "0.5", "--num-layers", "9"], "norm_epsilon = 0.5"),
+    "no template": (["--tokenizer-model", "{tmp}/bare"], "no chat template"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_a_clear_error_and_leaves_nothing(name, finetune, tiny_folder, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    shutil.copytree(tiny_folder, tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((tmp_path / "bare" / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(config))
+    flags, expected = BAD[name]
+    save = [] if "--save" in flags else ["--save", str(tmp_path / "out")]
+    done = finetune("--train-iters", "1", *save, *(flag.format(tmp=tmp_path) for flag in flags))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert expected in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
