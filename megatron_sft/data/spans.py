@@ -5,17 +5,22 @@ Three routes, in this order; the first that can decide does:
 2. prefix: the conversation up to each assistant message, rendered with and without it, brackets the message, where
    both renders are prefixes of the whole text;
 3. boundaries: the text between the assistant's header (what add_generation_prompt adds) and the end-of-turn token, for
-   templates that render a message otherwise once others follow it (Qwen3 drops old <think> blocks).
+   templates that render a message otherwise once others follow it (Qwen3 drops old <think> blocks). A second render
+   with words nobody writes in place of every content tells the template's own text from what people wrote.
 A span holds the message and its end-of-turn token, not the header before nor the newline after.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_sft.data.templates import Span, Template, TemplateError
 
 ROUTES = ("generation", "prefix", "boundaries")
+ANSWERS = ("wxvkw", "vkwxw")
+WRITTEN = 0xE000
+"""What a message says is seen by the boundaries route as characters of its own: chr(WRITTEN + message index)."""
 
 
 class Undecided(Exception):
@@ -51,9 +56,16 @@ def assistant_spans(template: Template, conversation: Conversation, special: Seq
     """
     text, generated = template.render(conversation.messages, conversation.tools, conversation.kwargs)
     reasons = []
-    for name, route in (("generation", _generation), ("prefix", _prefix), ("boundaries", _boundaries)):
+    for name in ROUTES:
         try:
-            spans = route(template, conversation, special, text, generated)
+            if name == "generation":
+                if not template.has_generation:
+                    raise Undecided("the template has no {% generation %} blocks")
+                spans = generated
+            else:
+                turn = _turn(template, conversation.kwargs, tuple(special))
+                route = _prefix if name == "prefix" else _boundaries
+                spans = route(template, conversation, turn, text)
             _check_order(spans, text, conversation)
             return text, spans, name
         except Undecided as reason:
@@ -71,13 +83,67 @@ def _check_order(spans: Sequence[Span], text: str, conversation: Conversation) -
         place = last
 
 
-def _generation(template: Template, conversation: Conversation, special: Any, text: str, generated: list[Span]) -> list[Span]:
-    if not template.has_generation:
-        raise Undecided("the template has no {% generation %} blocks")
-    return generated
+@dataclass(frozen=True)
+class _Turn:
+    """What stands around an answer."""
+
+    prompt: str
+    """What add_generation_prompt adds: `<|im_start|>assistant\\n`, perhaps with an empty <think> block."""
+    header: str
+    """The prompt without <think>."""
+    ends: tuple[str, ...]
+    """End-of-turn tokens: of the last answer, and of earlier ones where that differs (gpt-oss: <|return|>, <|end|>)."""
+    trailer: str
+    """What follows the end token of the last answer: `\\n`, or nothing."""
+    special: tuple[str, ...]
+    """Texts of all special tokens."""
 
 
-def _prefix(template: Template, conversation: Conversation, special: Sequence[str], text: str, generated: Any) -> list[Span]:
+def _turn(template: Template, kwargs: Mapping[str, Any], special: tuple[str, ...]) -> _Turn:
+    """Learns an answer's surroundings from conversations of words nobody writes; once for each set of arguments."""
+    key = json.dumps([kwargs, special], sort_keys=True, default=str)
+    if key not in template.learned:
+        try:
+            template.learned[key] = _learn_turn(template, kwargs, special)
+        except (Undecided, TemplateError) as error:
+            template.learned[key] = f"of a short conversation: {error}"
+    found = template.learned[key]
+    if isinstance(found, str):
+        raise Undecided(found)
+    return found
+
+
+def _learn_turn(template: Template, kwargs: Mapping[str, Any], special: tuple[str, ...]) -> _Turn:
+    question = {"role": "user", "content": "qxjzq"}
+    answers = [{"role": "assistant", "content": word} for word in ANSWERS]
+    one, _ = template.render([question, answers[0]], None, kwargs)
+    two, _ = template.render([question, answers[0], question, answers[1]], None, kwargs)
+    asked, _ = template.render([question], None, kwargs)
+    prompted, _ = template.render([question], None, kwargs, add_generation_prompt=True)
+    if one.count(ANSWERS[0]) != 1 or two.count(ANSWERS[0]) != 1:
+        raise Undecided("the answer is not rendered once")
+    before, after = one.split(ANSWERS[0])
+    while not prompted.startswith(asked):  # phi3 ends a conversation with eos_token, unless a prompt is asked for
+        tail = next((token for token in special if token and asked.endswith(token)), None)
+        if tail is None:
+            raise Undecided("the generation prompt does not follow the question")
+        asked = asked[: -len(tail)]
+    prompt = prompted[len(asked) :]
+    header = prompt.split("<think>")[0].split("</think>")[0]
+    if not header.strip() or not before.startswith(asked + header):
+        raise Undecided("the template has no generation prompt to tell where an answer begins")
+    ends = [_first_special(after, special), _first_special(two.split(ANSWERS[0])[1], special)]
+    if not all(ends):
+        raise Undecided("no special token ends an answer, so that the model would never stop")
+    return _Turn(prompt, header, tuple(dict.fromkeys(ends)), after[after.index(ends[0]) + len(ends[0]) :], special)
+
+
+def _first_special(text: str, special: Sequence[str]) -> str:
+    """The special token at the beginning of a text, white space aside; empty: none."""
+    return max((token for token in special if token and text.lstrip().startswith(token)), key=len, default="")
+
+
+def _prefix(template: Template, conversation: Conversation, turn: _Turn, text: str) -> list[Span]:
     spans, messages = [], list(conversation.messages)
     for index in conversation.assistants():
         try:
@@ -85,65 +151,100 @@ def _prefix(template: Template, conversation: Conversation, special: Sequence[st
             full, _ = template.render(messages[: index + 1], conversation.tools, conversation.kwargs)
         except TemplateError as error:
             raise Undecided(f"the template refuses the first {index} messages ({error})") from None
-        full = _end_of_turn(full, special)
+        full = full.removesuffix(turn.trailer)
         if not (text.startswith(full) and full.startswith(head)):
             raise Undecided(f"message {index} is rendered otherwise when others follow it")
-        if head == _without_prompt(template, conversation, index):
-            raise Undecided("the template has no generation prompt to tell where an answer begins")
+        if not head.endswith(turn.prompt) and turn.header.strip() in full[len(head) :]:
+            raise Undecided(f"there is no generation prompt before message {index}")
+        ends = turn.special if messages[index].get("tool_calls") else turn.ends  # some end a tool call otherwise: <|call|>
+        if not full[len(head) :].endswith(ends):
+            raise Undecided(f"no end-of-turn token ends message {index}")
         spans.append((len(head), len(full)))
     return spans
 
 
-def _without_prompt(template: Template, conversation: Conversation, index: int) -> str:
-    try:
-        return template.render(conversation.messages[:index], conversation.tools, conversation.kwargs)[0]
-    except TemplateError as error:
-        raise Undecided(f"the template refuses the first {index} messages ({error})") from None
-
-
-def _end_of_turn(text: str, special: Sequence[str]) -> str:
-    """Cuts white space behind a special token off: `...<|im_end|>\\n` -> `...<|im_end|>`."""
-    bare = text.rstrip()
-    return bare if bare.endswith(tuple(special)) else text
-
-
-def _boundaries(template: Template, conversation: Conversation, special: Sequence[str], text: str, generated: Any) -> list[Span]:
-    header, end = _header_and_end(template, conversation, special)
-    count = len(conversation.assistants())
-    for message in conversation.messages:
-        if header in str(message.get("content")) or end in str(message.get("content")):
-            raise Undecided("a message contains the template's own header or end-of-turn text")
-    spans, place = [], 0
-    for _ in range(text.count(header)):
-        first = text.index(header, place) + len(header)
-        last = text.find(end, first)
-        if last < 0:
+def _boundaries(template: Template, conversation: Conversation, turn: _Turn, text: str) -> list[Span]:
+    for call in (message.get("tool_calls") for message in conversation.messages):
+        said = json.dumps(call, ensure_ascii=False, default=str)
+        if any(own in said for own in (turn.header.strip(), *turn.ends)):
+            raise Undecided("a tool call contains the template's own header or end-of-turn token")
+    own = _own_text(template, conversation, text)
+    spans: list[Span] = []
+    owners: list[int | None] = []
+    place = own.find(turn.header)
+    while place >= 0:
+        first = place + len(turn.prompt if own.startswith(turn.prompt, place) else turn.header)
+        found = [(own.find(end, first), end) for end in turn.ends if own.find(end, first) >= 0]
+        if not found:
             raise Undecided("an assistant message has no end-of-turn token")
-        spans.append((first, last + len(end)))
-        place = last
-    if len(spans) != count:
-        raise Undecided(f"the text has {len(spans)} assistant headers for {count} assistant messages")
-    for (first, last), index in zip(spans, conversation.assistants(), strict=True):
-        said = str(conversation.messages[index].get("content") or "").split("</think>")[-1].strip()
-        if said not in text[first:last]:
-            raise Undecided(f"message {index} is not found whole between header and end-of-turn token")
+        last = min(found)[0] + len(min(found)[1])
+        following = own.find(turn.header, first)
+        if 0 <= following < last:
+            raise Undecided("an assistant message begins before the one before it has ended")
+        written = {ord(c) - WRITTEN for c in own[first:last] if WRITTEN <= ord(c) < WRITTEN + len(conversation.messages)}
+        if len(written) > 1:
+            raise Undecided("between header and end-of-turn token stands more than one message")
+        owner = next(iter(written), None)
+        if spans and owner is not None and owner == owners[-1]:  # gpt-oss: analysis and final are one turn
+            spans[-1] = (spans[-1][0], last)
+        else:
+            spans.append((first, last))
+            owners.append(owner)
+        place = following
+    expected = conversation.assistants()
+    if len(spans) != len(expected) or any(o not in (None, e) for o, e in zip(owners, expected, strict=True)):
+        raise Undecided(f"the text has {len(spans)} assistant headers for {len(expected)} assistant messages")
     return spans
 
 
-def _header_and_end(template: Template, conversation: Conversation, special: Sequence[str]) -> tuple[str, str]:
-    """The assistant's header and the end-of-turn token, from a two-message conversation of words nobody writes."""
-    question, answer = {"role": "user", "content": "qxjzq"}, {"role": "assistant", "content": "wxvkw"}
-    try:
-        asked, _ = template.render([question], None, conversation.kwargs)
-        prompted, _ = template.render([question], None, conversation.kwargs, add_generation_prompt=True)
-        whole, _ = template.render([question, answer], None, conversation.kwargs)
-    except TemplateError as error:
-        raise Undecided(f"the template refuses a short conversation ({error})") from None
-    if not prompted.startswith(asked) or prompted == asked or whole.count("wxvkw") != 1:
-        raise Undecided("the template has no generation prompt to tell where an answer begins")
-    header = prompted[len(asked) :].split("<think>")[0]
-    after = whole.split("wxvkw")[1].lstrip()
-    ends = [token for token in special if token and after.startswith(token)]
-    if not header.strip() or not ends:
-        raise Undecided("the template has no header or no end-of-turn token")
-    return header, max(ends, key=len)
+def _own_text(template: Template, conversation: Conversation, text: str) -> str:
+    """The text with every character that a message brought replaced by chr(WRITTEN + message index); same length."""
+    if any(WRITTEN <= ord(c) < WRITTEN + len(conversation.messages) for c in text):
+        raise Undecided("a message contains characters of Unicode's private use area")
+    words: dict[str, tuple[int, str]] = {}
+    messages = [_with_words(message, index, words) for index, message in enumerate(conversation.messages)]
+    marked, _ = template.render(messages, conversation.tools, conversation.kwargs)
+    own, place = "", 0
+    for literal, index, said, following in _pieces(marked, words):
+        if not text.startswith(literal, place):
+            raise Undecided("the template decides by what a message says")
+        own, place = own + literal, place + len(literal)
+        if index is None:
+            continue
+        forms = dict.fromkeys((said, said.strip(), said.lstrip("\n"), said.strip("\n"), said.lstrip(), said.rstrip(), ""))
+        fits = [form for form in forms if text.startswith(form + following, place) and (following or place + len(form) == len(text))]
+        if not fits:
+            raise Undecided(f"message {index} is not found whole in the text")
+        own, place = own + chr(WRITTEN + index) * len(fits[0]), place + len(fits[0])
+    if place != len(text):
+        raise Undecided("the text has more than the messages bring")
+    return own
+
+
+def _with_words(message: Mapping[str, Any], index: int, words: dict[str, tuple[int, str]]) -> dict[str, Any]:
+    """The message with a word in place of its content (of what follows </think>, where there is reasoning)."""
+    changed = dict(message)
+    for key in ("content", "reasoning_content", "thinking"):
+        said = message.get(key)
+        if not isinstance(said, str) or not said.strip():
+            continue
+        kept, mark, said = said.rpartition("</think>") if message["role"] == "assistant" else ("", "", said)
+        if not said.strip():
+            continue
+        word = f"zq{index}{key[0]}qz"
+        words[word] = (index, said)
+        changed[key] = f"{kept}{mark}{word}"
+    return changed
+
+
+def _pieces(marked: str, words: Mapping[str, tuple[int, str]]) -> Iterator[tuple[str, int | None, str, str]]:
+    """(template's text, message index, what it says, template's text after it) up to each word, then the rest."""
+    places = sorted((marked.find(word), word) for word in words if word in marked)
+    ends = [place for place, _ in places[1:]] + [len(marked)]
+    start = 0
+    for (place, word), end in zip(places, ends, strict=True):
+        if marked.count(word) != 1:
+            raise Undecided(f"message {words[word][0]} is rendered more than once")
+        yield marked[start:place], *words[word], marked[place + len(word) : end]
+        start = place + len(word)
+    yield marked[start:], None, "", ""

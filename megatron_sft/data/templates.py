@@ -51,6 +51,10 @@ class Template:
         text: Jinja.
         special_tokens: names such as bos_token that templates use.
 
+    Attributes:
+        has_generation: the template says itself what the assistant writes.
+        learned: what spans.py found out about the template, by template arguments.
+
     Raises:
         TemplateError: the text is no Jinja.
     """
@@ -73,6 +77,7 @@ class Template:
         except (jinja2.TemplateError, RecursionError, MemoryError, OverflowError) as error:
             raise TemplateError(f"cannot be compiled: {error}") from None
         self.has_generation = "generation" in text and "endgeneration" in text
+        self.learned: dict[str, Any] = {}
 
     def render(
         self,
