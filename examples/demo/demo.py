@@ -21,7 +21,7 @@ DATA = ROOT / "examples" / "data"
 WORK = ROOT / "demo"
 MODEL = WORK / "SmolLM2-135M-Instruct"
 CONF = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TRAIN_ARGS = "--num-epoch 1 --seq-length 1024 --global-batch-size 2 --lr 1e-4 --min-lr 1e-5 --log-interval 1"
+TRAIN_ARGS = "--train-iters 30 --no-save-optim --seq-length 1024 --global-batch-size 2 --lr 1e-4 --min-lr 1e-5 --log-interval 1"
 HEARTBEAT_S = 8
 
 
