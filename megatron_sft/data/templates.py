@@ -26,7 +26,20 @@ Span = tuple[int, int]
 
 
 class TemplateError(Exception):
-    """A template that cannot be compiled, refuses a conversation, or runs away."""
+    """A template that cannot be compiled, refuses a conversation, runs away or tries to leave the sandbox.
+
+    Args:
+        message: what it does, to follow "the chat template".
+        is_fatal: no conversation is to be blamed for it.
+    """
+
+    def __init__(self, message: str, is_fatal: bool = False):
+        self.is_fatal = is_fatal
+        super().__init__(message)
+
+
+class _Refusal(jinja2.TemplateError):
+    """The template itself called raise_exception."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -75,7 +88,7 @@ class Template:
         try:
             self._compiled = environment.from_string(text)
         except (jinja2.TemplateError, RecursionError, MemoryError, OverflowError) as error:
-            raise TemplateError(f"cannot be compiled: {error}") from None
+            raise TemplateError(f"cannot be compiled: {error or type(error).__name__}", is_fatal=True) from None
         self.has_generation = "generation" in text and "endgeneration" in text
         self.learned: dict[str, Any] = {}
 
@@ -97,10 +110,14 @@ class Template:
         }  # fmt: skip
         try:
             marked = self._compiled.render(**values)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError) as error:
+        except jinja2.exceptions.SecurityError as error:
+            raise TemplateError(f"tries to leave the sandbox: {error}", is_fatal=True) from None
+        except _Refusal as error:
             raise TemplateError(f"refuses the conversation: {error}") from None
         except (RecursionError, MemoryError, OverflowError) as error:
-            raise TemplateError(f"runs away: {type(error).__name__}") from None
+            raise TemplateError(f"runs away: {type(error).__name__}", is_fatal=True) from None
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
+            raise TemplateError(f"fails on the conversation: {error}") from None
         return self._unmark(marked)
 
     def _unmark(self, marked: str) -> tuple[str, list[Span]]:
@@ -120,7 +137,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separato
 
 
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise _Refusal(message)
 
 
 def probe(text: str, special_tokens: Mapping[str, str], conversations: Sequence[tuple[Any, Any, Any]]) -> None:
@@ -132,7 +149,7 @@ def probe(text: str, special_tokens: Mapping[str, str], conversations: Sequence[
         conversations: (messages, tools, kwargs) of real rows.
 
     Raises:
-        TemplateError: it was killed at a limit, or cannot be compiled.
+        TemplateError: it was killed at a limit, cannot be compiled, left the sandbox, or failed on every conversation.
     """
     context = multiprocessing.get_context("fork")  # starts in milliseconds; the child only renders and leaves
     connection, theirs = context.Pipe(duplex=False)
@@ -158,8 +175,9 @@ def _probe(connection: Any, text: str, special_tokens: dict[str, str], conversat
     answer = ""
     try:
         template = Template(text, special_tokens)
-        for messages, tools, kwargs in conversations:
-            _try_render(template, messages, tools, kwargs)
+        failed = [_failure(template, *conversation) for conversation in conversations]
+        if failed and all(error.startswith("fails") for error in failed):
+            answer = failed[0]
     except TemplateError as error:
         answer = str(error)
     except MemoryError:
@@ -167,13 +185,15 @@ def _probe(connection: Any, text: str, special_tokens: dict[str, str], conversat
     connection.send(answer)
 
 
-def _try_render(template: Template, messages: Any, tools: Any, kwargs: Any) -> None:
-    """Renders for the limits alone: a row that the template refuses is that row's problem, found later."""
+def _failure(template: Template, messages: Any, tools: Any, kwargs: Any) -> str:
+    """Why a conversation cannot be rendered, or nothing: such a row is that row's problem, found later."""
     try:
         template.render(messages, tools, kwargs)
     except TemplateError as error:
-        if "runs away" in str(error):
+        if error.is_fatal:
             raise
+        return str(error)
+    return ""
 
 
 def _address_space_bytes() -> int:
