@@ -137,7 +137,11 @@ def _alpaca(record: Mapping[str, Any], where: str, config: DataConfig) -> list[M
     prompt = _text(record["instruction"], where, "column instruction")
     if record.get("input"):
         prompt += "\n" + _text(record["input"], where, "column input")
-    history = [part for turn in record.get("history") or [] for part in turn]
+    turns = _maybe_json(record.get("history")) or []
+    if not isinstance(turns, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in turns):
+        raise RowError(where, "bad history", f"column history is {_shorten(turns)}; expected a list of [prompt, response]. "
+                       "Correct the row.")  # fmt: skip
+    history = [part for turn in turns for part in turn]
     texts = [_text(part, where, "column history") for part in history]
     texts += [prompt, _text(record["output"], where, "column output")]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]

@@ -1,0 +1,123 @@
+"""Every schema becomes the same messages; a value of any wrong kind is a RowError, never a traceback."""
+
+import random
+import re
+from typing import Any
+
+import pytest
+
+from megatron_sft.config import DataConfig
+from megatron_sft.data.schema import RowError, schema_of, to_row
+from megatron_sft.data.sources import parse_line
+
+ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SYSTEM = [{"role": "system", "content": "s"}, *ASKED]
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"messages": ASKED}, ASKED),
+        ({"messages": ASKED, "system": "s"}, SYSTEM),
+        ({"conversation": ASKED}, ASKED),
+        ({"conversations": SHAREGPT, "id": 1}, ASKED),
+        ({"conversations": [{"from": "User", "value": "a"}, {"from": "Assistant", "value": "b"}], "system": "s", "mask": "User"}, SYSTEM),
+        ({"conversations": SHAREGPT, "instruction": "x", "response": "y"}, ASKED),  # Magpie
+        ({"prompt": "x", "prompt_id": "1", "messages": ASKED}, ASKED),  # ultrachat_200k
+        ({"id": "1", "system_prompt": "s", "question": "a", "response": "b"}, SYSTEM),  # OpenOrca
+        ({"instruction": "a", "input": "", "output": "b"}, ASKED),
+        ({"instruction": "a", "input": "c", "output": "b"}, [{"role": "user", "content": "a\nc"}, ASKED[1]]),
+        ({"instruction": "a", "output": "b", "system": "s", "history": []}, SYSTEM),
+        ({"prompt": "a", "completion": "b"}, ASKED),
+        ({"prompt": ASKED[:1], "completion": ASKED[1:]}, ASKED),
+        ({"problem": "a", "solution": "b"}, ASKED),
+        ({"messages": [ASKED[0], {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]}, ASKED),
+        ({"messages": [ASKED[0], {**ASKED[1], "tool_calls": None, "name": None}]}, ASKED),
+        ({"messages": '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'}, ASKED),
+    ],
+)
+def test_schemas_become_the_same_messages(record: dict[str, Any], expected: list[dict[str, str]]) -> None:
+    assert to_row(record, "f:1", DataConfig()).messages == expected
+
+
+def test_columns_can_be_named() -> None:
+    config = DataConfig(prompt_key="q", response_key="r", prompt_dict_keys=("text",), response_dict_keys=("value",))
+    record = {"q": {"text": "a"}, "r": [{"value": "b"}], "messages": 3}
+    assert to_row(record, "f:1", config).messages == ASKED
+    assert to_row({"chat": ASKED, "messages": []}, "f:1", DataConfig(input_key="chat")).messages == ASKED
+    bot = {"messages": [ASKED[0], {"role": "bot", "content": "b"}]}
+    assert to_row(bot, "f:1", DataConfig(role_map={"bot": "assistant"})).messages == ASKED
+
+
+def test_tools_arguments_weights_and_template_kwargs_are_kept() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    record = {
+        "messages": [ASKED[0], {"role": "assistant", "content": None, "tool_calls": [call]}, {**ASKED[1], "loss": 0, "loss_weight": 0.5}],
+        "tools": '[{"type": "function", "function": {"name": "f"}}]',
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    row = to_row(record, "f:1", DataConfig())
+    parsed = {**call, "function": {"name": "f", "arguments": {"x": 1}}}
+    assert row.messages[1] == {"role": "assistant", "content": "", "tool_calls": [parsed]}
+    assert row.messages[2] == {**ASKED[1], "train": False, "weight": 0.5}
+    assert row.tools == [{"type": "function", "function": {"name": "f"}}]
+    assert row.template_kwargs == {"enable_thinking": False}
+
+
+def test_text_rows_have_no_messages() -> None:
+    assert schema_of({"text": "t"}, DataConfig()) == "text"
+    assert to_row({"text": "t"}, "f:1", DataConfig()).text == "t"
+
+
+def test_an_error_says_where_what_expected_and_what_to_do() -> None:
+    with pytest.raises(RowError) as error:
+        to_row({"messages": [ASKED[0], {"role": "bot", "content": "b"}]}, "train.jsonl:17", DataConfig())
+    assert str(error.value) == (
+        "train.jsonl:17: message 2 has role 'bot'; expected system, user, assistant or tool. "
+        "Rename it or pass --role-map bot=assistant."
+    )
+    assert error.value.reason == "unknown role"
+
+
+BASES = [
+    b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}',
+    b'{"conversations":[{"from":"human","value":"a"},{"from":"gpt","value":"b"}],"tools":"[{}]"}',
+    b'{"instruction":"a","input":"c","output":"b","history":[["a","b"]],"system":"s"}',
+    b'{"messages":[{"role":"user","content":"q"},{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":"{}"}}],'
+    b'"train":true,"weight":0.5,"reasoning_content":"r"}],"chat_template_kwargs":{"a":1}}',
+    b'{"prompt":[{"role":"user","content":"q"}],"completion":"x","system_prompt":"s"}',
+    b'{"text":"t"}',
+]
+VALUES = [b"null", b"3", b"[]", b"{}", b'"x"', b"true", b"-1.5", b"[[]]", b"[{}]", b'"[1"', b'"{\\"a\\":1}"', b'"\\ud800"', b"1e400"]
+
+
+def mutated(random_state: random.Random) -> bytes:
+    """A line with one value replaced, or some bytes changed, cut out or doubled."""
+    line = bytearray(random_state.choice(BASES))
+    if random_state.random() < 0.7:
+        start, end = random_state.choice([m.span() for m in re.finditer(rb'"[^"]*"|[\d.]+|\[[^\[\]]*\]|\{[^{}]*\}', bytes(line))])
+        line[start:end] = random_state.choice(VALUES)
+        return bytes(line)
+    for _ in range(random_state.randint(1, 3)):
+        place = random_state.randrange(len(line))
+        line[place : place + random_state.randrange(3)] = bytes(random_state.randrange(256) for _ in range(random_state.randrange(3)))
+    return bytes(line)
+
+
+def fuzz(num_lines: int, seed: int) -> tuple[int, int]:
+    """(rows kept, rows refused) of mutated lines; any exception other than RowError comes through."""
+    random_state, kept, refused = random.Random(seed), 0, 0
+    for number in range(num_lines):
+        try:
+            to_row(parse_line(mutated(random_state), f"f:{number}"), f"f:{number}", DataConfig())
+            kept += 1
+        except RowError as error:
+            assert str(error).startswith(f"f:{number}: ") and error.reason
+            refused += 1
+    return kept, refused
+
+
+def test_mutated_lines_are_kept_or_refused_and_none_is_lost() -> None:
+    kept, refused = fuzz(3000, seed=0)
+    assert kept + refused == 3000 and kept > 100 and refused > 1000
