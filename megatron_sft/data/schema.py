@@ -199,7 +199,9 @@ def _message(found: Any, index: int, where: str, config: DataConfig) -> Message:
     if not isinstance(found, Mapping):
         raise RowError(where, "message is no object", f"{here} is {_kind(found)}; expected an object with role and "
                        "content. Remove or rewrite the row.")  # fmt: skip
-    message = {WEIGHT_ALIASES.get(k, k): v for k, v in found.items() if v is not None and k not in ("from", "value")}
+    message: Message = {
+        WEIGHT_ALIASES.get(str(k), str(k)): v for k, v in found.items() if v is not None and k not in ("from", "value")
+    }
     given = found.get("role", found.get("from"))
     message["role"] = role = _role(given, here, where, config)
     content = found.get("content", found.get("value"))

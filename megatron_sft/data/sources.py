@@ -309,13 +309,15 @@ class _TextBuffer:
             try:
                 value, end = decoder.raw_decode(self._text)
             except RecursionError:
-                return RowError(where, "nested too deep", "the JSON is nested too deep; expected flat records. Remove the row.")
+                detail = "the JSON is nested too deep; expected flat records. Remove the row."
+                return RowError(where, "nested too deep", detail)
             except ValueError as error:
                 # Read on only when the text may have ended in the middle of the value.
                 if len(self._text) <= MAX_LINE_BYTES and self._more(block):
                     block *= 2
                     continue
-                return RowError(where, "bad JSON", f"not valid JSON ({error}); expected a list of objects. Correct the file.")
+                detail = f"not valid JSON ({error}); expected a list of objects. Correct the file."
+                return RowError(where, "bad JSON", detail)
             if end == len(self._text) and self._more(block):
                 continue
             self.line += self._text.count("\n", 0, end)

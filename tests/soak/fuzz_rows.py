@@ -1,4 +1,7 @@
-"""100,000 mutated lines: each is kept or refused with a reason, none raises anything else. Run: python -m tests.soak.fuzz_rows [N]"""
+"""100,000 mutated lines: each is kept or refused with a reason, none raises anything else.
+
+Run: python -m tests.soak.fuzz_rows [LINES]
+"""
 
 import sys
 import time

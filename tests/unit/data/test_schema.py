@@ -13,6 +13,7 @@ from megatron_sft.data.sources import parse_line
 ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SYSTEM = [{"role": "system", "content": "s"}, *ASKED]
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+ANTEATER = [{"from": "User", "value": "a"}, {"from": "Assistant", "value": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
         ({"messages": ASKED, "system": "s"}, SYSTEM),
         ({"conversation": ASKED}, ASKED),
         ({"conversations": SHAREGPT, "id": 1}, ASKED),
-        ({"conversations": [{"from": "User", "value": "a"}, {"from": "Assistant", "value": "b"}], "system": "s", "mask": "User"}, SYSTEM),
+        ({"conversations": ANTEATER, "system": "s", "mask": "User"}, SYSTEM),  # Daring-Anteater
         ({"conversations": SHAREGPT, "instruction": "x", "response": "y"}, ASKED),  # Magpie
         ({"prompt": "x", "prompt_id": "1", "messages": ASKED}, ASKED),  # ultrachat_200k
         ({"id": "1", "system_prompt": "s", "question": "a", "response": "b"}, SYSTEM),  # OpenOrca
@@ -53,7 +54,11 @@ def test_columns_can_be_named() -> None:
 def test_tools_arguments_weights_and_template_kwargs_are_kept() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     record = {
-        "messages": [ASKED[0], {"role": "assistant", "content": None, "tool_calls": [call]}, {**ASKED[1], "loss": 0, "loss_weight": 0.5}],
+        "messages": [
+            ASKED[0],
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {**ASKED[1], "loss": 0, "loss_weight": 0.5},
+        ],
         "tools": '[{"type": "function", "function": {"name": "f"}}]',
         "chat_template_kwargs": {"enable_thinking": False},
     }
@@ -89,19 +94,35 @@ BASES = [
     b'{"prompt":[{"role":"user","content":"q"}],"completion":"x","system_prompt":"s"}',
     b'{"text":"t"}',
 ]
-VALUES = [b"null", b"3", b"[]", b"{}", b'"x"', b"true", b"-1.5", b"[[]]", b"[{}]", b'"[1"', b'"{\\"a\\":1}"', b'"\\ud800"', b"1e400"]
+VALUES = [
+    b"null",
+    b"3",
+    b"[]",
+    b"{}",
+    b'"x"',
+    b"true",
+    b"-1.5",
+    b"[[]]",
+    b"[{}]",
+    b'"[1"',
+    b'"{\\"a\\":1}"',
+    b'"\\ud800"',
+    b"1e400",
+]
 
 
 def mutated(random_state: random.Random) -> bytes:
     """A line with one value replaced, or some bytes changed, cut out or doubled."""
     line = bytearray(random_state.choice(BASES))
     if random_state.random() < 0.7:
-        start, end = random_state.choice([m.span() for m in re.finditer(rb'"[^"]*"|[\d.]+|\[[^\[\]]*\]|\{[^{}]*\}', bytes(line))])
+        found = re.finditer(rb'"[^"]*"|[\d.]+|\[[^\[\]]*\]|\{[^{}]*\}', bytes(line))
+        start, end = random_state.choice([m.span() for m in found])
         line[start:end] = random_state.choice(VALUES)
         return bytes(line)
     for _ in range(random_state.randint(1, 3)):
         place = random_state.randrange(len(line))
-        line[place : place + random_state.randrange(3)] = bytes(random_state.randrange(256) for _ in range(random_state.randrange(3)))
+        new = bytes(random_state.randrange(256) for _ in range(random_state.randrange(3)))
+        line[place : place + random_state.randrange(3)] = new
     return bytes(line)
 
 

@@ -1,0 +1,244 @@
+"""Every way in yields the same rows; every damaged file names itself, the line, the reason and the way out."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from megatron_sft.config import DataConfig
+from megatron_sft.data import sources
+from megatron_sft.data.schema import RowError, to_row
+from megatron_sft.data.sources import open_source
+from megatron_sft.errors import DataError
+
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+GOOD = json.dumps(CHAT).encode() + b"\n"
+
+
+def _numbered(count: int) -> list[dict]:
+    return [{"text": f"row {i}"} for i in range(count)]
+
+
+def _write(path: Path, rows: list[dict]) -> Path:
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    table = pa.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=3)
+    elif path.suffix == ".arrow":
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=4)
+    elif path.name.endswith(".json.gz"):
+        path.write_bytes(gzip.compress(json.dumps(rows, indent=1).encode()))
+    else:
+        pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix, bytes)
+        path.write_bytes(json.dumps(rows).encode() if path.suffix == ".json" else pack(lines))
+    return path
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".jsonl.gz", ".jsonl.zst", ".json.gz"])
+def test_every_format_yields_the_same_rows_in_order(tmp_path: Path, ending: str) -> None:
+    source = open_source(str(_write(tmp_path / f"rows{ending}", _numbered(11))), DataConfig())
+    assert source.name == "rows" and source.num_rows is None
+    assert [record for _, record in source] == _numbered(11)
+    assert [record for _, record in source] == _numbered(11)
+    assert source.num_rows == len(source) == 11
+
+
+CUTS = {"[2:5]": [2, 3, 4], "[:2]": [0, 1], "[8:]": [8, 9], "30%": [0, 1, 2], "0%": []}
+
+
+@pytest.mark.parametrize(("cut", "expected"), CUTS.items())
+def test_slices(tmp_path: Path, cut: str, expected: list[int]) -> None:
+    path = _write(tmp_path / "rows.jsonl", _numbered(10))
+    items = list(open_source(f"{path}@{cut}", DataConfig()))
+    assert [record for _, record in items] == [_numbered(10)[i] for i in expected]
+    assert [where for where, _ in items] == [f"{path}:{i + 1}" for i in expected]
+
+
+def test_folders_and_globs_read_all_files_in_name_order(tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    _write(tmp_path / "b.jsonl", _numbered(2))
+    _write(tmp_path / "deeper" / "c.parquet", _numbered(1))
+    _write(tmp_path / "a.jsonl.gz", _numbered(1))
+    (tmp_path / "README.md").write_text("no data")
+    wheres = [os.path.relpath(where, tmp_path) for where, _ in open_source(str(tmp_path), DataConfig())]
+    assert wheres == ["a.jsonl.gz:1", "b.jsonl:1", "b.jsonl:2", "deeper/c.parquet:1"]
+    assert [w for w, _ in open_source(str(tmp_path / "*.jsonl"), DataConfig())] == [f"{tmp_path}/b.jsonl:{i}" for i in (1, 2)]
+
+
+def test_json_lists_know_the_line_of_each_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('\ufeff[\n {"text": "x\\n"},\n\n {"text":\n  "\u00e9"}\n]\n', encoding="utf-8")
+    assert list(open_source(str(path), DataConfig())) == [(f"{path}:2", {"text": "x\n"}), (f"{path}:4", {"text": "\u00e9"})]
+
+
+def test_arrow_nulls_are_left_out(tmp_path: Path) -> None:
+    message = {"role": "user", "content": "a"}
+    rows = [{"messages": [{**message, "name": None}]}, {"messages": [{**message, "name": "n"}]}]
+    records = [record for _, record in open_source(str(_write(tmp_path / "r.parquet", rows)), DataConfig())]
+    assert records == [{"messages": [{"role": "user", "content": "a"}]}, rows[1]]
+
+
+def test_a_custom_class_gives_rows(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    lines = ["class Mine:", " def __init__(self, path): self.path = path"]
+    file.write_text("\n".join([*lines, " def __iter__(self): return iter([{'text': self.path}, 3])"]))
+    items = list(open_source("p", DataConfig(custom_dataset=f"{file}:Mine")))
+    assert items[0] == ("p:1", {"text": "p"})
+    assert isinstance(items[1][1], RowError)
+    with pytest.raises(DataError, match="has no class Other"):
+        open_source("p", DataConfig(custom_dataset=f"{file}:Other"))
+
+
+def _chat(content: object, role: object = "assistant", **more: object) -> bytes:
+    message = {"role": role, "content": content, **more}
+    return json.dumps({"messages": [{"role": "user", "content": "a"}, message]}).encode() + b"\n"
+
+
+PARQUET = b"PAR1" + bytes(40) + b"PAR1"
+LINES = {
+    "bad UTF-8": (b'{"text": "\xff"}\n', "not UTF-8"),
+    "Latin-1": ('{"text": "\u00e9"}\n'.encode("latin-1"), "not UTF-8"),
+    "UTF-16": (GOOD.decode().encode("utf-16"), "not UTF-8"),
+    "NUL in a string": (b'{"text": "\0"}\n', "not valid JSON"),
+    "NUL between": (b"\0\0\0\n", "not valid JSON"),
+    "truncated line": (GOOD[:40] + b"\n", "not valid JSON"),
+    "two objects": (GOOD.strip() + GOOD, "not valid JSON"),
+    "single quotes": (b"{'text': 'a'}\n", "not valid JSON"),
+    "trailing comma": (b'{"text": "a",}\n', "not valid JSON"),
+    "comment": (b"// a comment\n", "not valid JSON"),
+    "NaN": (b'{"text": NaN}\n', "NaN is no JSON value"),
+    "Infinity": (b'{"text": -Infinity}\n', "-Infinity is no JSON value"),
+    "huge number": (b'{"text": ' + b"9" * 5000 + b"}\n", "not valid JSON"),
+    "duplicate keys": (b'{"text": "a", "text": "b"}\n', "key 'text' occurs twice"),
+    "deep list": (b"[" * 100_000 + b"]" * 100_000 + b"\n", "nested too deep"),
+    "deep objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"\n", "nested too deep"),
+    "a list": (b"[1]\n", "JSON list"),
+    "a number": (b"3\n", "JSON int"),
+    "a text": (b'"a"\n', "JSON str"),
+    "null": (b"null\n", "JSON NoneType"),
+    "empty object": (b"{}\n", "no known schema"),
+    "unknown columns": (b'{"foo": "a", "bar": 1}\n', "no known schema"),
+    "no messages": (b'{"messages": []}\n', "an empty list"),
+    "messages is a number": (b'{"messages": 3}\n', "is a number"),
+    "messages is an object": (b'{"messages": {"role": "user"}}\n', "is an object"),
+    "messages is text": (b'{"messages": "hello"}\n', "is text"),
+    "messages is null": (b'{"messages": null}\n', "no known schema"),
+    "message is text": (b'{"messages": ["a"]}\n', "message 1 is text"),
+    "message is null": (b'{"messages": [null]}\n', "message 1 is null"),
+    "message is a list": (b'{"messages": [["user", "a"]]}\n', "message 1 is a list"),
+    "wrong role": (_chat("b", "bot"), "role 'bot'"),
+    "role in capitals": (_chat("b", "USER"), "role 'USER'"),
+    "role is null": (_chat("b", None), "no role"),
+    "role is a number": (_chat("b", 1), "role 1"),
+    "role is a list": (_chat("b", ["assistant"]), "role ['assistant']"),
+    "no role": (b'{"messages": [{"content": "a"}]}\n', "no role"),
+    "no content": (b'{"messages": [{"role": "assistant"}]}\n', "content that is null"),
+    "content is null": (_chat(None), "content that is null"),
+    "content is a number": (_chat(1.5), "content that is a number"),
+    "content is a boolean": (_chat(True), "content that is a boolean"),
+    "content is an object": (_chat({"a": 1}), "content that is an object"),
+    "content is a list": (_chat([1, 2]), "content that is a list"),
+    "content is an empty list": (_chat([]), "content that is a list"),
+    "content has an image": (_chat([{"type": "image_url", "image_url": "u"}]), "content that is a list"),
+    "lone surrogate": (_chat("\ud800"), "lone surrogate at character 0"),
+    "lone surrogate in a prompt": (b'{"prompt": "a\\udfff", "response": "b"}\n', "lone surrogate at character 1"),
+    "lone surrogate in reasoning": (_chat("b", reasoning_content="\ud83d"), "lone surrogate"),
+    "only system": (b'{"messages": [{"role": "system", "content": "a"}]}\n', "no assistant message"),
+    "no assistant": (_chat("b", "user"), "no assistant message"),
+    "train is text": (_chat("b", train="yes"), "train 'yes'"),
+    "weight is negative": (_chat("b", weight=-1), "weight -1"),
+    "weight is text": (_chat("b", weight="1"), "weight '1'"),
+    "tool call without name": (_chat("b", tool_calls=[{"function": {}}]), "without a function name"),
+    "tool calls a number": (_chat("b", tool_calls=3), "without a function name"),
+    "tools a number": (b'{"messages": [{"role": "assistant", "content": "b"}], "tools": 3}\n', "holds 3"),
+    "template arguments a list": (GOOD.strip()[:-1] + b', "chat_template_kwargs": [1]}\n', "is a list"),
+    "Alpaca without output text": (b'{"instruction": "a", "output": null}\n', "column output"),
+    "Alpaca with bad history": (b'{"instruction": "a", "output": "b", "history": [3]}\n', "column history"),
+    "pair with a number": (b'{"prompt": "a", "response": 3}\n', "column response"),
+    "text is null": (b'{"text": null}\n', "column text"),
+    "ShareGPT without value": (b'{"conversations": [{"from": "gpt"}]}\n', "content that is null"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_bad_line_is_named_and_the_rows_around_it_are_kept(tmp_path: Path, name: str) -> None:
+    line, reason = LINES[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD + line + (b"" if name == "UTF-16" else b"\n" + GOOD))
+    kept, refused = [], []
+    for where, record in open_source(str(path), DataConfig()):
+        try:
+            kept.append(to_row(record, where, DataConfig()).where)
+        except RowError as error:
+            refused.append(str(error))
+    assert kept == [f"{path}:1"] + ([] if name == "UTF-16" else [f"{path}:4"])
+    assert refused[0].startswith(f"{path}:2: ") and reason in refused[0] and refused[0].endswith(".")
+    assert len(refused) == (2 if name == "UTF-16" else 1)
+
+
+FILES = {
+    "empty.jsonl": (b"", "the file is empty"),
+    "cut.jsonl.gz": (gzip.compress(GOOD * 900)[:60], "cannot be read to its end"),
+    "no.jsonl.gz": (GOOD, "cannot be read to its end"),
+    "crc.jsonl.gz": (gzip.compress(GOOD)[:-8] + bytes(8), "cannot be read to its end"),
+    "no.jsonl.zst": (GOOD, "cannot be read to its end"),
+    "magic.parquet": (b"PAR0junk", "not a Parquet file"),
+    "footer.parquet": (PARQUET, "not a Parquet file"),
+    "no.arrow": (b"ARROW1 junk junk", "not an Arrow file"),
+    "open.json": (b"[" + GOOD, "the JSON list is not closed"),
+    "comma.json": (b"[" + GOOD + GOOD + b"]", "the JSON list is not closed"),
+    "deep.json": (b"[" * 100_000, "nested too deep"),
+    "bytes.json": (b'[{"text": "\xff\xff\xff\xff\xff"}]', "not UTF-8"),
+    "half.json": (b'[{"text": "a', "not valid JSON"),
+    "rows.csv": (b"a,b\n", "unknown ending"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+    content, reason = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        list(open_source(str(tmp_path / name), DataConfig()))
+    assert str(error.value).startswith(str(tmp_path / name)) and reason in str(error.value)
+
+
+def test_paths_that_hold_nothing_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling.jsonl").symlink_to("gone")
+    (tmp_path / "empty").mkdir()
+    closed = "cannot be opened"
+    wrong = {"loop": closed, "dangling.jsonl": closed, "empty": "no data file", "none.jsonl": "no such file"}
+    for name, reason in wrong.items():
+        with pytest.raises(DataError, match=reason):
+            open_source(str(tmp_path / name), DataConfig())
+
+
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path: Path) -> None:
+    _write(tmp_path / "a.jsonl", _numbered(1))
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert len(open_source(str(tmp_path), DataConfig())) == 1
+
+
+HARMLESS = [b"\xef\xbb\xbf" + GOOD + GOOD, (GOOD + GOOD).replace(b"\n", b"\r\n"), GOOD + b"\n \n" + GOOD.strip()]
+
+
+@pytest.mark.parametrize("content", HARMLESS)
+def test_byte_order_mark_line_ends_and_blank_lines_are_fine(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert [record for _, record in open_source(str(tmp_path / "a.jsonl"), DataConfig())] == [CHAT, CHAT]
+
+
+def test_a_line_beyond_the_limit_is_skipped_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 2**20)
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "' + b"x" * (5 * 2**20) + b'"}\n' + GOOD)
+    items = list(open_source(str(tmp_path / "a.jsonl"), DataConfig()))
+    assert [type(record) for _, record in items] == [dict, RowError, dict]
+    assert "a.jsonl:2: the line is longer than 1 MiB" in str(items[1][1])
+    assert items[2][0].endswith("a.jsonl:3")
