@@ -240,6 +240,35 @@ def collate(dataset: SFTDataset, pack_ids: Sequence[int], multiple: int = 1) -> 
     )
 
 
+def padding_batch(length: int) -> Batch:
+    """A micro-batch of `length` masked tokens, for schedules that want more micro-batches than there are."""
+    row, ends = torch.zeros(1, length, dtype=torch.int64), torch.tensor([0, length], dtype=torch.int32)
+    mask, sources = torch.zeros(1, length), torch.tensor([-1], dtype=torch.int16)
+    return Batch(row, row, mask, torch.arange(length)[None], ends, ends, length, (-1,), sources)
+
+
+def lengthened(batch: Batch, length: int) -> Batch:
+    """The batch with masked padding up to `length` tokens, a document of its own; unchanged when it is that long."""
+    used = batch.tokens.shape[1]
+    tail = length - used
+    if not tail:
+        return batch
+    end = torch.tensor([length], dtype=torch.int32)
+    pad = torch.nn.functional.pad
+    return replace(
+        batch,
+        tokens=pad(batch.tokens, (0, tail)),
+        labels=pad(batch.labels, (0, tail)),
+        loss_mask=pad(batch.loss_mask, (0, tail)),
+        position_ids=torch.cat([batch.position_ids, torch.arange(tail)[None]], dim=1),
+        cu_seqlens=torch.cat([batch.cu_seqlens, end]),
+        document_offsets=torch.cat([batch.document_offsets, end]),
+        max_seqlen=max(batch.max_seqlen, tail),
+        document_ids=(*batch.document_ids, -1),
+        source_ids=torch.cat([batch.source_ids, torch.tensor([-1], dtype=torch.int16)]),
+    )
+
+
 class TrainLoader:
     """Iterates the Steps of one data-parallel rank from a position on, prepared ahead by a thread.
 

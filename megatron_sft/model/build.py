@@ -115,7 +115,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         calculate_per_token_loss=True,
-        variable_seq_lengths=True,  # a micro-batch is as long as its packs
+        # A micro-batch is as long as its packs; the interleaved schedule knows one shape a step (step.py), and needs
+        # overlapped sends, because with two stages both neighbours are the same process (megatron/training/arguments.py).
+        variable_seq_lengths=not parallel.virtual_pipeline_model_parallel_size,
+        overlap_p2p_comm=bool(parallel.virtual_pipeline_model_parallel_size),
+        batch_p2p_comm=not parallel.virtual_pipeline_model_parallel_size,
         moe_token_dispatcher_type="alltoall",
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,

@@ -90,7 +90,8 @@ def reduce_totals(reports: list[dict], batches: list[Batch], num_sources: int, d
         real = torch.as_tensor(np.asarray(batch.document_ids) >= 0)  # padding is a document of id -1
         sources = batch.source_ids.long()
         squares = batch.document_offsets.diff().double().square()[:, None] / ps.get_context_parallel_world_size()
-        values = torch.cat([report["documents"].cpu(), squares], dim=1)
+        documents = report["documents"].cpu()[: len(squares)]  # a lengthened batch ends with one more padding
+        values = torch.cat([documents, squares], dim=1)
         totals.index_add_(0, sources[real], values[real])
     totals = totals.to(device)
     dist.all_reduce(totals, group=ps.get_data_parallel_group(with_context_parallel=True))

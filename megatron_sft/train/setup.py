@@ -33,7 +33,7 @@ from megatron_sft.model.build import build_model
 from megatron_sft.parallel import Ranks
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loop import Job, loss_metrics, train
-from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, wrap_ddp
+from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
 from megatron_sft.train.state import TrainState
 
 EXIT_DURATION = 4
@@ -80,7 +80,8 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
     if stopped:
         return 128 + stopped if stopped > 0 else EXIT_DURATION
     if run.checkpoint.save_hf:
-        save_hf(job.chunks, run.model, run.checkpoint.save_hf, ranks, run.data.tokenizer_model)
+        with whole_parameters(job.chunks, run.parallel):
+            save_hf(job.chunks, run.model, run.checkpoint.save_hf, ranks, run.data.tokenizer_model)
         logger.info("wrote the HF folder %s", run.checkpoint.save_hf)
     parallel.finalize()
     return 0

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_sft.core_compat import device
-from megatron_sft.data.loader import Batch
+from megatron_sft.data.loader import Batch, lengthened, padding_batch
 from megatron_sft.errors import TrainingError
 from megatron_sft.model.attention import packed_seq_params
 from megatron_sft.model.context import shard_tokens
@@ -44,13 +45,17 @@ def run_schedule(chunks: list[Any], batches: list[Batch], forward_only: bool) ->
     Returns:
         One report a micro-batch on the last pipeline stage, nothing on the others.
     """
+    longest = max(batch.tokens.shape[1] for batch in batches)
+    if len(chunks) > 1:  # the interleaved schedule wants one shape, and a multiple of the stages
+        missing = -len(batches) % parallel_state.get_pipeline_model_parallel_world_size()
+        batches = [lengthened(batch, longest) for batch in batches] + [padding_batch(longest)] * missing
     iterators = [iter(batches) for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
         num_microbatches=len(batches),
-        seq_length=max(batch.tokens.shape[1] for batch in batches),
+        seq_length=longest,
         micro_batch_size=1,  # packs of a micro-batch stand behind one another in one row
         forward_only=forward_only,
     )

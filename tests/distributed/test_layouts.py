@@ -58,7 +58,7 @@ def train(parallel: ParallelConfig, model: ModelConfig, batch: tuple[int, int]) 
     from megatron_sft.data.store import MemoryStore
     from megatron_sft.model.build import build_model
     from megatron_sft.parallel import finalize, initialize
-    from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, wrap_ddp
+    from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
     from megatron_sft.train.step import train_step
 
     ranks = initialize(parallel, 1)
@@ -85,7 +85,8 @@ def train(parallel: ParallelConfig, model: ModelConfig, batch: tuple[int, int]) 
         scheduler.step(1)
         losses.append(result.totals.loss)
         norms.append(result.grad_norm)
-    exported = export(wrapped, model, ranks)
+    with whole_parameters(wrapped, parallel):
+        exported = export(wrapped, model, ranks)
     finalize()
     return {"losses": losses, "norms": norms, "parameters": exported}
 
