@@ -116,6 +116,7 @@ class ChatEncoder:
         self.tokenizer, self.config = tokenizer, config
         self._names = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
         try:
+            probe(template, self._names, ())
             self.template = Template(template, self._names)
         except TemplateError as error:
             raise ConfigError([f"{config.tokenizer_model}: the chat template {error}. Correct it, or pass --chat-template."]) from None
@@ -170,6 +171,7 @@ class ChatEncoder:
             raise RowError(row.where, "mask undecided", f"which tokens the assistant wrote cannot be decided exactly ({error}). "
                            "Put {% generation %} blocks into the template and pass it with --chat-template, or correct the "
                            f"row. The template begins {self.template.text[:80]!r}.") from None  # fmt: skip
+        _check_tool_calls(messages, spans, text, row.where)
         self.routes[route] += 1
         return Rendered(text, tuple(self._weighted(text, spans, messages, last_turn)), route)
 
@@ -217,6 +219,17 @@ def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key not in ("train", "weight")}
 
 
+def _check_tool_calls(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span], text: str, where: str) -> None:
+    """Refuses a row of which the template leaves tool calls out, as templates without tools do, silently."""
+    assistants = [message for message in messages if message["role"] == "assistant"]
+    for message, (first, last) in zip(assistants, spans, strict=True):
+        for call in message.get("tool_calls") or []:
+            name = call.get("function", call).get("name")
+            if str(name) not in text[first:last]:
+                raise RowError(where, "tool call left out", f"the chat template leaves out the tool call {name}; expected it in "
+                               "the text. Take a template that knows tools, or write the call into the content.")  # fmt: skip
+
+
 def _thinks(message: Mapping[str, Any]) -> bool:
     return message["role"] == "assistant" and bool(message.get("reasoning_content") or "<think>" in str(message.get("content")))
 
@@ -243,7 +256,7 @@ def _outside_thinking(text: str, first: int, last: int) -> Iterable[Span]:
     yield (place, last)
 
 
-def check_masks(encoder: ChatEncoder, rows: Iterable[Row], source: str) -> None:
+def check_masks(encoder: ChatEncoder, rows: Iterable[Row], source: str) -> Counter[str]:
     """The gate before a build: on real rows, template, tokens and masks fit together. Fails closed.
 
     1. the template renders within limits of time and memory, in a process of its own;
@@ -256,13 +269,17 @@ def check_masks(encoder: ChatEncoder, rows: Iterable[Row], source: str) -> None:
         rows: of one source; the first CHECKED_ROWS are looked at.
         source: its name, for messages.
 
+    Returns:
+        Samples by the route of spans.py that decided them.
+
     Raises:
         ConfigError: the template runs away.
         DataError: a row for which one of these does not hold.
     """
     sample = [row for row in itertools.islice(rows, CHECKED_ROWS) if row.text is None]
+    encoder.routes.clear()
     if not sample:
-        return
+        return Counter()
     conversations = [([_for_template(m) for m in row.messages], row.tools, row.template_kwargs) for row in sample]
     try:
         probe(encoder.template.text, encoder._names, conversations)
@@ -273,6 +290,7 @@ def check_masks(encoder: ChatEncoder, rows: Iterable[Row], source: str) -> None:
             _check_row(encoder, row)
         except RowError:
             continue  # counted and reported by the build, which sees every row
+    return Counter(encoder.routes)
 
 
 def _check_row(encoder: ChatEncoder, row: Row) -> None:
@@ -291,12 +309,13 @@ def _check_row(encoder: ChatEncoder, row: Row) -> None:
             continue
         outside = np.ones(len(encoded.tokens), dtype=bool)
         tokens = encoder.tokenise(rendered.text)
-        for first, last_character, _ in rendered.spans:
-            outside &= ~((tokens.starts >= first) & (tokens.ends <= last_character))
-            inside = np.flatnonzero((tokens.starts >= first) & (tokens.ends <= last_character))
-            if len(inside) and not encoded.loss_mask[inside[-1]]:
-                raise DataError(f"{row.where}: the end-of-turn token is not trained; the model would never stop. Report the template.")
+        for first, end, _ in rendered.spans:
+            inside = np.flatnonzero((tokens.starts >= first) & (tokens.ends <= end) & (tokens.ends > tokens.starts))
+            outside[inside] = False
+            if first < end and not (len(inside) and encoded.loss_mask[inside[-1]] and tokens.ends[inside[-1]] == end):
+                raise DataError(
+                    f"{row.where}: the end of the answer {rendered.text[first:end][-40:]!r} is not trained, so that the model "
+                    "would never stop. Expected a token of its own for it; report the template and the tokenizer."
+                )
         if encoded.loss_mask[outside].any():
-            raise DataError(f"{row.where}: a token outside the assistant's messages is trained. Report the template.")
-
-
+            raise DataError(f"{row.where}: a token outside the assistant's messages is trained; expected none. Report the template.")

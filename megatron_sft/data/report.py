@@ -29,12 +29,12 @@ def data_report(store: DocumentStore, plan: PackPlan, seq_length: int) -> dict[s
         sources (the ledger), total (its sum), packing (packing.packing_figures), lengths and fill (histograms).
     """
     sources = {name: dict(entry) for name, entry in store.ledger.items()}
-    total: dict[str, Any] = {"dropped": {}}
+    total: dict[str, Any] = {"dropped": {}, "routes": {}}
     for entry in sources.values():
         for key, value in entry.items():
-            if key == "dropped":
+            if isinstance(value, dict):
                 for reason, count in value.items():
-                    total["dropped"][reason] = total["dropped"].get(reason, 0) + count
+                    total[key][reason] = total[key].get(reason, 0) + count
             else:
                 total[key] = total.get(key, 0) + value
     return {
@@ -62,6 +62,8 @@ def as_table(report: Mapping[str, Any]) -> str:
         out.append("  ".join([name.ljust(widths[0]), *cells]))
     for reason, count in sorted(report["total"]["dropped"].items()):
         out.append(f"dropped: {count:,} rows, {reason}")
+    if report["total"]["routes"]:
+        out.append("masks: " + ", ".join(f"{count:,} by {route}" for route, count in report["total"]["routes"].items()))
     if report["total"].get("lost_tokens"):
         out.append(f"cut away or dropped after tokenising: {report['total']['lost_tokens']:,} tokens")
     packing = report["packing"]

@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.compiler
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
@@ -57,6 +58,15 @@ class _Generation(jinja2.ext.Extension):
         return f"{marks[0]}{caller()}{marks[1]}"
 
 
+class _Unfolded(jinja2.compiler.CodeGenerator):
+    """Compiles constants without computing them: {{ 'a' * 10**10 }} must not run before the limits do."""
+
+    def _output_child_to_const(self, node: Any, frame: Any, finalize: Any) -> str:
+        if not isinstance(node, jinja2.nodes.TemplateData):
+            raise jinja2.nodes.Impossible()
+        return super()._output_child_to_const(node, frame, finalize)
+
+
 class Template:
     """A compiled chat template.
 
@@ -77,8 +87,9 @@ class Template:
         self._special_tokens = dict(special_tokens)
         self._marks = tuple(f"\x02{name}{secrets.token_hex(8)}\x03" for name in ("from", "to"))
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], optimized=False
         )
+        environment.code_generator_class = _Unfolded
         environment.filters["tojson"] = _tojson
         environment.globals |= {
             "raise_exception": _raise_exception,

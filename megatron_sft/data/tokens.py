@@ -23,7 +23,7 @@ import numpy as np
 
 from megatron_sft.config import DataConfig
 from megatron_sft.data.fingerprint import store_fingerprint
-from megatron_sft.data.schema import RowError, to_row
+from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.data.store import STORE_VERSION, Document, MemoryStore, TokenStore
 from megatron_sft.data.workers import Chunk, MakeEncoder, Problem, Result, in_order, make_encoder, only_one
 from megatron_sft.errors import DataError
@@ -85,7 +85,8 @@ def build_memory_store(config: DataConfig, sources: Sequence[Any], encoder: Any)
     collector = _Collector(config, [source.name for source in sources])
     documents: list[Document] = []
     where: list[str] = []
-    for chunk in _chunks(sources):
+    names = list(collector.ledger)
+    for chunk in _gated(_chunks(sources), config, lambda config, sample: encoder, names):
         result = encode_rows(encoder, config, chunk)
         collector.add(result)
         ends = np.cumsum(result.lengths)[:-1]
@@ -104,6 +105,8 @@ def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
     where_of: list[str] = []
     counts: Counter[str] = Counter()
     problems: list[Problem] = []
+    routes = getattr(encoder, "routes", Counter())
+    routes.clear()
     for where, record in chunk.rows:
         try:
             samples = encoder.encode(to_row(record, where, config))
@@ -118,6 +121,7 @@ def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
             tokens.append(document.tokens)
             masks.append(document.loss_mask)
             where_of.append(where)
+    counts.update({f"routes:{route}": count for route, count in routes.items()})
     return Result(
         source_id=chunk.source_id,
         num_rows=len(chunk.rows),
@@ -187,7 +191,7 @@ class _Collector:
             unique = name if name not in self.ledger else f"{name}#{len(self.ledger)}"
             zero = dict.fromkeys(("rows", "kept", "truncated", "split"), 0)
             tokens = dict.fromkeys(("documents", "tokens", "trained_tokens", "lost_tokens"), 0)
-            self.ledger[unique] = {**zero, "dropped": {}, **tokens}
+            self.ledger[unique] = {**zero, "dropped": {}, "routes": {}, **tokens}
         self.source_ids: list[np.ndarray] = [np.zeros(0, dtype=np.int16)]
         self.problems: list[Problem] = []
         self.num_rows = 0
@@ -201,7 +205,7 @@ class _Collector:
         for key, count in result.counts.items():
             fate, _, reason = key.partition(":")
             if reason:
-                entry["dropped"][reason] = entry["dropped"].get(reason, 0) + count
+                entry[fate][reason] = entry[fate].get(reason, 0) + count
             else:
                 entry[fate] += count
         self.source_ids.append(np.full(len(result.lengths), result.source_id, dtype=np.int16))
@@ -292,7 +296,10 @@ def _build(config: DataConfig, sources: Sequence[Any], fingerprint: str, folder:
     total_rows = _expected_rows(sources)
     start = last = time.monotonic()
     try:
-        for result in in_order(_chunks(sources), config, make, encode_rows):
+        chunks = _chunks(sources)
+        if make is make_encoder:  # another one masks as it likes
+            chunks = _gated(chunks, config, make, list(collector.ledger))
+        for result in in_order(chunks, config, make, encode_rows):
             if result is not None:
                 collector.add(result)
                 writer.write(result)
@@ -348,6 +355,31 @@ def _chunks(sources: Iterable[Any]) -> Iterator[Chunk]:
                 rows, characters = [], 0
         if rows:
             yield Chunk(source_id, rows)
+
+
+def _gated(chunks: Iterator[Chunk], config: DataConfig, make: MakeEncoder, names: Sequence[str]) -> Iterator[Chunk]:
+    """The chunks, the first of each source after its masks were checked (chat.check_masks), so that wrong ones fail early."""
+    from megatron_sft.data.chat import ChatEncoder, check_masks
+
+    encoder: Any = None
+    checked: set[int] = set()
+    for chunk in chunks:
+        if chunk.source_id not in checked:
+            encoder = encoder or make(config, [chunk])
+            checked.add(chunk.source_id)
+            if isinstance(encoder, ChatEncoder):
+                routes = check_masks(encoder, _good_rows(chunk, config), names[chunk.source_id])
+                found = ", ".join(f"{count} by {route}" for route, count in routes.items()) or "plain text"
+                logger.info("masks: %s checked (%s)", names[chunk.source_id], found)
+        yield chunk
+
+
+def _good_rows(chunk: Chunk, config: DataConfig) -> Iterator[Row]:
+    for where, record in chunk.rows:
+        try:
+            yield to_row(record, where, config)
+        except RowError:
+            continue  # counted and reported by encode_rows
 
 
 def _num_characters(value: Any) -> int:

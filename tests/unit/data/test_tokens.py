@@ -115,7 +115,7 @@ def test_store_has_documents_masks_places_and_a_ledger(tmp_path):
     assert store.ledger == {
         "rows": {
             "rows": 4, "kept": 2, "truncated": 1, "split": 0, "dropped": {"no trained token": 1},
-            "documents": 3, "tokens": 14, "trained_tokens": 10, "lost_tokens": 3,
+            "routes": {}, "documents": 3, "tokens": 14, "trained_tokens": 10, "lost_tokens": 3,
         }
     }  # fmt: skip
 
