@@ -263,8 +263,10 @@ def _json_rows(path: str) -> Iterator[Item]:
             elif following != "]":
                 break
         if following != "]":
-            raise DataError(f"{path}:{text.line}: the JSON list is not closed; expected , or ] and found "
-                            f"{following or 'the end of the file'!r}. The file is cut off or damaged: write it again.")  # fmt: skip
+            raise DataError(
+                f"{path}:{text.line}: the JSON list is not closed; expected , or ] and found "
+                f"{following or 'the end of the file'!r}. The file is cut off or damaged: write it again."
+            )
 
 
 class _TextBuffer:
@@ -284,8 +286,10 @@ class _TextBuffer:
         except UnicodeDecodeError as error:
             # A character cut by the end of the block waits for the next one.
             if not data or len(block) - error.start > 3:
-                raise DataError(f"{self._path}:{self.line}: bytes that are not UTF-8 ({error.reason}) in or after the "
-                                "value that starts here; expected UTF-8 text. Convert the file with iconv.") from None  # fmt: skip
+                raise DataError(
+                    f"{self._path}:{self.line}: bytes that are not UTF-8 ({error.reason}) in or after the value that "
+                    "starts here; expected UTF-8 text. Convert the file with iconv."
+                ) from None
             self._text, self._rest = self._text + block[: error.start].decode("utf-8"), block[error.start :]
         return bool(data)
 
