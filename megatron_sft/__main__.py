@@ -5,9 +5,10 @@ Flags are a training run's, read by arguments.py. Not here: what a command does;
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from megatron_sft import log
-from megatron_sft.arguments import parse, parse_generate, parse_mmlu
+from megatron_sft.arguments import parse, parse_generate, parse_mmlu, parse_view
 from megatron_sft.config import RunConfig
 from megatron_sft.core_compat import process_environment
 from megatron_sft.errors import ConfigError, UserError
@@ -19,6 +20,58 @@ def finetune(argv: Sequence[str], world_size: int) -> int:
     from megatron_sft.train.setup import finetune as train
 
     return train(run, explicit)
+
+
+def prepare(argv: Sequence[str], world_size: int) -> int:
+    """Tokenises, masks and caches the data of a run ahead of time, without a GPU: the flags of finetune.py."""
+    run, _ = parse_view(argv, world_size)
+    from megatron_sft.data.prepare import open_store, training_set
+    from megatron_sft.data.report import as_table, data_report
+
+    store, plan = training_set(run.data)
+    print(as_table(data_report(store, plan, run.data.seq_length)))
+    print(f"token store: {store.folder}")
+    if run.data.valid_data:
+        print(f"token store of the validation data: {open_store(run.data, run.data.valid_data).folder}")
+    return 0
+
+
+def preview(argv: Sequence[str], world_size: int) -> int:
+    """Shows tokens, masks and packs as they are trained: the flags of finetune.py [--rows N --html FILE]."""
+    run, options = parse_view(argv, world_size)
+    from megatron_sft.data.chat import load_tokenizer
+    from megatron_sft.data.prepare import training_set
+    from megatron_sft.data.preview import as_html, as_text, decoder, is_terminal, shown_documents
+
+    store, plan = training_set(run.data)
+    shown, decode = shown_documents(store, options.rows), decoder(load_tokenizer(run.data))
+    print(as_text(store, plan, shown, decode, is_terminal()))
+    if options.html:
+        _write(options.html, as_html(store, plan, shown, decode, run.data.seq_length))
+    return 0
+
+
+def report(argv: Sequence[str], world_size: int) -> int:
+    """Counts rows, tokens, masks and packs by source: the flags of finetune.py [--json FILE --html FILE]."""
+    run, options = parse_view(argv, world_size)
+    from megatron_sft.data.prepare import training_set
+    from megatron_sft.data.report import as_html, as_json, as_table, data_report
+
+    store, plan = training_set(run.data)
+    figures = data_report(store, plan, run.data.seq_length)
+    print(as_table(figures))
+    for path, text in ((options.json, as_json), (options.html, as_html)):
+        if path:
+            _write(path, text(figures))
+    return 0
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be written ({error.strerror}). Expected a file in a folder that exists."]) from None
+    print(f"wrote {path}")
 
 
 def generate(argv: Sequence[str], world_size: int) -> int:
@@ -90,6 +143,9 @@ def _model_run(argv: Sequence[str], world_size: int, *needed: str) -> RunConfig:
 
 COMMANDS: Mapping[str, Callable[[Sequence[str], int], int]] = {
     "finetune": finetune,
+    "prepare": prepare,
+    "preview": preview,
+    "report": report,
     "generate": generate,
     "mmlu": mmlu,
     "convert": convert,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sft import config, flags
-from megatron_sft.config import GenerateConfig, MMLUConfig, RunConfig, problems
+from megatron_sft.config import GenerateConfig, MMLUConfig, RunConfig, ViewConfig, data_problems, problems
 from megatron_sft.core_compat import transformer_config_fields
 from megatron_sft.errors import ConfigError
 from megatron_sft.log import logger
@@ -69,6 +69,14 @@ def parse_generate(argv: Sequence[str], world_size: int) -> tuple[RunConfig, fro
 def parse_mmlu(argv: Sequence[str], world_size: int) -> tuple[RunConfig, frozenset[str], MMLUConfig]:
     """Reads the flags of `megatron-sft mmlu`."""
     return _parse_with(argv, world_size, MMLUConfig, {})
+
+
+def parse_view(argv: Sequence[str], world_size: int) -> tuple[RunConfig, ViewConfig]:
+    """Reads the flags of the commands on data alone: prepare, preview and report."""
+    run, _, options = _parse_with(argv, world_size, ViewConfig, {})
+    if found := data_problems(run.data):
+        raise ConfigError(found)
+    return run, options
 
 
 def _parse_with(argv: Sequence[str], world_size: int, kind: type, aliases: Mapping[str, str]) -> tuple[RunConfig, frozenset[str], Any]:

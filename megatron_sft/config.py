@@ -126,6 +126,8 @@ class DataConfig:
     """One name a source (--prompt-data NAME PATH ...); empty: the file stems."""
     train_epochs: tuple[float, ...] = ()
     """Passes over each source in one epoch of the mixture (--prompt-data-epochs); empty: 1 each."""
+    train_weights: tuple[float, ...] = ()
+    """Shares of the sources' documents in one epoch, instead of train_epochs (--prompt-data-weights)."""
     valid_data: tuple[str, ...] = ()
     """Held-out sources; empty: taken from train_data by split."""
     split: tuple[float, float, float] = (100.0, 0.0, 0.0)
@@ -321,6 +323,18 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class ViewConfig:
+    """What `megatron-sft preview` and `report` write."""
+
+    rows: int = 2
+    """Rows of each source that preview shows."""
+    html: str | None = None
+    """File of the page, which needs no other."""
+    json: str | None = None
+    """File of report's figures."""
+
+
+@dataclass(frozen=True)
 class MMLUConfig:
     """How MMLU is scored."""
 
@@ -388,22 +402,34 @@ def _training_problems(run: RunConfig) -> list[str]:
         value = getattr(train, name)
         if value is not None and value <= 0:
             found.append(f"--{name.replace('_', '-')} is {value}; expected a positive number.")
+    found += data_problems(data)
+    if train.max_tokens_per_gpu and train.max_tokens_per_gpu < data.seq_length:
+        found.append(f"--max-tokens-per-gpu {train.max_tokens_per_gpu} is below --seq-length {data.seq_length}: a pack would not fit.")
+    if train.recompute_granularity == "full" and not (train.recompute_method and train.recompute_num_layers):
+        found.append("--recompute-granularity full needs --recompute-method uniform|block and --recompute-num-layers N.")
+    return found
+
+
+def data_problems(data: DataConfig) -> list[str]:
+    """What is wrong with the data section alone, one sentence each."""
+    found = []
     if not data.train_data:
         found.append("no training data: expected --finetune-hf-dataset (or DATASET) with a file, a folder or a hub name.")
     if not data.tokenizer_model:
         found.append("--tokenizer-model is missing: expected an HF folder, a hub name or a sentencepiece tokenizer.model.")
     if data.seq_length <= 1:
         found.append(f"--seq-length is {data.seq_length}; expected 2 or more.")
-    for name in ("train_names", "train_epochs"):
+    if data.train_epochs and data.train_weights:
+        found.append("--prompt-data-epochs and --prompt-data-weights contradict each other. Give one of them.")
+    for name in ("train_epochs", "train_weights"):
+        if any(value < 0 for value in getattr(data, name)) or (getattr(data, name) and not any(getattr(data, name))):
+            found.append(f"--{name.replace('_', '-')} is {getattr(data, name)}; expected numbers of at least 0, one above it.")
+    for name in ("train_names", "train_epochs", "train_weights"):
         count = len(getattr(data, name))
         if count and count != len(data.train_data):
             found.append(f"{count} values of {name} for {len(data.train_data)} sources; expected one a source.")
     if min(data.split) < 0 or data.split[0] <= 0:
         found.append(f"--split is {data.split}; expected a positive share for training, none below 0.")
-    if train.max_tokens_per_gpu and train.max_tokens_per_gpu < data.seq_length:
-        found.append(f"--max-tokens-per-gpu {train.max_tokens_per_gpu} is below --seq-length {data.seq_length}: a pack would not fit.")
-    if train.recompute_granularity == "full" and not (train.recompute_method and train.recompute_num_layers):
-        found.append("--recompute-granularity full needs --recompute-method uniform|block and --recompute-num-layers N.")
     return found
 
 

@@ -38,6 +38,8 @@ SPELLINGS: Mapping[str, str] = {
     "--hybrid-layer-pattern": "core.hybrid_layer_pattern",
     "--hybrid-override-pattern": "core.hybrid_layer_pattern",
     "--tensorboard-logdir": "log.tensorboard_dir",
+    "--prompt-data-epochs": "data.train_epochs",
+    "--prompt-data-weights": "data.train_weights",
 }
 """Flag with a value -> the one field it is another name of."""
 

@@ -61,6 +61,7 @@ def load_tokenizer(config: DataConfig) -> Any:
     from transformers import AutoTokenizer, LlamaTokenizer
 
     name = config.tokenizer_model
+    tokenizer: Any
     try:
         if name.endswith(".model") and os.path.isfile(name):
             tokenizer = LlamaTokenizer(vocab_file=name)
@@ -119,7 +120,9 @@ class ChatEncoder:
             probe(template, self._names, ())
             self.template = Template(template, self._names)
         except TemplateError as error:
-            raise ConfigError([f"{config.tokenizer_model}: the chat template {error}. Correct it, or pass --chat-template."]) from None
+            raise ConfigError(
+                [f"{config.tokenizer_model}: the chat template {error}. Correct it, or pass --chat-template."]
+            ) from None
         self.special = special_texts(tokenizer)
         self.tokenise: TextTokenizer = HFText(tokenizer) if tokenizer.is_fast else SlowText(tokenizer)
         self.routes: Counter[str] = Counter()
@@ -175,7 +178,9 @@ class ChatEncoder:
         self.routes[route] += 1
         return Rendered(text, tuple(self._weighted(text, spans, messages, last_turn)), route)
 
-    def _weighted(self, text: str, spans: Sequence[Span], messages: list[dict[str, Any]], last_turn: bool) -> Iterable[tuple[int, int, float]]:
+    def _weighted(
+        self, text: str, spans: Sequence[Span], messages: list[dict[str, Any]], last_turn: bool
+    ) -> Iterable[tuple[int, int, float]]:
         """The spans that the policy trains, with the weights of their messages."""
         turn = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
         assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -284,7 +289,9 @@ def check_masks(encoder: ChatEncoder, rows: Iterable[Row], source: str) -> Count
     try:
         probe(encoder.template.text, encoder._names, conversations)
     except TemplateError as error:
-        raise ConfigError([f"{encoder.config.tokenizer_model}: the chat template {error}. Correct it, or pass --chat-template."]) from None
+        raise ConfigError(
+            [f"{encoder.config.tokenizer_model}: the chat template {error}. Correct it, or pass --chat-template."]
+        ) from None
     for row in sample:
         try:
             _check_row(encoder, row)
@@ -318,4 +325,6 @@ def _check_row(encoder: ChatEncoder, row: Row) -> None:
                     "would never stop. Expected a token of its own for it; report the template and the tokenizer."
                 )
         if encoded.loss_mask[outside].any():
-            raise DataError(f"{row.where}: a token outside the assistant's messages is trained; expected none. Report the template.")
+            raise DataError(
+                f"{row.where}: a token outside the assistant's messages is trained; expected none. Report the template."
+            )

@@ -66,6 +66,9 @@ def as_table(report: Mapping[str, Any]) -> str:
         out.append("masks: " + ", ".join(f"{count:,} by {route}" for route, count in report["total"]["routes"].items()))
     if report["total"].get("lost_tokens"):
         out.append(f"cut away or dropped after tokenising: {report['total']['lost_tokens']:,} tokens")
+    if len(rows) > 1:
+        shares = (f"{name} {entry['share']:.1%} ({entry['documents']:,} documents)" for name, entry in report["mixture"].items())
+        out.append(f"mixture, one epoch by tokens: {', '.join(shares)}")
     packing = report["packing"]
     out.append(
         f"packs: {packing['packs']:,} of {report['seq_length']:,} tokens, {packing['efficiency']:.2%} full, "

@@ -212,7 +212,9 @@ def _own_text(template: Template, conversation: Conversation, text: str) -> str:
         if index is None:
             continue
         forms = dict.fromkeys((said, said.strip(), said.lstrip("\n"), said.strip("\n"), said.lstrip(), said.rstrip(), ""))
-        fits = [form for form in forms if text.startswith(form + following, place) and (following or place + len(form) == len(text))]
+        fits = [
+            form for form in forms if text.startswith(form + following, place) and (following or place + len(form) == len(text))
+        ]
         if not fits:
             raise Undecided(f"message {index} is not found whole in the text")
         own, place = own + chr(WRITTEN + index) * len(fits[0]), place + len(fits[0])

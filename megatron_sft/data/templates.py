@@ -46,7 +46,7 @@ class _Refusal(jinja2.TemplateError):
 class _Generation(jinja2.ext.Extension):
     """`{% generation %} ... {% endgeneration %}`: what the assistant says, between two marks."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
@@ -54,7 +54,7 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
 
     def _marked(self, caller: Any) -> str:
-        marks = self.environment.globals["generation_marks"]
+        marks: Any = self.environment.globals["generation_marks"]
         return f"{marks[0]}{caller()}{marks[1]}"
 
 

@@ -86,7 +86,7 @@ def build_memory_store(config: DataConfig, sources: Sequence[Any], encoder: Any)
     documents: list[Document] = []
     where: list[str] = []
     names = list(collector.ledger)
-    for chunk in _gated(_chunks(sources), config, lambda config, sample: encoder, names):
+    for chunk in _gated(_chunks(sources), config, [encoder], names):
         result = encode_rows(encoder, config, chunk)
         collector.add(result)
         ends = np.cumsum(result.lengths)[:-1]
@@ -94,8 +94,8 @@ def build_memory_store(config: DataConfig, sources: Sequence[Any], encoder: Any)
         documents += [Document(tokens, mask) for tokens, mask in pairs] if len(result.lengths) else []
         where += result.where
     collector.check(is_end=True)
-    names = tuple(collector.ledger)
-    return MemoryStore(documents, np.concatenate(collector.source_ids).tolist(), where, names, collector.ledger)
+    source_ids = np.concatenate(collector.source_ids).tolist()
+    return MemoryStore(documents, source_ids, where, tuple(names), collector.ledger)
 
 
 def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
@@ -239,9 +239,9 @@ class _Writer:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._tokens = open(folder / "tokens.bin", "wb")  # noqa: SIM115 - closed in finish
-        self._masks = open(folder / "loss_mask.bin", "wb")  # noqa: SIM115
-        self._where = open(folder / "where.bin", "wb")  # noqa: SIM115
+        self._tokens = open(folder / "tokens.bin", "wb")
+        self._masks = open(folder / "loss_mask.bin", "wb")
+        self._where = open(folder / "where.bin", "wb")
         self._lengths: list[np.ndarray] = [np.zeros(0, dtype=np.int32)]
         self._where_bytes: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
         self._weights = np.array([0.0, 1.0], dtype=np.float32)
@@ -296,10 +296,11 @@ def _build(config: DataConfig, sources: Sequence[Any], fingerprint: str, folder:
     total_rows = _expected_rows(sources)
     start = last = time.monotonic()
     try:
+        made: list[Any] = []
         chunks = _chunks(sources)
         if make is make_encoder:  # another one masks as it likes
-            chunks = _gated(chunks, config, make, list(collector.ledger))
-        for result in in_order(chunks, config, make, encode_rows):
+            chunks = _gated(chunks, config, made, list(collector.ledger))
+        for result in in_order(chunks, config, make, encode_rows, made):
             if result is not None:
                 collector.add(result)
                 writer.write(result)
@@ -357,18 +358,20 @@ def _chunks(sources: Iterable[Any]) -> Iterator[Chunk]:
             yield Chunk(source_id, rows)
 
 
-def _gated(chunks: Iterator[Chunk], config: DataConfig, make: MakeEncoder, names: Sequence[str]) -> Iterator[Chunk]:
-    """The chunks, the first of each source after its masks were checked (chat.check_masks), so that wrong ones fail early."""
+def _gated(chunks: Iterator[Chunk], config: DataConfig, made: list[Any], names: Sequence[str]) -> Iterator[Chunk]:
+    """The chunks, the first of each source after its masks were checked (chat.check_masks), so that wrong ones fail early.
+
+    `made` holds this process's encoder, or is empty and receives one.
+    """
     from megatron_sft.data.chat import ChatEncoder, check_masks
 
-    encoder: Any = None
     checked: set[int] = set()
     for chunk in chunks:
         if chunk.source_id not in checked:
-            encoder = encoder or make(config, [chunk])
+            made += [] if made else [make_encoder(config, [chunk])]
             checked.add(chunk.source_id)
-            if isinstance(encoder, ChatEncoder):
-                routes = check_masks(encoder, _good_rows(chunk, config), names[chunk.source_id])
+            if isinstance(made[0], ChatEncoder):
+                routes = check_masks(made[0], _good_rows(chunk, config), names[chunk.source_id])
                 found = ", ".join(f"{count} by {route}" for route, count in routes.items()) or "plain text"
                 logger.info("masks: %s checked (%s)", names[chunk.source_id], found)
         yield chunk

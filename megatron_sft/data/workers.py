@@ -69,7 +69,9 @@ Encode = Callable[[Any, DataConfig, Chunk], Result]
 MakeEncoder = Callable[[DataConfig, Sequence[Chunk]], Any]
 
 
-def in_order(chunks: Iterator[Chunk], config: DataConfig, make: MakeEncoder, encode: Encode) -> Iterator[Result | None]:
+def in_order(
+    chunks: Iterator[Chunk], config: DataConfig, make: MakeEncoder, encode: Encode, made: Sequence[Any] = ()
+) -> Iterator[Result | None]:
     """Results of `encode(encoder, config, chunk)` in the order of the chunks; None when a few seconds brought none.
 
     Args:
@@ -77,6 +79,7 @@ def in_order(chunks: Iterator[Chunk], config: DataConfig, make: MakeEncoder, enc
         config: num_workers processes; 0: one a core.
         make: a module function that gives a process its encoder, from the configuration and the first chunks.
         encode: a module function.
+        made: holds an encoder of this process once the first chunk was read, if the caller made one.
 
     Raises:
         DataError: what a worker raised, or that a worker was killed.
@@ -84,7 +87,7 @@ def in_order(chunks: Iterator[Chunk], config: DataConfig, make: MakeEncoder, enc
     first = list(itertools.islice(chunks, ALONE_CHUNKS))
     num_workers = config.num_workers or len(os.sched_getaffinity(0))
     if num_workers == 1 or len(first) < ALONE_CHUNKS:
-        encoder = make(config, first)
+        encoder = made[0] if made else make(config, first)
         for chunk in itertools.chain(first, chunks):
             yield encode(encoder, config, chunk)
         return

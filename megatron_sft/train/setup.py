@@ -5,9 +5,7 @@ before a weight is.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +17,13 @@ from megatron_sft.checkpoint.hf import load_hf_weights, save_hf
 from megatron_sft.checkpoint.resume import FINGERPRINT, refuse_changed
 from megatron_sft.checkpoint.source import WeightSource, find_source, resolve_model
 from megatron_sft.checkpoint.verify import quick_check
-from megatron_sft.config import DataConfig, RunConfig, problems
+from megatron_sft.config import RunConfig, problems
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.data.loader import TrainLoader, ValidLoader
-from megatron_sft.data.packing import pack
+from megatron_sft.data.prepare import mixture, open_store, pack_documents, train_and_held_out
 from megatron_sft.data.report import as_table, data_report
 from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
-from megatron_sft.data.sources import open_source
-from megatron_sft.data.tokens import TokenStore, build_token_store
+from megatron_sft.data.tokens import TokenStore
 from megatron_sft.errors import ConfigError, DataError, TrainingError
 from megatron_sft.log import logger
 from megatron_sft.model.build import build_model
@@ -103,37 +100,20 @@ def build_data(run: RunConfig, ranks: Ranks) -> Data:
     """Tokens, masks and packs of the training and the held-out rows."""
     config = run.data
     tokenizer = load_tokenizer(config)
-    store = _store(config, config.train_data, config.train_names)
-    everything = np.arange(len(store))
-    held_out = _held_out(everything, config) if not config.valid_data else everything[:0]
-    train_set = _packed(run, store, np.setdiff1d(everything, held_out), tokenizer)
-    valid_store = _store(config, config.valid_data, ()) if config.valid_data else store
+    pad = pad_token_id_of(tokenizer)
+    store = open_store(config, config.train_data, config.train_names)
+    documents, held_out = train_and_held_out(config, len(store))
+    plan = pack_documents(config, store, mixture(config, store, documents))
+    train_set = SFTDataset.from_config(store, plan, config, pad)
+    valid_store = open_store(config, config.valid_data) if config.valid_data else store
     chosen = np.arange(len(valid_store)) if config.valid_data else held_out
-    valid_set = _packed(run, valid_store, chosen, tokenizer) if len(chosen) and run.train.eval_iters else None
+    valid_set = None
+    if len(chosen) and run.train.eval_iters:
+        valid_set = SFTDataset.from_config(valid_store, pack_documents(config, valid_store, chosen), config, pad)
     if run.train.eval_iters and valid_set is None and run.train.skip_train:
         raise DataError("--skip-train: there are no held-out rows; expected some. Pass --valid-data or --split 90,10,0.")
     logger.info("%s", as_table(data_report(store, train_set.plan, config.seq_length)))
     return Data(store, train_set, valid_set)
-
-
-def _store(config: DataConfig, paths: Sequence[str], names: Sequence[str]) -> TokenStore:
-    cache = Path(config.data_cache_path) if config.data_cache_path else Path.home() / ".cache" / "megatron_sft"
-    sources = [open_source(path, config, names[index] if names else None) for index, path in enumerate(paths)]
-    return build_token_store(config, sources, cache / "tokens")
-
-
-def _held_out(documents: np.ndarray, config: DataConfig) -> np.ndarray:
-    """The share of the documents that --split keeps for validation, chosen by the seed, in order."""
-    share = config.split[1] / sum(config.split)
-    order = np.random.Generator(np.random.PCG64([config.seed, 1])).permutation(documents)
-    return np.sort(order[: round(share * len(documents))])
-
-
-def _packed(run: RunConfig, store: TokenStore, documents: np.ndarray, tokenizer: Any) -> SFTDataset:
-    if not len(documents):
-        raise DataError(f"--split {run.data.split} leaves no row to train on of {len(store)}. Give training a larger share.")
-    plan = pack(store.lengths[documents], run.data.seq_length, run.data.packing).remapped(documents)
-    return SFTDataset.from_config(store, plan, run.data, pad_token_id_of(tokenizer))
 
 
 def build_job(

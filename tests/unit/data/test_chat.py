@@ -57,9 +57,7 @@ def test_no_token_is_masked_wrongly_and_every_end_token_is_trained(name: str) ->
 
 
 def trained_text(encoder: ChatEncoder, row: Row) -> list[str]:
-    return [
-        encoder.tokenizer.decode(e.tokens[e.loss_mask > 0], clean_up_tokenization_spaces=False) for e in encoder.encode(row)
-    ]
+    return [encoder.tokenizer.decode(e.tokens[e.loss_mask > 0], clean_up_tokenization_spaces=False) for e in encoder.encode(row)]
 
 
 CHAT = [
@@ -117,7 +115,12 @@ def test_weights_and_train_flags_of_messages() -> None:
 
 def test_tool_calls_can_be_left_untrained() -> None:
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
-    messages = [CHAT[0], {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "3"}]
+    messages = [
+        CHAT[0],
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "3"},
+    ]
     row = to_row({"messages": messages}, "a:1", DataConfig())
     called = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
     assert trained_text(encoder_of("qwen2_5"), row) == [called + "3<|im_end|>"]
@@ -140,14 +143,14 @@ def test_the_end_token_is_trained_when_it_is_the_pad_token_too() -> None:
 
 def test_a_row_that_the_template_refuses_is_a_row_error() -> None:
     row = Row([{"role": "system", "content": "s"}, *CHAT[:2]], where="a.jsonl:7")
-    with pytest.raises(RowError, match="a.jsonl:7: the chat template refuses the conversation: System role not supported"):
+    with pytest.raises(RowError, match=r"a.jsonl:7: the chat template refuses the conversation: System role not supported"):
         encoder_of("gemma").encode(row)
 
 
 def test_tool_calls_that_a_template_leaves_out_are_a_row_error() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     row = Row([CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}], where="a.jsonl:7")
-    with pytest.raises(RowError, match="a.jsonl:7: the chat template leaves out the tool call add"):
+    with pytest.raises(RowError, match=r"a.jsonl:7: the chat template leaves out the tool call add"):
         encoder_of("phi3").encode(row)
 
 
@@ -158,25 +161,25 @@ def _with_template(text: str) -> PreTrainedTokenizerFast:
 
 
 def test_no_template_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="has no chat template; expected one"):
+    with pytest.raises(ConfigError, match=r"has no chat template; expected one"):
         ChatEncoder(_with_template(""), DataConfig(tokenizer_model="m"))
 
 
 def test_the_gate_refuses_a_template_that_runs_away() -> None:
     text = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(ConfigError, match="did not finish in 4 s and 1 GiB"):
+    with pytest.raises(ConfigError, match=r"did not finish in 4 s and 1 GiB"):
         check_masks(ChatEncoder(_with_template(text), DataConfig(tokenizer_model="m")), [Row(CHAT, where="a:1")], "a")
 
 
 @pytest.mark.parametrize("bomb", ["{{ 'a' * 10000000000 }}", "{{ 'a'|center(10000000000) }}", "{% set x = [0] * 10000000000 %}"])
 def test_a_bomb_in_a_constant_is_not_computed_when_it_is_compiled(bomb: str) -> None:
     encoder = ChatEncoder(_with_template(bomb), DataConfig(tokenizer_model="m"))
-    with pytest.raises(ConfigError, match="the chat template"):
+    with pytest.raises(ConfigError, match=r"the chat template"):
         check_masks(encoder, [Row(CHAT, where="a:1")], "a")
 
 
 def test_the_gate_refuses_an_end_that_is_not_trained() -> None:
     text = "{% generation %}" + "x" * 15 + "{% endgeneration %}" + "x" * 17  # one token crosses the end of the answer
     encoder = ChatEncoder(_with_template(text), DataConfig(tokenizer_model="m"))
-    with pytest.raises(DataError, match="a:1: the end of the answer .* is not trained"):
+    with pytest.raises(DataError, match=r"a:1: the end of the answer .* is not trained"):
         check_masks(encoder, [Row(CHAT[:2], where="a:1")], "a")

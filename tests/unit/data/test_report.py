@@ -32,6 +32,7 @@ def test_table():
         "total      5     2          1      0        2          3      16       62.5            5",
         "dropped: 2 rows, no trained token",
         "cut away or dropped after tokenising: 3 tokens",
+        "mixture, one epoch by tokens: chat 62.5% (2 documents), <b> 37.5% (1 documents)",
         "packs: 2 of 10 tokens, 80.00% full, 1.5 documents a pack",
     ]
 

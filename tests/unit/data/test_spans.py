@@ -38,7 +38,9 @@ def test_no_character_is_masked_wrongly(name: str) -> None:
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "<|x|>"}}}
-TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}}
+]
 TOOL_CHAT = [
     {"role": "user", "content": "1+2?"},
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
@@ -124,7 +126,7 @@ def test_analysis_and_final_of_gptoss_are_one_turn() -> None:
         ("{% for m in messages %}[{{ m.role }}]{{ m.content }}<e>{% endfor %}", "no generation prompt"),
         ("{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
          "no special token ends an answer"),
-        ("{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}<e>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+        ("{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}<e>{% endfor %}{{ '[assistant]' if add_generation_prompt}}",
          "not rendered once"),
     ],
 )  # fmt: skip

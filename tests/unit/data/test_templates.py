@@ -58,12 +58,12 @@ HOSTILE = {
     "generator frame": "{{ (messages|map('upper')).gi_frame.f_globals }}",
     "huge range": "{% for i in range(10**9) %}x{% endfor %}",
     "nested ranges": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "triple ranges": "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}x{% endfor %}{% endfor %}{% endfor %}",
+    "ranges": "{% for i in range(999) %}{% for j in range(9999) %}{% for k in range(999) %}{% endfor %}{% endfor %}{% endfor %}",
     "folded multiplication": "{{ 'a' * 10000000000 }}",
     "folded power": "{{ 9 ** (9 ** (9 ** 9)) }}",
     "power of variables": "{% set n = messages|length + 7 %}{{ n ** (n ** n) }}",
     "multiplication of variables": "{% set n = messages|length * 5000000000 %}{{ 'a' * n }}",
-    "doubling": "{% set ns = namespace(t='aaaaaaaa') %}{% for i in range(60) %}{% set ns.t = ns.t + ns.t %}{% endfor %}{{ ns.t }}",
+    "doubling": "{% set n = namespace(t='aaaaaaaa') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}",
     "list doubling": "{% set ns = namespace(t=[1]) %}{% for i in range(60) %}{% set ns.t = ns.t + ns.t %}{% endfor %}",
     "list multiplication": "{{ ([0] * 10000000000)|length }}",
     "recursion": "{% macro m(n) %}{{ m(n + 1) }}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
@@ -94,7 +94,8 @@ def test_a_probe_lets_real_templates_pass() -> None:
 
 
 def test_a_row_that_the_template_refuses_is_no_fault_of_the_template() -> None:
-    probe("{{ raise_exception('no system') if messages[0].role == 'system' }}", {}, [([{"role": "system", "content": ""}], None, {})])
+    text = "{{ raise_exception('no system') if messages[0].role == 'system' }}"
+    probe(text, {}, [([{"role": "system", "content": ""}], None, {})])
 
 
 def test_generation_blocks_give_character_spans() -> None:

@@ -1,0 +1,129 @@
+"""What the model will see: tokens with their masks and weights, and which documents share a pack; as text and as one page.
+
+Shown is what stands in the token store, so what is trained on, not a second rendering. Not here: figures (report.py).
+"""
+
+import html
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_sft.data.packing import PackPlan
+from megatron_sft.data.store import Document, DocumentStore
+
+Decode = Callable[[list[int]], str]
+"""Token ids -> text, special tokens included."""
+
+SHOWN_PACKS = 20
+TRAINED, OTHER_WEIGHT, MASKED, PLAIN = "\x1b[30;42m", "\x1b[30;43m", "\x1b[2m", "\x1b[0m"
+PAGE_HEAD = """<!doctype html><meta charset="utf-8"><title>megatron-sft preview</title><style>
+body{font:14px sans-serif;margin:2em;max-width:75em}pre{white-space:pre-wrap;border:1px solid #ccc;padding:.6em}
+.m{color:#888}.t{background:#bfe8bf}.t.o{background:#9fd89f}.w{background:#f4dc90}.m.o{background:#f4f4f4}
+.p{display:flex;height:1.2em;margin:2px 0;background:#eee}.p i{background:#4878a8;border-right:1px solid #fff}</style>"""
+LEGEND = (
+    '<p><span class="t">trained</span> <span class="w">trained with another weight than 1</span> '
+    '<span class="m">masked</span>; shades alternate from token to token; hover for id and weight.</p>'
+)
+
+
+def decoder(tokenizer: Any) -> Decode:
+    """The tokenizer's own decoding, byte for byte: no clean-up of spaces, special tokens shown."""
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def shown_documents(store: DocumentStore, count: int) -> list[int]:
+    """The first `count` documents of each source."""
+    sources = range(len(store.source_names))
+    return [int(i) for source in sources for i in np.flatnonzero(store.source_ids == source)[:count]]
+
+
+def pieces(document: Document, decode: Decode) -> Iterator[tuple[str, float, list[int]]]:
+    """(text, weight, token ids) of each token; tokens that are a character only together come as one piece."""
+    pending: list[int] = []
+    for index, token in enumerate(document.tokens.tolist()):
+        pending.append(token)
+        text = decode(pending)
+        weight = float(document.loss_mask[index])
+        is_last = index + 1 == len(document.tokens) or float(document.loss_mask[index + 1]) != weight
+        if is_last or len(pending) == 4 or not text.endswith("\ufffd"):
+            yield text, weight, pending
+            pending = []
+
+
+def as_text(store: DocumentStore, plan: PackPlan, shown: Sequence[int], decode: Decode, is_coloured: bool) -> str:
+    """Documents and packs for the terminal; without colours, trained text stands in [[ ]]."""
+    out = []
+    for index in shown:
+        document = store.document(index)
+        out += [
+            f"--- {_title(store, index, document)}",
+            _coloured(document, decode) if is_coloured else _bracketed(document, decode),
+        ]
+    out.append("--- packs (documents @ tokens)")
+    for number in range(min(len(plan), SHOWN_PACKS)):
+        lengths = store.lengths[plan[number]]
+        out.append(f"{number}: {' | '.join(f'{i}@{n}' for i, n in zip(plan[number], lengths, strict=True))} = {lengths.sum()}")
+    return "\n".join(out)
+
+
+def as_html(store: DocumentStore, plan: PackPlan, shown: Sequence[int], decode: Decode, seq_length: int) -> str:
+    """One self-contained page: no scripts, no requests."""
+    out = [PAGE_HEAD, "<h1>Rows as they are trained</h1>", LEGEND]
+    for index in shown:
+        document = store.document(index)
+        spans = []
+        for number, (text, weight, ids) in enumerate(pieces(document, decode)):
+            kind = ("m" if weight == 0 else "t" if weight == 1 else "w") + (" o" if number % 2 else "")
+            spans.append(f'<span class="{kind}" title="{ids} weight {weight:g}">{html.escape(text)}</span>')
+        out.append(f"<h3>{html.escape(_title(store, index, document))}</h3><pre>{''.join(spans)}</pre>")
+    out.append(f"<h1>Packs of {seq_length:,} tokens</h1>")
+    for number in range(min(len(plan), SHOWN_PACKS)):
+        bars = "".join(
+            f'<i style="width:{100 * store.lengths[i] / seq_length:.2f}%" title="{html.escape(store.where(int(i)))}: '
+            f'{store.lengths[i]} tokens"></i>'
+            for i in plan[number]
+        )
+        out.append(f'<div class="p">{bars}</div>')
+    return "\n".join(out) + "\n"
+
+
+def is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def _title(store: DocumentStore, index: int, document: Document) -> str:
+    trained = int(np.count_nonzero(document.loss_mask))
+    source = store.source_names[store.source_ids[index]]
+    return f"{store.where(index)} ({source}, document {index}): {len(document.tokens)} tokens, {trained} trained"
+
+
+def _runs(document: Document, decode: Decode) -> Iterator[tuple[str, float]]:
+    """Neighbouring pieces of one weight as one text."""
+    text, last = "", None
+    for part, weight, _ in pieces(document, decode):
+        if last is not None and weight != last:
+            yield text, last
+            text = ""
+        text, last = text + part, weight
+    if last is not None:
+        yield text, last
+
+
+def _coloured(document: Document, decode: Decode) -> str:
+    colours = [
+        (MASKED if weight == 0 else TRAINED if weight == 1 else OTHER_WEIGHT, text) for text, weight in _runs(document, decode)
+    ]
+    return "".join(f"{colour}{_printable(text)}{PLAIN}" for colour, text in colours)
+
+
+def _bracketed(document: Document, decode: Decode) -> str:
+    marks = {0.0: ("", ""), 1.0: ("[[", "]]")}
+    found = [(*marks.get(weight, (f"[{weight:g}x[", "]]")), _printable(text)) for text, weight in _runs(document, decode)]
+    return "".join(f"{first}{text}{last}" for first, last, text in found)
+
+
+def _printable(text: str) -> str:
+    """Control characters as escapes, so that data cannot drive the terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)
