@@ -7,22 +7,23 @@
 """
 
 import itertools
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_sft.config import DataConfig
-from megatron_sft.data.fast_bpe import HFText, TextTokenizer, Tokens
+from megatron_sft.data.fast_bpe import HFText, TextTokenizer
 from megatron_sft.data.schema import Row, RowError
 from megatron_sft.data.spans import Conversation, Undecided, assistant_spans
 from megatron_sft.data.templates import Span, Template, TemplateError, probe
+from megatron_sft.data.tokenizer import NoPlaces, SlowText, load_tokenizer, special_texts
 from megatron_sft.errors import ConfigError, DataError
+
+__all__ = ["ChatEncoder", "Encoded", "Rendered", "check_masks", "load_tokenizer"]
 
 THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 CHECKED_ROWS = 32
@@ -50,42 +51,6 @@ class Rendered:
     """(first character, one past the last, weight), in order, of what is trained."""
     route: str
     """How the spans were found (spans.ROUTES), or "all"."""
-
-
-def load_tokenizer(config: DataConfig) -> Any:
-    """The tokenizer of --tokenizer-model: an HF folder, a hub name, or a sentencepiece tokenizer.model.
-
-    Raises:
-        ConfigError: there is no tokenizer there.
-    """
-    from transformers import AutoTokenizer, LlamaTokenizer
-
-    name = config.tokenizer_model
-    tokenizer: Any
-    try:
-        if name.endswith(".model") and os.path.isfile(name):
-            tokenizer = LlamaTokenizer(vocab_file=name)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        first_line = str(error).strip().split("\n")[0][:300]
-        raise ConfigError(
-            [f"--tokenizer-model {name}: {first_line} Expected an HF folder, a hub name or a sentencepiece tokenizer.model."]
-        ) from None
-    if config.chat_template:
-        tokenizer.chat_template = template_text(config.chat_template)
-    return tokenizer
-
-
-def template_text(given: str) -> str:
-    """--chat-template: Jinja text, or a file that holds it."""
-    return Path(given).read_text(encoding="utf-8") if "{" not in given and os.path.isfile(given) else given
-
-
-def special_texts(tokenizer: Any) -> tuple[str, ...]:
-    """Texts that the tokenizer turns into one token whatever stands around them."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return tuple(sorted({str(token) for token in [*tokenizer.all_special_tokens, *added.values()] if str(token)}))
 
 
 class ChatEncoder:
@@ -133,7 +98,10 @@ class ChatEncoder:
         Raises:
             RowError: the template refuses the row, or which tokens are the assistant's cannot be decided exactly.
         """
-        return [self._encoded(rendered) for rendered in self.render(row)]
+        try:
+            return [self._encoded(rendered) for rendered in self.render(row)]
+        except NoPlaces as error:
+            raise RowError(row.where, "no character places", str(error)) from None
 
     def _encoded(self, rendered: Rendered) -> Encoded:
         tokens = self.tokenise(rendered.text)
@@ -194,29 +162,6 @@ class ChatEncoder:
                 yield from ((a, b, weight) for a, b in _outside_thinking(text, first, last))
             else:
                 yield (first, last, weight)
-
-
-class SlowText:
-    """HF tokenizers without offsets: a token's end is where the decoded prefix of the text ends."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-
-    def __call__(self, text: str) -> Tokens:
-        pieces = re.split(f"({'|'.join(map(re.escape, special_texts(self._tokenizer))) or '(?!)'})", text)
-        ids: list[int] = []
-        starts: list[int] = []
-        ends: list[int] = []
-        place = 0
-        for piece in (piece for piece in pieces if piece):
-            own = self._tokenizer.encode(piece, add_special_tokens=False)
-            lengths = [len(self._tokenizer.decode(own[: n + 1], clean_up_tokenization_spaces=False)) for n in range(len(own))]
-            edges = [min(length, len(piece)) for length in lengths[:-1]] + [len(piece)]
-            ids += own
-            starts += [place + edge for edge in [0, *edges[:-1]]]
-            ends += [place + edge for edge in edges]
-            place += len(piece)
-        return Tokens(np.array(ids, np.int32), np.array(starts, np.int64), np.array(ends, np.int64))
 
 
 def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,7 +240,7 @@ def check_masks(encoder: ChatEncoder, rows: Iterable[Row], source: str) -> Count
     for row in sample:
         try:
             _check_row(encoder, row)
-        except RowError:
+        except (RowError, NoPlaces):
             continue  # counted and reported by the build, which sees every row
     return Counter(encoder.routes)
 

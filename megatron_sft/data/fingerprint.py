@@ -33,7 +33,7 @@ POLICY_FIELDS = (
     "custom_dataset",
     "max_bad_rows",
 )
-CODE_FILES = ("schema.py", "sources.py", "chat.py", "spans.py", "templates.py", "fast_bpe.py", "tokens.py")
+CODE_FILES = ("schema.py", "sources.py", "chat.py", "spans.py", "templates.py", "tokenizer.py", "fast_bpe.py", "tokens.py")
 WHOLE_FILE_BYTES = 64 * 2**20
 PART_BYTES = 2**20
 

@@ -130,7 +130,8 @@ def _learn_turn(template: Template, kwargs: Mapping[str, Any], special: tuple[st
         asked = asked[: -len(tail)]
     prompt = prompted[len(asked) :]
     header = prompt.split("<think>")[0].split("</think>")[0]
-    if not header.strip() or not before.startswith(asked + header):
+    # Mistral's [INST] question [/INST] is followed by the answer itself: no header, and none is needed.
+    if not before.startswith(asked + header) or (not header.strip() and before[len(asked) :].strip()):
         raise Undecided("the template has no generation prompt to tell where an answer begins")
     ends = [_first_special(after, special), _first_special(two.split(ANSWERS[0])[1], special)]
     if not all(ends):
@@ -164,6 +165,8 @@ def _prefix(template: Template, conversation: Conversation, turn: _Turn, text: s
 
 
 def _boundaries(template: Template, conversation: Conversation, turn: _Turn, text: str) -> list[Span]:
+    if not turn.header.strip():
+        raise Undecided("no header begins an answer")
     for call in (message.get("tool_calls") for message in conversation.messages):
         said = json.dumps(call, ensure_ascii=False, default=str)
         if any(own in said for own in (turn.header.strip(), *turn.ends)):
