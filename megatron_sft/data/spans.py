@@ -19,8 +19,8 @@ from megatron_sft.data.templates import Span, Template, TemplateError
 
 ROUTES = ("generation", "prefix", "boundaries")
 ANSWERS = ("wxvkw", "vkwxw")
-WRITTEN = 0xE000
-"""What a message says is seen by the boundaries route as characters of its own: chr(WRITTEN + message index)."""
+WRITTEN = "\x00"
+"""What a message says is seen by the boundaries route as this character, which no template has."""
 
 
 class Undecided(Exception):
@@ -149,7 +149,8 @@ def _prefix(template: Template, conversation: Conversation, turn: _Turn, text: s
     for index in conversation.assistants():
         try:
             head, _ = template.render(messages[:index], conversation.tools, conversation.kwargs, add_generation_prompt=True)
-            full, _ = template.render(messages[: index + 1], conversation.tools, conversation.kwargs)
+            is_last = index + 1 == len(messages)
+            full = text if is_last else template.render(messages[: index + 1], conversation.tools, conversation.kwargs)[0]
         except TemplateError as error:
             raise Undecided(f"the template refuses the first {index} messages ({error})") from None
         full = full.removesuffix(turn.trailer)
@@ -171,7 +172,7 @@ def _boundaries(template: Template, conversation: Conversation, turn: _Turn, tex
         said = json.dumps(call, ensure_ascii=False, default=str)
         if any(own in said for own in (turn.header.strip(), *turn.ends)):
             raise Undecided("a tool call contains the template's own header or end-of-turn token")
-    own = _own_text(template, conversation, text)
+    own, places = _own_text(template, conversation, text)
     spans: list[Span] = []
     owners: list[int | None] = []
     place = own.find(turn.header)
@@ -184,7 +185,7 @@ def _boundaries(template: Template, conversation: Conversation, turn: _Turn, tex
         following = own.find(turn.header, first)
         if 0 <= following < last:
             raise Undecided("an assistant message begins before the one before it has ended")
-        written = {ord(c) - WRITTEN for c in own[first:last] if WRITTEN <= ord(c) < WRITTEN + len(conversation.messages)}
+        written = {index for at, index in places if first <= at < last}
         if len(written) > 1:
             raise Undecided("between header and end-of-turn token stands more than one message")
         owner = next(iter(written), None)
@@ -200,30 +201,32 @@ def _boundaries(template: Template, conversation: Conversation, turn: _Turn, tex
     return spans
 
 
-def _own_text(template: Template, conversation: Conversation, text: str) -> str:
-    """The text with every character that a message brought replaced by chr(WRITTEN + message index); same length."""
-    if any(WRITTEN <= ord(c) < WRITTEN + len(conversation.messages) for c in text):
-        raise Undecided("a message contains characters of Unicode's private use area")
+def _own_text(template: Template, conversation: Conversation, text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text with WRITTEN in place of every character that a message brought, and (place, message index) of each."""
     words: dict[str, tuple[int, str]] = {}
     messages = [_with_words(message, index, words) for index, message in enumerate(conversation.messages)]
     marked, _ = template.render(messages, conversation.tools, conversation.kwargs)
-    own, place = "", 0
+    own: list[str] = []
+    places: list[tuple[int, int]] = []
+    place = 0
     for literal, index, said, following in _pieces(marked, words):
-        if not text.startswith(literal, place):
+        if not text.startswith(literal, place) or WRITTEN in literal:
             raise Undecided("the template decides by what a message says")
-        own, place = own + literal, place + len(literal)
+        own.append(literal)
+        place += len(literal)
         if index is None:
             continue
         forms = dict.fromkeys((said, said.strip(), said.lstrip("\n"), said.strip("\n"), said.lstrip(), said.rstrip(), ""))
-        fits = [
-            form for form in forms if text.startswith(form + following, place) and (following or place + len(form) == len(text))
-        ]
-        if not fits:
+        ends = (place + len(form) for form in forms if text.startswith(form + following, place))
+        end = next((end for end in ends if following or end == len(text)), None)
+        if end is None:
             raise Undecided(f"message {index} is not found whole in the text")
-        own, place = own + chr(WRITTEN + index) * len(fits[0]), place + len(fits[0])
+        own.append(WRITTEN * (end - place))
+        places += [(place, index)] if end > place else []
+        place = end
     if place != len(text):
         raise Undecided("the text has more than the messages bring")
-    return own
+    return "".join(own), places
 
 
 def _with_words(message: Mapping[str, Any], index: int, words: dict[str, tuple[int, str]]) -> dict[str, Any]:
