@@ -4,10 +4,10 @@ torchrun --nproc_per_node 1 generate.py --load MODEL --prompt "What is 2 + 2?"
 cat prompts.txt | python generate.py --load MODEL --output answers.jsonl
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
+from megatron_sft.core_compat import process_environment
 from megatron_sft.errors import UserError
 
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron_sft.arguments import parse_generate
 
     try:
-        run, explicit, options = parse_generate(argv, int(os.environ.get("WORLD_SIZE", "1")))
+        run, explicit, options = parse_generate(argv, process_environment()[1])
         from megatron_sft.prompts import answer_prompts
 
         rows = answer_prompts(run, explicit, options)

@@ -26,7 +26,8 @@ def main(folder: str, new_tokens: int) -> None:
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     reference.generation_config.eos_token_id = None
     texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True) for q in QUESTIONS
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+        for q in QUESTIONS
     ]
     for batch_size in (1, 8):
         prompts = tokenizer(texts[:batch_size], add_special_tokens=False)["input_ids"]
@@ -42,7 +43,10 @@ def main(folder: str, new_tokens: int) -> None:
             seconds = [middle - begin, time.monotonic() - middle]
         same = [answer.tokens for answer in ours] == theirs[:, padded["input_ids"].shape[1] :].tolist()
         speeds = [batch_size * new_tokens / s for s in seconds]
-        print(f"batch {batch_size}: {speeds[0]:.1f} tokens/s, transformers {speeds[1]:.1f}, ratio {speeds[0] / speeds[1]:.2f}, tokens equal: {same}")
+        print(
+            f"batch {batch_size}: {speeds[0]:.1f} tokens/s, transformers {speeds[1]:.1f}, "
+            f"ratio {speeds[0] / speeds[1]:.2f}, tokens equal: {same}"
+        )
 
 
 if __name__ == "__main__":

@@ -79,7 +79,9 @@ def parse_view(argv: Sequence[str], world_size: int) -> tuple[RunConfig, ViewCon
     return run, options
 
 
-def _parse_with(argv: Sequence[str], world_size: int, kind: type, aliases: Mapping[str, str]) -> tuple[RunConfig, frozenset[str], Any]:
+def _parse_with(
+    argv: Sequence[str], world_size: int, kind: type, aliases: Mapping[str, str]
+) -> tuple[RunConfig, frozenset[str], Any]:
     own = _own_flags(kind, aliases)
     values, found = read_flags(argv, own)
     options = kind(**{path.removeprefix("own."): value for path, value in values.items() if path.startswith("own.")})
@@ -210,7 +212,8 @@ def _convert(flag: _Flag, value: Any, values: Values, found: list[str]) -> None:
     choices = flags.CHOICES.get(flag.path)
     if choices and converted not in choices:
         near = difflib.get_close_matches(str(converted), choices, n=1)
-        found.append(f"{flag.name} {converted}: expected one of {', '.join(choices)}." + (f" Did you mean {near[0]}?" if near else ""))
+        hint = f" Did you mean {near[0]}?" if near else ""
+        found.append(f"{flag.name} {converted}: expected one of {', '.join(choices)}.{hint}")
         return
     values[flag.path] = converted
 
@@ -282,7 +285,7 @@ def _last_length_wins(argv: Sequence[str]) -> list[str]:
 
     finetune.sh gives --train-samples by default, so that a user's --num-epoch in MLM_EXTRA_ARGS has to win.
     """
-    names = {name: path for name, path in LENGTHS.items()} | {
+    names = dict(LENGTHS) | {
         name: path for name, path in flags.SPELLINGS.items() if path in LENGTHS.values()
     }
     places = [index for index, word in enumerate(argv) if word.split("=")[0] in names]

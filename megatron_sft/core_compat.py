@@ -83,7 +83,7 @@ def install_cpu_mode() -> None:
     import torch
 
     silence_missing_kernels()
-    if torch.cuda.is_available() or isinstance(torch.cuda.Stream, type) and issubclass(torch.cuda.Stream, _NoStream):
+    if torch.cuda.is_available() or (isinstance(torch.cuda.Stream, type) and issubclass(torch.cuda.Stream, _NoStream)):
         return
     cpu = torch.device("cpu")
     replaced: dict[str, Any] = {
@@ -101,7 +101,7 @@ def install_cpu_mode() -> None:
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda self, s: None  # type: ignore[method-assign]
     _cpu_function_mode().__enter__()
     _patch_core_for_cpu()
 

@@ -7,9 +7,9 @@
 Not here: loading the model (inference.py), reading prompts and writing answers (prompts.py).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from megatron_sft.errors import DataError
 from megatron_sft.log import logger
 from megatron_sft.model.cache import CachedSeqParams
 from megatron_sft.parallel import Ranks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,18 @@ def last_logits(chunk: Any, tokens: torch.Tensor, position_ids: torch.Tensor, pa
 def from_last_stage(values: torch.Tensor) -> torch.Tensor:
     """The last pipeline stage's values, on every stage; all stages give a tensor of the same shape and dtype."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(values, parallel_state.get_pipeline_model_parallel_last_rank(), parallel_state.get_pipeline_model_parallel_group())
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(values, last, parallel_state.get_pipeline_model_parallel_group())
     return values
+
+
+def from_all_shards(mine: Mapping[int, T], shards: int) -> list[T]:
+    """Results of all data-parallel ranks, each by its index, in order: {0: a} and {1: b} -> [a, b]. Collective."""
+    parts: list[Any] = [mine]
+    if shards > 1:
+        parts = [None] * shards
+        dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
+    return [value for _, value in sorted((item for part in parts for item in part.items()), key=lambda item: item[0])]
 
 
 def packed_rows(sequences: Sequence[Sequence[int]], where: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +151,8 @@ def generate(
     for index, prompt in enumerate(prompts):
         if not prompt or (max_positions is not None and len(prompt) >= max_positions):
             raise DataError(
-                f"prompt {index + 1} has {len(prompt)} tokens; expected 1 to {(max_positions or 0) - 1}. Shorten it, or leave it out."
+                f"prompt {index + 1} has {len(prompt)} tokens; expected 1 to {(max_positions or 0) - 1}. "
+                "Shorten it, or leave it out."
             )
     training = chunk.training
     chunk.eval()
@@ -151,11 +164,7 @@ def generate(
         results.update(zip(indices, answers, strict=True))
         logger.info("generated %d of %d answers", min(len(results) * shards, len(prompts)), len(prompts))
     chunk.train(training)
-    if shards > 1:
-        parts: list[Any] = [None] * shards
-        dist.all_gather_object(parts, results, group=parallel_state.get_data_parallel_group())
-        results = {index: answer for part in parts for index, answer in part.items()}
-    return [results[index] for index in range(len(prompts))]
+    return from_all_shards(results, shards)
 
 
 def _generate_batch(

@@ -62,7 +62,10 @@ def _tokenizer_config(data: DataConfig, source: WeightSource) -> DataConfig:
     stored = source.run_config.get("data", {})
     if not stored.get("tokenizer_model"):
         raise ConfigError(
-            [f"{source.path}: does not name its tokenizer; expected it in run_config.json. Pass --tokenizer-model (an HF folder)."]
+            [
+                f"{source.path}: does not name its tokenizer; expected it in run_config.json. "
+                "Pass --tokenizer-model (an HF folder)."
+            ]
         )
     template = data.chat_template or stored.get("chat_template")
     return dataclasses.replace(data, tokenizer_model=stored["tokenizer_model"], chat_template=template)

@@ -39,11 +39,6 @@ class Ranks:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
-    @property
-    def reports_loss(self) -> bool:
-        """One process that has the loss of the whole step: rank 0 of everything, on the last pipeline stage."""
-        return self.is_last_stage and self.tp_rank == self.cp_rank == self.dp_rank == 0
-
 
 def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     """Joins the other processes, makes megatron-core's groups and seeds every generator.

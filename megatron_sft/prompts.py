@@ -114,7 +114,8 @@ def _from_record(record: Any, where: str) -> Prompt:
         raise record
     messages = record.get("messages")
     if messages is None:
-        text = next((record[key] for key in ("prompt", "question", "instruction", "text") if isinstance(record.get(key), str)), None)
+        keys = ("prompt", "question", "instruction", "text")
+        text = next((record[key] for key in keys if isinstance(record.get(key), str)), None)
         if text is None:
             raise DataError(
                 f"{where}: no prompt among the columns {', '.join(sorted(record))}; expected messages, prompt, question, "
@@ -139,7 +140,10 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], use_template: bool
     """
     if use_template and not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            [f"{tokenizer.name_or_path}: the tokenizer has no chat template; expected one. Pass --no-chat-template or --chat-template."]
+            [
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template; expected one. "
+                "Pass --no-chat-template or --chat-template."
+            ]
         )
     return [_encode(tokenizer, prompt, use_template) for prompt in prompts]
 
@@ -181,7 +185,9 @@ def end_token_ids(tokenizer: Any, folder: str | Path, use_template: bool = True)
     return frozenset(found)
 
 
-def answer_rows(tokenizer: Any, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]], answers: Sequence[Generation]) -> list[dict]:
+def answer_rows(
+    tokenizer: Any, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]], answers: Sequence[Generation]
+) -> list[dict]:
     """One JSON-able object a prompt: prompt (as the model saw it), messages, response, tokens, finish_reason."""
     return [
         {

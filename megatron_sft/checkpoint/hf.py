@@ -132,7 +132,7 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
-def load_hf_weights(chunks: list[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> None:
+def load_hf_weights(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> None:
     """Fills the model from an HF folder. Each rank reads only the slices that it needs.
 
     Args:
@@ -181,7 +181,7 @@ def _read_batch(path: Path, items: Sequence[Held], stored: Mapping[str, StoredTe
 
 
 def _prepare(
-    chunks: list[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks
+    chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks
 ) -> tuple[Family, dict[str, StoredTensor], list[Held]]:
     family = family_of(read_hf_config(folder))
     return family, stored_tensors(folder), list(_held(chunks, model, family, ranks))
@@ -266,7 +266,7 @@ Announced = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def save_hf(
-    chunks: list[nn.Module],
+    chunks: Sequence[nn.Module],
     model: ModelConfig,
     folder: str | Path,
     ranks: Ranks,
@@ -300,7 +300,7 @@ def save_hf(
 
 
 def exported_tensors(
-    chunks: list[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks
+    chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor that save_hf would write, one at a time, on rank 0. All ranks call it and exhaust it.
 
@@ -317,7 +317,7 @@ def exported_tensors(
 
 
 def _offered(
-    chunks: list[nn.Module], model: ModelConfig, family: Family, ranks: Ranks
+    chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ranks: Ranks
 ) -> tuple[Shards, list[list[_Offer]]]:
     """This rank's shards, and what every rank offers."""
     held = {

@@ -30,7 +30,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
@@ -183,11 +183,6 @@ def _leaves(value: Any) -> list[Any]:
 def sharded_keys(metadata: Metadata) -> set[str]:
     """Keys of all sharded tensors and objects in a checkpoint."""
     return set(metadata.state_dict_metadata)
-
-
-def byte_keys(metadata: Metadata) -> set[str]:
-    """Keys of the sharded objects (rng_state/shard_0.0_1.1)."""
-    return {key for key, value in metadata.state_dict_metadata.items() if isinstance(value, BytesStorageMetadata)}
 
 
 @dataclass

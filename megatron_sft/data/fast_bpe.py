@@ -9,6 +9,7 @@ Not here: templates and masks (chat.py), processes (tokens.py).
 """
 
 import importlib.util
+import itertools
 import json
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
@@ -156,7 +157,7 @@ def _added_tokens(added: list[dict[str, Any]]) -> dict[str, int]:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
             raise UnsupportedTokenizer(f"the added token {token['content']!r} takes in neighbouring text")
     contents = sorted(token["content"] for token in added)
-    for first, second in zip(contents, contents[1:], strict=False):
+    for first, second in itertools.pairwise(contents):
         if second.startswith(first):
             raise UnsupportedTokenizer(f"the added token {first!r} begins the added token {second!r}")
     return {token["content"]: token["id"] for token in added}

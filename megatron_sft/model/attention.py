@@ -5,7 +5,7 @@
    queries where a mask is needed. Never an S x S mask.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +149,7 @@ class PackedAttention(torch.nn.Module):
     def _flash(self, query: Any, key: Any, value: Any, packed: PackedSeqParams) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(
+        output = varlen_attn(
             query,
             key,
             value,
@@ -161,6 +161,7 @@ class PackedAttention(torch.nn.Module):
             window_size=(-1 if self.window is None else self.window - 1, 0),
             enable_gqa=query.shape[1] != key.shape[1],
         )
+        return cast(torch.Tensor, output)  # a pair only where the log-sum-exp is asked for
 
     def _by_span(self, query: Any, key: Any, value: Any, spans: list[Span], sinks: Any) -> torch.Tensor:
         """One document (or part of one) after another."""

@@ -115,11 +115,6 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         calculate_per_token_loss=True,
-        # A micro-batch is as long as its packs; the interleaved schedule knows one shape a step (step.py), and needs
-        # overlapped sends, because with two stages both neighbours are the same process (megatron/training/arguments.py).
-        variable_seq_lengths=not parallel.virtual_pipeline_model_parallel_size,
-        overlap_p2p_comm=bool(parallel.virtual_pipeline_model_parallel_size),
-        batch_p2p_comm=not parallel.virtual_pipeline_model_parallel_size,
         moe_token_dispatcher_type="alltoall",
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -132,15 +127,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         recompute_num_layers=train.recompute_num_layers,
         recompute_modules=list(train.recompute_modules) or None,
         deterministic_mode=train.deterministic_mode,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
-        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+        **_layout_fields(parallel),
     )
     latent = bool(model.core.get("multi_latent_attention"))
     if latent:
@@ -151,6 +138,29 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     config.sft_model = model  # type: ignore[attr-defined] # what our modules need beyond megatron-core's fields
     config.sft_cp_comm_type = parallel.cp_comm_type  # type: ignore[attr-defined]
     return config
+
+
+def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
+    """What TransformerConfig says of the cut over processes.
+
+    A micro-batch is as long as its packs; the interleaved schedule knows one shape a step (step.py), and needs
+    overlapped sends, because with two stages both neighbours are the same process (megatron/training/arguments.py).
+    """
+    is_interleaved = bool(parallel.virtual_pipeline_model_parallel_size)
+    return dict(
+        variable_seq_lengths=not is_interleaved,
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+    )
 
 
 def _require_known(core: Any, kind: type) -> None:

@@ -3,6 +3,7 @@
 Prefill computes attention as training does and stores keys and values; decode adds one token a document.
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -39,21 +40,25 @@ class CachedSeqParams(PackedSeqParams):
         offsets = self.cu_seqlens_q.tolist()
         for cache, new in ((self.keys, key), (self.values, value)):
             cache[layer_number] = new.new_zeros(len(offsets) - 1, new.shape[1], self.capacity, new.shape[2])
-            for document, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+            for document, (first, last) in enumerate(itertools.pairwise(offsets)):
                 cache[layer_number][document, :, : last - first] = new[first:last].transpose(0, 1)
 
     def advance(self, longest: int) -> None:
         """The next row has one more token a document; the longest document then has `longest` tokens."""
         documents, where = len(self.lengths), self.cu_seqlens_q.device
         self.lengths = self.lengths + (1 if self.decodes else self.cu_seqlens_q.diff().long())
-        self.cu_seqlens_q = self.cu_seqlens_kv = torch.arange(documents + 1, dtype=torch.int32, device=where)
+        offsets = torch.arange(documents + 1, dtype=torch.int32, device=where)
+        self.cu_seqlens_q: torch.Tensor = offsets
+        self.cu_seqlens_kv = offsets
         self.decodes, self.longest, self.max_seqlen_q = True, longest, 1
         self.masks.clear()
 
     def keep(self, documents: torch.Tensor) -> None:
         """Forgets all documents but these (int64 indices)."""
         self.lengths = self.lengths[documents]
-        self.cu_seqlens_q = self.cu_seqlens_kv = self.cu_seqlens_q[: len(documents) + 1]
+        offsets = self.cu_seqlens_q[: len(documents) + 1]
+        self.cu_seqlens_q = offsets
+        self.cu_seqlens_kv = offsets
         self.masks.clear()
         for cache in (self.keys, self.values):
             for layer in cache:

@@ -6,6 +6,7 @@ a2a: ranks trade tokens for heads, attend to whole documents with some of the he
 allgather: each rank gathers all keys and values and attends with its own queries (arXiv 2407.21783, section 3.3.2).
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ def spans_of(cu_seqlens: list[int], chunk: int | None, first: int, last: int) ->
         last: end of this part; 6. -> [Span(1, offset 2, first_key 0), Span(3, offset 0, first_key 3)]
     """
     spans = []
-    for begin, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for begin, end in itertools.pairwise(cu_seqlens):
         step = chunk or max(end - begin, 1)
         for start in range(begin, end, step):
             low, high = max(start, first), min(start + step, end, last)

@@ -144,7 +144,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _turned(grad, *ctx.saved_tensors, ctx.interleaved, -1), None, None
+        (table,) = ctx.saved_tensors
+        return _turned(grad, table, ctx.interleaved, -1), None, None
 
 
 def _turned(heads: torch.Tensor, table: torch.Tensor, interleaved: bool, sign: int) -> torch.Tensor:

@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_sft import parallel
 from megatron_sft.config import DataConfig, MMLUConfig, RunConfig
 from megatron_sft.core_compat import device
 from megatron_sft.data.sources import open_source, read_file
 from megatron_sft.errors import ConfigError, DataError
-from megatron_sft.generation import from_last_stage, last_logits, packed_rows, prefill_params
+from megatron_sft.generation import from_all_shards, from_last_stage, last_logits, packed_rows, prefill_params
 from megatron_sft.inference import load_for_inference
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
@@ -88,7 +86,8 @@ def _questions(path: str) -> Iterator[tuple[str, Question]]:
 def _files(folder: str) -> Iterator[tuple[str, str, str]]:
     """(file, split, subject as the path says it) of a folder's data files; the sum of all subjects is left out."""
     names = sorted(os.path.relpath(os.path.join(top, name), folder) for top, _, inside in os.walk(folder) for name in inside)
-    data = [name for name in names if _DATA_FILE.search(name) and not os.path.basename(name).startswith((".", "state.", "dataset_info"))]
+    other = (".", "state.", "dataset_info")
+    data = [name for name in names if _DATA_FILE.search(name) and not os.path.basename(name).startswith(other)]
     if any(not name.startswith("all" + os.sep) for name in data):
         data = [name for name in data if not name.startswith(("all" + os.sep, "auxiliary_train" + os.sep))]
     for name in data:
@@ -108,7 +107,8 @@ def _rows(file: str) -> Iterator[tuple[str, Any]]:
         reader = csv.reader(lines)
         for row in reader:
             if len(row) != 6:
-                raise DataError(f"{file}:{reader.line_num}: {len(row)} columns; expected question, four choices, letter. Mend the row.")
+                where = f"{file}:{reader.line_num}"
+                raise DataError(f"{where}: {len(row)} columns; expected question, four choices, letter. Mend the row.")
             if row[0] != "question":
                 yield f"{file}:{reader.line_num}", {"question": row[0], "choices": row[1:5], "answer": row[5]}
 
@@ -141,12 +141,15 @@ def choice_token_ids(tokenizer: Any) -> list[int]:
     """The tokens of " A" to " D" as they stand after "Answer:"."""
     ids = [tokenizer(f"Answer: {letter}", add_special_tokens=False)["input_ids"][-1] for letter in LETTERS]
     if len(set(ids)) != len(LETTERS):
-        raise ConfigError([f"{tokenizer.name_or_path}: the letters A to D end in the same token; expected four. Use the model's tokenizer."])
+        same = f"{tokenizer.name_or_path}: the letters A to D end in the same token; expected four."
+        raise ConfigError([f"{same} Use the model's tokenizer."])
     return ids
 
 
 @torch.no_grad()
-def predictions(chunk: Any, sequences: Sequence[Sequence[int]], choice_ids: Sequence[int], batch_size: int, ranks: Ranks) -> list[int]:
+def predictions(
+    chunk: Any, sequences: Sequence[Sequence[int]], choice_ids: Sequence[int], batch_size: int, ranks: Ranks
+) -> list[int]:
     """Index of the likeliest choice after each sequence. Collective; every rank returns all.
 
     Sequences of like length share a packed row; rows are dealt over data-parallel ranks.
@@ -165,11 +168,7 @@ def predictions(chunk: Any, sequences: Sequence[Sequence[int]], choice_ids: Sequ
         if number % 10 == 9:
             logger.info("mmlu: %d of %d questions", min(len(found) * shards, len(sequences)), len(sequences))
     chunk.train(training)
-    if shards > 1:
-        parts: list[Any] = [None] * shards
-        dist.all_gather_object(parts, found, group=parallel_state.get_data_parallel_group())
-        found = {index: choice for part in parts for index, choice in part.items()}
-    return [found[index] for index in range(len(sequences))]
+    return from_all_shards(found, shards)
 
 
 def score(questions: Sequence[Question], chosen: Sequence[int]) -> dict[str, Any]:
@@ -184,7 +183,8 @@ def score(questions: Sequence[Question], chosen: Sequence[int]) -> dict[str, Any
         entry["accuracy"] = entry["correct"] / entry["total"]
     correct = sum(entry["correct"] for entry in subjects.values())
     macro = sum(entry["accuracy"] for entry in subjects.values()) / len(subjects)
-    return {"average": correct / len(questions), "macro_average": macro, "correct": correct, "total": len(questions), "subjects": subjects}
+    total = len(questions)
+    return {"average": correct / total, "macro_average": macro, "correct": correct, "total": total, "subjects": subjects}
 
 
 def table(scores: Mapping[str, Any]) -> str:
@@ -206,8 +206,8 @@ def select(data: Mapping[str, Subjects], options: MMLUConfig) -> tuple[list[Ques
         shots = data["dev"].get(subject, [])[: options.few_shots]
         if len(shots) < options.few_shots:
             raise DataError(
-                f"{options.mmlu_dataset}: {subject} has {len(shots)} dev questions; expected {options.few_shots} for --few-shots. "
-                "Lower it, or add the dev split."
+                f"{options.mmlu_dataset}: {subject} has {len(shots)} dev questions; expected {options.few_shots} "
+                "for --few-shots. Lower it, or add the dev split."
             )
         chosen = questions[: math.ceil(len(questions) * options.fraction)]
         asked += chosen
@@ -219,7 +219,10 @@ def check_options(options: MMLUConfig) -> None:
     """Raises ConfigError with every option that makes no sense."""
     rules = [
         (not 0 < options.fraction <= 1, f"--fraction is {options.fraction}; expected more than 0, at most 1."),
-        (not 0 <= options.few_shots <= MAX_FEW_SHOTS, f"--few-shots is {options.few_shots}; expected 0 to {MAX_FEW_SHOTS} (MMLU's dev split)."),
+        (
+            not 0 <= options.few_shots <= MAX_FEW_SHOTS,
+            f"--few-shots is {options.few_shots}; expected 0 to {MAX_FEW_SHOTS} (MMLU's dev split).",
+        ),
         (options.mmlu_batch_size < 1, f"--mmlu-batch-size is {options.mmlu_batch_size}; expected 1 or more."),
     ]
     found = [sentence for broken, sentence in rules if broken]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_sft.core_compat import device
@@ -22,10 +23,10 @@ def evaluate(chunks: list[Any], steps: Iterable[Step], num_sources: int) -> Loss
     """
     for chunk in chunks:
         chunk.eval()
-    by_source = sum(
-        reduce_totals(run_schedule(chunks, step.micro_batches, forward_only=True), step.micro_batches, num_sources, device()).by_source
-        for step in steps
-    )
+    by_source = np.zeros((num_sources, 4))
+    for step in steps:
+        reports = run_schedule(chunks, step.micro_batches, forward_only=True)
+        by_source = by_source + reduce_totals(reports, step.micro_batches, num_sources, device()).by_source
     for chunk in chunks:
         chunk.train()
     return LossTotals(by_source)

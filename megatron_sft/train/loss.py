@@ -13,7 +13,9 @@ import torch.distributed as dist
 from megatron_sft.data.loader import Batch
 
 
-def document_losses(token_loss: torch.Tensor, loss_mask: torch.Tensor, document_of_token: torch.Tensor, count: int) -> torch.Tensor:
+def document_losses(
+    token_loss: torch.Tensor, loss_mask: torch.Tensor, document_of_token: torch.Tensor, count: int
+) -> torch.Tensor:
     """Loss sum, trained tokens and tokens of every document of a micro-batch (of this context-parallel rank's part).
 
     Args:
@@ -86,7 +88,7 @@ def reduce_totals(reports: list[dict], batches: list[Batch], num_sources: int, d
     from megatron.core import parallel_state as ps
 
     totals = torch.zeros(num_sources, 4, dtype=torch.float64)
-    for report, batch in zip(reports, batches):
+    for report, batch in zip(reports, batches, strict=False):
         real = torch.as_tensor(np.asarray(batch.document_ids) >= 0)  # padding is a document of id -1
         sources = batch.source_ids.long()
         squares = batch.document_offsets.diff().double().square()[:, None] / ps.get_context_parallel_world_size()

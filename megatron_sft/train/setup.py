@@ -53,7 +53,8 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
         explicit: fields of run.model that a flag set.
 
     Returns:
-        The process's exit status: 0 at the end of training, 128 + n after signal n, 4 after --exit-duration-in-mins.
+        The process's exit status: 0 at the end of training, 128 + n after signal n, 4 after --exit-duration-in-mins or
+        --exit-interval.
 
     Raises:
         UserError: anything that the user can mend; the message says what.
@@ -131,18 +132,24 @@ def build_job(
             quick_check(chunks, run.model, source.path, ranks)
     wrapped = wrap_ddp(chunks, run.parallel, run.train)
     optimizer = build_optimizer(wrapped, run)
-    multiple = run.parallel.context_parallel_size * (run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1)
-    dealt = dict(dp_rank=ranks.dp_rank, dp_size=ranks.dp_size, multiple=multiple, prefetch=run.data.prefetch)
-    pinned = torch.cuda.is_available()
-    order = dict(seed=run.data.seed, shuffle=run.data.shuffle)
-    loader = TrainLoader(data.train, run.train, **order, **dealt, pin_memory=pinned)
-    valid_loader = ValidLoader(data.valid, run.train, **dealt, pin_memory=pinned) if data.valid else None
+    layout = run.parallel
+    multiple = layout.context_parallel_size * (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
+    dealt: dict[str, Any] = dict(
+        dp_rank=ranks.dp_rank,
+        dp_size=ranks.dp_size,
+        multiple=multiple,
+        prefetch=run.data.prefetch,
+        pin_memory=torch.cuda.is_available(),
+    )
+    order: dict[str, Any] = dict(seed=run.data.seed, shuffle=run.data.shuffle)
+    loader = TrainLoader(data.train, run.train, **order, **dealt)
+    valid_loader = ValidLoader(data.valid, run.train, **dealt) if data.valid else None
     lengths = schedule_lengths(run, len(loader), loader.num_samples)
     scheduler = build_scheduler(optimizer, run.optim, lengths)
     state = TrainState()
     if not source.is_hf:
         state = _load(run, ranks, source, wrapped, optimizer, scheduler)
-        loader = TrainLoader(data.train, run.train, **order, **dealt, pin_memory=pinned, consumed_samples=state.consumed_samples)
+        loader = TrainLoader(data.train, run.train, **order, **dealt, consumed_samples=state.consumed_samples)
     saver = CheckpointSaver(run.checkpoint.save, run, ranks) if run.checkpoint.save else None
 
     def save(state: TrainState, valid_loss: float | None) -> None:

@@ -105,7 +105,8 @@ def test_prompts_of_text_and_jsonl_and_command_line(tmp_path: Path) -> None:
     text, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
     text.write_text("one\n\ntwo\r\n")
     rows.write_text(
-        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"prompt": "c"}\n{"question": "d"}\n'
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+        '{"prompt": "c"}\n{"question": "d"}\n'
     )
     read = prompts.read_prompts(GenerateConfig(prompts_path=str(text)), DataConfig())
     assert [(p.messages[0]["content"], p.where) for p in read] == [("one", f"{text}:1"), ("two", f"{text}:3")]
@@ -147,7 +148,8 @@ def test_all_wrong_options_are_named_at_once() -> None:
 def test_a_tokenizer_without_template_asks_for_no_chat_template() -> None:
     tokenizer = byte_tokenizer()
     prompt = prompts.Prompt([{"role": "user", "content": "ab"}], "p.txt:1")
-    assert tokenizer.decode(prompts.encode_prompts(tokenizer, [prompt], True)[0]) == "<|start|>user\nab<|end|>\n<|start|>assistant\n"
+    ids = prompts.encode_prompts(tokenizer, [prompt], True)[0]
+    assert tokenizer.decode(ids) == "<|start|>user\nab<|end|>\n<|start|>assistant\n"
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="--no-chat-template"):
         prompts.encode_prompts(tokenizer, [prompt], True)

@@ -104,7 +104,7 @@ def test_quick_check_and_verify_find_wrong_weights(mistake, folders, ranks):
     chunks, model = loaded(folders / name, ranks)
     with torch.no_grad():
         spoil(chunks[0])
-    with pytest.raises(CheckpointError, match="the output of (embedding|layer 0) differs"):
+    with pytest.raises(CheckpointError, match=r"the output of (embedding|layer 0) differs"):
         quick_check(chunks, model, folders / name, ranks)
     assert first_difference(chunks[0], folders / name)[0] in ("embedding", "layer 0")
     assert changed_tensors(chunks, model, folders / name, ranks) != []
@@ -139,14 +139,14 @@ def test_wrong_settings_are_found_by_flags_and_by_the_quick_check(setting, folde
     if setting == "tied":
         return
     chunks, model = loaded(folders / "llama", ranks, SETTINGS[setting])
-    with pytest.raises(CheckpointError, match="config.json says"):
+    with pytest.raises(CheckpointError, match=r"config\.json says"):
         quick_check(chunks, model, folders / "llama", ranks)
 
 
 def test_epsilon_that_model_building_lost_is_found(folders, ranks):
     chunks, model = loaded(folders / "llama", ranks)
     chunks[0].decoder.layers[1].input_layernorm.eps = 1e-5
-    with pytest.raises(CheckpointError, match="input_layernorm has epsilon 1e-05, config.json says 1e-06"):
+    with pytest.raises(CheckpointError, match=r"input_layernorm has epsilon 1e-05, config\.json says 1e-06"):
         quick_check(chunks, model, folders / "llama", ranks)
 
 

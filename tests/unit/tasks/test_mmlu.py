@@ -22,7 +22,8 @@ SUBJECTS = ("high_school_algebra", "anatomy")
 
 def question(subject: str, split: str, number: int) -> dict[str, Any]:
     choices = [f"{subject[:2]} {split} {number + i}" for i in range(4)]
-    return {"subject": subject, "question": f"How {'very ' * (number % 4)}much, {number}?", "choices": choices, "answer": number % 4}
+    asked = f"How {'very ' * (number % 4)}much, {number}?"
+    return {"subject": subject, "question": asked, "choices": choices, "answer": number % 4}
 
 
 def rows(subject: str) -> list[tuple[str, dict[str, Any]]]:
@@ -74,7 +75,10 @@ def test_every_layout_gives_the_same_questions(write: Any, tmp_path: Path) -> No
     for split, size in (("dev", 5), ("test", 7)):
         for subject in SUBJECTS:
             expected = [question(subject, split, number) for number in range(size)]
-            got = [{"subject": q.subject, "question": q.question, "choices": list(q.choices), "answer": q.answer} for q in found[split][subject]]
+            got = [
+                {"subject": q.subject, "question": q.question, "choices": list(q.choices), "answer": q.answer}
+                for q in found[split][subject]
+            ]
             assert got == expected
 
 
@@ -111,7 +115,7 @@ def test_bad_rows_name_file_and_line(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"mmlu.jsonl:2: .*{message}"):
             mmlu.examples(str(file))
     file.write_text('{"question": "q"}\n')
-    with pytest.raises(DataError, match="mmlu.jsonl:1: no choices, answer"):
+    with pytest.raises(DataError, match=r"mmlu\.jsonl:1: no choices, answer"):
         mmlu.examples(str(file))
 
 

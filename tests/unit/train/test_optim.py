@@ -15,12 +15,12 @@ def test_fused_adam_equals_torch(adam_w_mode, reference):
     settings = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     optimizers = FusedAdam(ours, adam_w_mode=adam_w_mode, **settings), reference(theirs, **settings)
     for _ in range(5):
-        for a, b in zip(ours, theirs):
+        for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    for a, b in zip(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert optimizers[0].param_groups[0]["step"] == 5
 
