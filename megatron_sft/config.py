@@ -143,8 +143,8 @@ class DataConfig:
     """Tokens a pack."""
     packing: str = "best-fit"
     """best-fit, sequential or none."""
-    truncation: str = "error"
-    """Rows longer than seq_length: error, right, left, drop or split."""
+    truncation: str = "right"
+    """Rows longer than seq_length: error, right (keep the beginning, as Megatron-LM), left, drop or split; all counted."""
     train_on: str = "assistant"
     """assistant, last-turn or all."""
     train_on_tool_calls: bool = True
@@ -175,7 +175,7 @@ class DataConfig:
     num_workers: int = 0
     """Tokenising processes; 0: one a core."""
     prefetch: int = 2
-    """Micro-batches prepared ahead by the loader thread; 0: none."""
+    """Steps prepared ahead by the loader thread; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,6 @@ class OptimConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
-    use_precision_aware_optimizer: bool = False
-    main_grads_dtype: str = "fp32"
-    main_params_dtype: str = "fp32"
-    exp_avg_dtype: str = "fp32"
-    exp_avg_sq_dtype: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -237,9 +232,9 @@ class TrainConfig:
     """Global batches a validation; 0: no validation, -1: the whole held-out set."""
     eval_interval: int = 1000
     exit_interval: int | None = None
+    """The run saves and ends after an iteration that this divides."""
     exit_duration_in_mins: int | None = None
     exit_signal_handler: bool = True
-    loss_spike_factor: float | None = None
     deterministic_mode: bool = False
 
 
@@ -383,15 +378,40 @@ def _layout_problems(run: RunConfig, world_size: int) -> list[str]:
         )
     for name, value in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.num_query_groups)):
         if value % tp and not (name == "num_query_groups" and tp % value == 0):
-            found.append(f"--tensor-model-parallel-size {tp} does not divide --{name.replace('_', '-')} {value}. Choose one that does.")
+            flag = f"--{name.replace('_', '-')}"
+            found.append(f"--tensor-model-parallel-size {tp} does not divide {flag} {value}. Choose one that does.")
     if parallel.virtual_pipeline_model_parallel_size and pp == 1:
         found.append("virtual pipeline stages need --pipeline-model-parallel-size 2 or more.")
     if cp > 1 and parallel.cp_comm_type == "p2p":
         found.append("--cp-comm-type p2p needs TransformerEngine. Use a2a (heads divisible by CP x TP) or allgather.")
-    if (parallel.overlap_param_gather or run.optim.use_precision_aware_optimizer) and not parallel.use_distributed_optimizer:
-        found.append("--overlap-param-gather and --use-precision-aware-optimizer need --use-distributed-optimizer. Add it.")
+    found += _head_problems(model, parallel)
+    if model.core.get("attention_dropout"):
+        found.append(f"--attention-dropout {model.core['attention_dropout']}: attention here has none. Leave it out, or give 0.")
+    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+        found.append("--overlap-param-gather needs --use-distributed-optimizer. Add it.")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         found.append("--overlap-param-gather needs --overlap-grad-reduce. Add it.")
+    return found
+
+
+def _head_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """What --cp-comm-type a2a asks of the heads: each context-parallel rank takes some of those of its TP rank."""
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if cp == 1 or parallel.cp_comm_type != "a2a" or not model.num_attention_heads:
+        return []
+    found = []
+    way_out = "Change --context-parallel-size, or use --cp-comm-type allgather."
+    if model.num_attention_heads % (tp * cp):
+        found.append(
+            f"--cp-comm-type a2a: --num-attention-heads {model.num_attention_heads} is not a multiple of "
+            f"--tensor-model-parallel-size {tp} x --context-parallel-size {cp}. {way_out}"
+        )
+    groups = max(model.num_query_groups // tp, 1)  # of one tensor-parallel rank
+    if model.num_query_groups and groups % cp and cp % groups:
+        found.append(
+            f"--cp-comm-type a2a: {groups} of --num-query-groups {model.num_query_groups} on a tensor-parallel rank; "
+            f"expected a multiple or a divisor of --context-parallel-size {cp}. {way_out}"
+        )
     return found
 
 
@@ -404,7 +424,10 @@ def _training_problems(run: RunConfig) -> list[str]:
             found.append(f"--{name.replace('_', '-')} is {value}; expected a positive number.")
     found += data_problems(data)
     if train.max_tokens_per_gpu and train.max_tokens_per_gpu < data.seq_length:
-        found.append(f"--max-tokens-per-gpu {train.max_tokens_per_gpu} is below --seq-length {data.seq_length}: a pack would not fit.")
+        found.append(
+            f"--max-tokens-per-gpu {train.max_tokens_per_gpu} is below --seq-length {data.seq_length}: a pack would not fit. "
+            "Raise it, or lower --seq-length."
+        )
     if train.recompute_granularity == "full" and not (train.recompute_method and train.recompute_num_layers):
         found.append("--recompute-granularity full needs --recompute-method uniform|block and --recompute-num-layers N.")
     return found
@@ -442,7 +465,7 @@ def _optim_problems(run: RunConfig) -> list[str]:
     iters = [n for n in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters") if getattr(optim, n)]
     spelled = ", ".join("--" + name.replace("_", "-") for name in iters + samples)
     if iters and (samples or train.train_samples):
-        found.append(f"{spelled}: a schedule is in iterations or in samples, not both. Give all lengths in the unit of the run's.")
+        found.append(f"{spelled}: a schedule is in iterations or in samples, not both. Give all lengths in the run's unit.")
     if optim.lr_warmup_fraction is not None and (optim.lr_warmup_iters or optim.lr_warmup_samples):
         found.append("--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples. Give one of them.")
     return found

@@ -118,8 +118,14 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
 }
 """Accepted flag -> (number of values, why it has no effect here). Each prints one line."""
 
+_STATES = "gradients and optimizer states are always fp32. Leave it out; --use-distributed-optimizer shards them."
 PROBLEMS: Mapping[str, str] = {
     "--fp16": "fp16 needs loss scaling, which this project does not have. Use --bf16.",
     "--fp8-format": "fp8 training needs TransformerEngine kernels that this project does not drive. Use --bf16.",
+    "--use-precision-aware-optimizer": _STATES,
+    "--main-grads-dtype": _STATES,
+    "--main-params-dtype": _STATES,
+    "--exp-avg-dtype": _STATES,
+    "--exp-avg-sq-dtype": _STATES,
 }
 """Known flag that cannot work -> what to do."""

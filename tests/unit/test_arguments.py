@@ -1,5 +1,6 @@
 """Flags: the tutorial's list, the three outcomes, all problems at once."""
 
+import dataclasses
 import shlex
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sft.arguments import parse, parse_generate, read_flags
-from megatron_sft.config import GenerateConfig
+from megatron_sft.config import GenerateConfig, ModelConfig, ParallelConfig, RunConfig, problems
 from megatron_sft.errors import ConfigError
 
 NEEDED = ["--load", "model", "--finetune-hf-dataset", "rows.jsonl"]
@@ -118,6 +119,41 @@ def test_generate_has_its_own_flags():
 
 
 def test_help_does_not_import_torch():
-    script = "import sys, megatron_sft.arguments as a\ntry: a.parse(['--help'], 1)\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    script = (
+        "import sys, megatron_sft.arguments as a\ntry: a.parse(['--help'], 1)\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0 and "--finetune-hf-dataset" in done.stdout
+
+
+def test_a2a_needs_heads_for_every_context_parallel_rank() -> None:
+    model = ModelConfig(num_attention_heads=12, num_query_groups=6)
+    layout = ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=4)
+    way_out = "Change --context-parallel-size, or use --cp-comm-type allgather."
+    run = RunConfig(model=model, parallel=layout)
+    assert problems(run, 8, training=False) == [
+        "--cp-comm-type a2a: --num-attention-heads 12 is not a multiple of --tensor-model-parallel-size 2 x "
+        f"--context-parallel-size 4. {way_out}",
+        "--cp-comm-type a2a: 3 of --num-query-groups 6 on a tensor-parallel rank; expected a multiple or a divisor of "
+        f"--context-parallel-size 4. {way_out}",
+    ]
+    gathering = dataclasses.replace(layout, cp_comm_type="allgather")
+    assert problems(dataclasses.replace(run, parallel=gathering), 8, training=False) == []
+    fewer_groups = dataclasses.replace(model, num_attention_heads=16, num_query_groups=4)
+    assert problems(dataclasses.replace(run, model=fewer_groups), 8, training=False) == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--use-precision-aware-optimizer"],
+        ["--main-grads-dtype", "bf16"],
+        ["--exp-avg-dtype", "fp8"],
+        ["--attention-dropout", "0.1"],
+        ["--loss-spike-factor", "3"],
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(given: list[str]) -> None:
+    with pytest.raises(ConfigError, match=given[0]):
+        parse([*NEEDED, *given], 1)
