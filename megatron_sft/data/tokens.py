@@ -230,7 +230,7 @@ class _Collector:
         if not sum(entry["documents"] for entry in self.ledger.values()):
             raise DataError(
                 f"{', '.join(self.ledger)}: no row is left to train on ({json.dumps(self.ledger)}); expected at "
-                "least one conversation with a trained token. Check the roles and --train-on."
+                "least one conversation with a trained token. Check --seq-length (longer rows are cut), the roles and --train-on."
             )
 
 

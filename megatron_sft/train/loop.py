@@ -45,13 +45,14 @@ class Job:
 
 
 class StopRequest:
-    """SIGTERM, SIGINT or the end of --exit-duration-in-mins: the loop finishes its step, saves and ends.
+    """SIGTERM, SIGINT, the end of --exit-duration-in-mins or --exit-interval: the loop finishes its step, saves and ends.
 
     Every rank asks at every step, because a signal may reach some of them only.
     """
 
     def __init__(self, run: RunConfig):
         self._signal = 0
+        self._interval = run.train.exit_interval
         minutes = run.train.exit_duration_in_mins
         self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
         if run.train.exit_signal_handler:
@@ -61,9 +62,10 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
 
-    def agreed(self) -> int:
-        """The signal number that any rank received, -1 past the deadline, 0 to go on. The same on every rank."""
-        mine = self._signal or (1000 if time.monotonic() > self._deadline else 0)
+    def agreed(self, iteration: int) -> int:
+        """The signal number that any rank received, -1 when it is time, 0 to go on. The same on every rank."""
+        is_time = time.monotonic() > self._deadline or bool(self._interval and iteration % self._interval == 0)
+        mine = self._signal or (1000 if is_time else 0)
         value = torch.tensor(mine, dtype=torch.int32, device=device())
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return -1 if int(value) == 1000 else int(value)
@@ -77,7 +79,8 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
         state: where to go on; job.loader starts at state.consumed_samples.
 
     Returns:
-        The last state, and why training ended: 0 at its end, a signal's number, -1 for --exit-duration-in-mins.
+        The last state, and why training ended: 0 at its end, a signal's number, -1 for --exit-duration-in-mins or
+        --exit-interval.
     """
     run, stop, stopped = job.run, StopRequest(job.run), 0
     last_iteration = len(job.loader)
@@ -87,7 +90,13 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
     for step in job.loader:
         lr = job.optimizer.param_groups[0]["lr"]
         result = train_step(
-            job.chunks, job.optimizer, step.micro_batches, len(job.source_names), job.name_document, run.train.check_for_nan
+            job.chunks,
+            job.optimizer,
+            step.micro_batches,
+            len(job.source_names),
+            job.name_document,
+            run.train.check_for_nan,
+            state.iteration + 1,
         )
         job.scheduler.step(step.num_samples if job.schedule.by_samples else 1)
         state = replace(
@@ -98,7 +107,7 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
             trained_tokens=state.trained_tokens + result.totals.trained_tokens,
         )
         metrics = step_metrics(job, step, state, result, lr, seconds=time.perf_counter() - clock)
-        stopped = stop.agreed()
+        stopped = stop.agreed(state.iteration)
         ends = bool(stopped) or state.iteration == last_iteration
         if job.valid_loader and (state.iteration % run.train.eval_interval == 0 or ends):
             with whole_parameters(job.chunks, run.parallel):

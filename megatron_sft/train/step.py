@@ -68,6 +68,7 @@ def train_step(
     num_sources: int,
     name_document: Any,
     check_for_nan: bool = True,
+    iteration: int = 0,
 ) -> StepResult:
     """One optimizer step.
 
@@ -78,6 +79,7 @@ def train_step(
         num_sources: sources of the data set.
         name_document: document id -> "file:line", for errors.
         check_for_nan: stop on a loss or gradient that is not finite.
+        iteration: number of this step, for errors.
 
     Raises:
         TrainingError: a loss or a gradient is NaN or infinite; nothing was updated.
@@ -88,12 +90,12 @@ def train_step(
     reports = run_schedule(chunks, batches, forward_only=False)
     totals = reduce_totals(reports, batches, num_sources, device())
     if check_for_nan:
-        _require_finite(chunks, reports, batches, totals, name_document)
+        _require_finite(chunks, reports, batches, totals, name_document, iteration)
     _, grad_norm, _ = optimizer.step()
     return StepResult(totals, float(grad_norm))
 
 
-def _require_finite(chunks: list[Any], reports: list[dict], batches: list[Batch], totals: LossTotals, name_document: Any) -> None:
+def _require_finite(chunks: list[Any], reports: list[dict], batches: list[Batch], totals: LossTotals, name_document: Any, iteration: int) -> None:
     """Raises the same TrainingError on every rank when the step's loss or any rank's gradient is not finite."""
     buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     bad_gradient = sum((~torch.isfinite(buffer.grad_data.sum())).int() for buffer in buffers)
@@ -104,8 +106,8 @@ def _require_finite(chunks: list[Any], reports: list[dict], batches: list[Batch]
         return
     bad = [
         name_document(document)
-        for report, batch in zip(reports, batches)
-        for document, (loss, _, _) in zip(batch.document_ids, report["documents"].tolist())
+        for report, batch in zip(reports, batches, strict=False)
+        for document, (loss, _, _) in zip(batch.document_ids, report["documents"].tolist(), strict=False)
         if document >= 0 and not torch.isfinite(torch.tensor(loss))
     ]
     named: list[list[str] | None] = [None] * dist.get_world_size()
@@ -115,7 +117,7 @@ def _require_finite(chunks: list[Any], reports: list[dict], batches: list[Batch]
     if finite_loss:
         where = f"; the loss is finite, the gradient is not, on {int(flag)} rank buffers"
     raise TrainingError(
-        f"loss or gradient is not finite{where}. Expected finite numbers. Nothing was updated in this step: lower --lr, "
+        f"iteration {iteration}: loss or gradient is not finite{where}. Expected finite numbers. Nothing was updated in this step: lower --lr, "
         "look at the rows, or pass --no-check-for-nan-in-loss-and-grad to go on."
     )
 

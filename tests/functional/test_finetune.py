@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -59,6 +60,54 @@ def test_stop_and_resume_is_bit_identical_around_an_epochs_end(finetune, tmp_pat
         assert all(torch.equal(weights[name], again_weights[name]) for name in weights)
 
 
+STEPS = 20
+
+
+def test_20_steps_equal_a_plain_transformers_loop(finetune, tiny_folder, tmp_path):
+    """The same packs in the same order through transformers and torch's AdamW: every loss within 1e-4."""
+    flags = ["--lr", "1e-3", "--lr-decay-style", "cosine", "--train-iters", str(STEPS), "--global-batch-size", "2"]
+    done = finetune(*flags, "--save", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours = [line["sft/loss"] for line in metrics_of(tmp_path / "out")]
+    theirs = plain_losses(tiny_folder, tmp_path / "cache")
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert ours[-1] < ours[0] - 0.5
+
+
+def plain_losses(folder: Path, cache: Path) -> list[float]:
+    """A loop with nothing of ours but the packs: one document at a time, token sums, one division, AdamW, cosine."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_sft.config import TrainConfig
+    from megatron_sft.data.loader import TrainLoader
+    from megatron_sft.data.packing import pack
+    from megatron_sft.data.sft_dataset import SFTDataset
+    from megatron_sft.data.store import TokenStore
+
+    store = TokenStore(next(path.parent for path in cache.rglob("store.json")))
+    dataset = SFTDataset(store, pack(store.lengths, 256, "best-fit"), 256, 0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    losses = []
+    for number, step in enumerate(TrainLoader(dataset, TrainConfig(train_iters=STEPS, global_batch_size=2), prefetch=0)):
+        optimizer.param_groups[0]["lr"] = 1e-3 * 0.5 * (np.cos(np.pi * number / STEPS) + 1)
+        documents = [store.document(i) for batch in step.micro_batches for i in batch.document_ids if i >= 0]
+        trained = sum(int(mask[1:].sum()) for _, mask in documents)
+        total = 0.0
+        for tokens, mask in documents:
+            ids = torch.tensor(np.array(tokens), dtype=torch.int64)[None]
+            labels = torch.where(torch.tensor(np.array(mask)).bool(), ids, -100)
+            logits = model(ids, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum") / trained
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
 @pytest.mark.parametrize(
     "layout", [["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"], ["--use-distributed-optimizer"]]
 )
@@ -93,6 +142,27 @@ def test_sigterm_saves_and_says_so(finetune, tiny_folder, rows_file, tmp_path):
     assert saved == metrics_of(tmp_path / "out")[-1]["iteration"] >= 3
 
 
+def test_nan_stops_before_the_update_and_names_iteration_and_row(finetune, tiny_folder, rows_file, tmp_path):
+    """A NaN planted in the embedding of "@", which one row alone has."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    broken, rows = tmp_path / "broken", tmp_path / "rows.jsonl"
+    shutil.copytree(tiny_folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(broken)("@")["input_ids"][0]] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    lines = rows_file.read_text().splitlines()
+    lines[11] = lines[11].replace("What is", "@ What is")
+    rows.write_text("\n".join(lines) + "\n")
+    flags = ["--load", broken, "--finetune-hf-dataset", rows, "--no-verify-conversion", "--global-batch-size", "2"]
+    done = finetune(*flags, "--num-epoch", "1", "--save", tmp_path / "out")
+    assert done.returncode == 3, done.stdout + done.stderr
+    finished = metrics_of(tmp_path / "out")
+    expected = f"iteration {len(finished) + 1}: loss or gradient is not finite in the rows {rows}:12."
+    assert expected in done.stdout and "Traceback" not in done.stdout
+
+
 def test_a_finished_run_is_not_trained_again(finetune, tmp_path):
     flags = ["--train-iters", "1", "--save", tmp_path / "out"]
     assert finetune(*flags).returncode == 0
@@ -111,7 +181,8 @@ BAD = {
     "empty file": (["--finetune-hf-dataset", "{tmp}/empty.jsonl"], "empty.jsonl"),
     "no checkpoint": (["--load", "{tmp}"], "neither an HF folder"),
     "tp does not divide": (["--tensor-model-parallel-size", "3"], "3"),
-    "short sequences": (["--seq-length", "8"], "Raise --seq-length"),
+    "short sequences": (["--seq-length", "8"], "Check --seq-length"),
+    "long rows refused": (["--seq-length", "64", "--truncation", "error"], "Raise --seq-length"),
     "save is a file": (["--save", "{tmp}/empty.jsonl"], "cannot be written"),
     "flag against config.json": (["--norm-epsilon", "0.5", "--num-layers", "9"], "norm_epsilon = 0.5"),
     "no template": (["--tokenizer-model", "{tmp}/bare"], "no chat template"),
