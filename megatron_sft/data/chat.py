@@ -136,6 +136,8 @@ class ChatEncoder:
                 return Rendered(text, ((0, len(text), 1.0),), "all")
             text, spans, route = assistant_spans(self.template, conversation, self.special)
         except TemplateError as error:
+            if error.is_fatal:  # not this row's fault, and each one like it would take seconds
+                raise DataError(f"{row.where}: the chat template {error}. Correct it, or pass another --chat-template.") from None
             raise RowError(row.where, "refused by the template", f"the chat template {error}. Expected a conversation that it "
                            "renders; correct the row or pass another --chat-template.") from None  # fmt: skip
         except Undecided as error:

@@ -133,10 +133,15 @@ def _learn_turn(template: Template, kwargs: Mapping[str, Any], special: tuple[st
     # Mistral's [INST] question [/INST] is followed by the answer itself: no header, and none is needed.
     if not before.startswith(asked + header) or (not header.strip() and before[len(asked) :].strip()):
         raise Undecided("the template has no generation prompt to tell where an answer begins")
-    ends = [_first_special(after, special), _first_special(two.split(ANSWERS[0])[1], special)]
+    end = _first_special(after, special)
+    rest = after[after.index(end) + len(end) :]
+    while end and (more := _first_special(rest, special)) and rest.startswith(more):  # Cohere: <|END_RESPONSE|><|END_OF_TURN|>
+        end, rest = end + more, rest[len(more) :]
+    earlier = two.split(ANSWERS[0])[1].lstrip()
+    ends = [end, end if earlier.startswith(end) else _first_special(earlier, special)]
     if not all(ends):
         raise Undecided("no special token ends an answer, so that the model would never stop")
-    return _Turn(prompt, header, tuple(dict.fromkeys(ends)), after[after.index(ends[0]) + len(ends[0]) :], special)
+    return _Turn(prompt, header, tuple(dict.fromkeys(ends)), rest, special)
 
 
 def _first_special(text: str, special: Sequence[str]) -> str:

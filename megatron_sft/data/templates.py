@@ -9,7 +9,10 @@ import json
 import multiprocessing
 import resource
 import secrets
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -21,6 +24,9 @@ import jinja2.sandbox
 
 PROBE_S = 4.0
 PROBE_BYTES = 2**30
+RENDER_S = 4.0
+"""Seconds that one row may take; a template can be harmless on the rows of the probe alone."""
+RENDER_CHARACTERS = 2**27
 LIMIT_MESSAGE = "did not finish in {seconds:g} s and {gib:g} GiB"
 
 Span = tuple[int, int]
@@ -58,6 +64,25 @@ class _Generation(jinja2.ext.Extension):
         return f"{marks[0]}{caller()}{marks[1]}"
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Refuses arithmetic whose result would fill the memory in one step, which no clock can interrupt."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            size = max((len(a) * b for a, b in ((left, right), (right, left)) if _repeats(a, b)), default=0)
+        else:
+            size = abs(left).bit_length() * right if isinstance(left, int) and isinstance(right, int) else 0
+        if size > RENDER_CHARACTERS:
+            raise jinja2.exceptions.SecurityError(f"a value of {size:.0e} parts")
+        return super().call_binop(context, operator, left, right)
+
+
+def _repeats(value: Any, count: Any) -> bool:
+    return isinstance(value, str | list | tuple | bytes) and isinstance(count, int)
+
+
 class _Unfolded(jinja2.compiler.CodeGenerator):
     """Compiles constants without computing them: {{ 'a' * 10**10 }} must not run before the limits do."""
 
@@ -86,7 +111,7 @@ class Template:
         self.text = text
         self._special_tokens = dict(special_tokens)
         self._marks = tuple(f"\x02{name}{secrets.token_hex(8)}\x03" for name in ("from", "to"))
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], optimized=False
         )
         environment.code_generator_class = _Unfolded
@@ -120,7 +145,8 @@ class Template:
             "messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": add_generation_prompt,
         }  # fmt: skip
         try:
-            marked = self._compiled.render(**values)
+            with _limited_time():
+                marked = self._compiled.render(**values)
         except jinja2.exceptions.SecurityError as error:
             raise TemplateError(f"tries to leave the sandbox: {error}", is_fatal=True) from None
         except _Refusal as error:
@@ -141,6 +167,25 @@ class Template:
             spans.append((len(text), len(text) + len(inside)))
             text += inside + after
         return text, spans
+
+
+@contextmanager
+def _limited_time() -> Iterator[None]:
+    """Raises TemplateError after RENDER_S; only the main thread has the clock, and tokenising runs there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _too_long)
+    timer = signal.setitimer(signal.ITIMER_REAL, RENDER_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _too_long(*_: Any) -> None:
+    raise TemplateError(f"runs for more than {RENDER_S:g} s", is_fatal=True)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:

@@ -122,6 +122,27 @@ def _cohere(messages: Messages) -> Pieces:
     return found
 
 
+def _cohere2(messages: Messages) -> Pieces:
+    """Without the safety preamble, which plain_pieces adds."""
+    found: Pieces = []
+    for message in messages:
+        if message["role"] == "system":
+            continue
+        is_answer = message["role"] == "assistant"
+        open_, close = ("<|START_RESPONSE|>", "<|END_RESPONSE|>") if is_answer else ("", "")
+        found.append((f"<|START_OF_TURN_TOKEN|>{COHERE_ROLES[message['role']]}{open_}", False))
+        found.append((f"{message['content']}{close}<|END_OF_TURN_TOKEN|>", is_answer))
+    return found
+
+
+def _instruct(messages: Messages) -> Pieces:
+    found: Pieces = [("<s>", False)]
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        found.append((message["content"] + "</s>" if is_answer else f"[INST] {message['content']} [/INST]", is_answer))
+    return found
+
+
 def _deepseek(messages: Messages) -> Pieces:
     system = "".join(m["content"] for m in messages if m["role"] == "system")
     found: Pieces = [("<\uff5cbegin\u2581of\u2581sentence\uff5c>" + system, False)]
@@ -173,6 +194,8 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3": Family("gemma3", _gemma, _GEMMA, "<bos>", "<eos>"),
     "phi3": Family("phi3", _phi3, _PHI, "", "<|endoftext|>"),
     "cohere": Family("cohere", _cohere, _COHERE, "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
+    "cohere2": Family("cohere2", _cohere2, (*_COHERE, "<|START_RESPONSE|>", "<|END_RESPONSE|>"), "<BOS_TOKEN>", _COHERE[2]),
+    "instruct": Family("instruct", _instruct, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", False),
     "deepseekv3": Family("deepseekv3", _deepseek, _DEEPSEEK, _BOS, _EOS),
     "deepseek_r1_distill": Family("deepseek_r1_distill", _deepseek, _DEEPSEEK, _BOS, _EOS),
     "lfm2": Family("lfm2", _chatml("", "<|startoftext|>"), (*_CHATML, "<|startoftext|>"), "<|startoftext|>", "<|im_end|>"),
@@ -204,10 +227,11 @@ def conversations(has_system: bool = True) -> list[list[dict[str, str]]]:
 
 
 def plain_pieces(family: Family, text: str, messages: Messages) -> Pieces:
-    """The oracle's pieces; for gpt-oss with the preamble (dates, channels) that stands before the first message."""
+    """The oracle's pieces; for gpt-oss and Cohere with the preamble (dates, safety) that stands before the first message."""
     pieces = family.pieces(messages)
-    if family.template == "gptoss":
-        found = re.match(r"<\|start\|>system<\|message\|>.*?<\|end\|>", text, re.DOTALL)
-        assert found is not None, "gpt-oss begins with a system preamble"
+    preambles = {"gptoss": r"<\|start\|>system<\|message\|>.*?<\|end\|>", "cohere2": r".*?(?=<\|START_OF_TURN_TOKEN\|><\|USER)"}
+    if family.template in preambles:
+        found = re.match(preambles[family.template], text, re.DOTALL)
+        assert found is not None, "it begins with a preamble"
         pieces = [(found[0], False), *pieces]
     return pieces

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_sft.data.spans import Conversation, Undecided, assistant_spans
 from megatron_sft.data.templates import Template, TemplateError
-from tests.unit.data.chat_families import FAMILIES, conversations, plain_pieces
+from tests.unit.data.chat_families import FAMILIES, TEMPLATES, conversations, plain_pieces
 
 
 def _trained(pieces: list[tuple[str, bool]]) -> str:
@@ -98,6 +98,33 @@ def test_tool_calls_are_trained_and_tool_results_are_not(name: str, expected: li
 )
 def test_reasoning_is_trained_where_the_template_keeps_it(name: str, kwargs: dict, expected: list[str]) -> None:
     assert _trained_texts(name, THINKING_CHAT, None, kwargs) == expected
+
+
+INLINE_THINKING = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "<think>\nold\n</think>\n\nb"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "<think>\nnew\n</think>\n\nd"},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen3_5_think", ["b<|im_end|>", "new\n</think>\n\nd<|im_end|>"]),
+        ("nemotron_3_nano", ["<think></think>\n\nb<|im_end|>", "new\n</think>\n\nd<|im_end|>"]),
+    ],
+)
+def test_a_think_tag_that_the_prompt_opens_is_not_trained(name: str, expected: list[str]) -> None:
+    template = Template((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"), {})
+    text, spans, _ = assistant_spans(template, Conversation(INLINE_THINKING, None, {}), ("<|im_start|>", "<|im_end|>"))
+    assert [text[first:last] for first, last in spans] == expected
+
+
+def test_glm_whose_answers_end_with_the_next_turn_is_refused() -> None:
+    template = Template((TEMPLATES / "glm4moe.jinja").read_text(encoding="utf-8"), {})
+    with pytest.raises(Undecided, match="no special token ends an answer, so that the model would never stop"):
+        assistant_spans(template, Conversation(INLINE_THINKING, None, {}), ("<|user|>", "<|assistant|>", "<|endoftext|>"))
 
 
 def test_an_end_token_inside_a_tool_call_is_refused_where_it_could_mislead() -> None:
