@@ -26,10 +26,16 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources $(SHELL_FILES)
 
-bench: bench-data
+bench: $(MODEL)/config.json
+	$(BIN)/python bench/train.py --model $(MODEL)
+	$(BIN)/python bench/generate.py $(MODEL)
+	$(BIN)/python bench/convert.py
+	$(BIN)/python bench/checkpoint.py
 
-bench-data: $(READY)
-	$(BIN)/python bench/data.py
+ROWS ?= examples/data/gsm8k_train_400.jsonl
+TOKENIZER ?= $(MODEL)
+bench-data: $(MODEL)/config.json
+	$(BIN)/python bench/data.py --rows $(ROWS) --tokenizer $(TOKENIZER)
 
 soak: $(READY)
 	for test in tests/soak/*.py; do $(BIN)/python $$test || exit 1; done
