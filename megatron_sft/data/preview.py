@@ -30,7 +30,17 @@ LEGEND = (
 
 def decoder(tokenizer: Any) -> Decode:
     """The tokenizer's own decoding, byte for byte: no clean-up of spaces, special tokens shown."""
+    if model := getattr(tokenizer, "sp_model", None):
+        return lambda ids: b"".join(_piece_bytes(tokenizer, model, token) for token in ids).decode("utf-8", "replace")
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _piece_bytes(tokenizer: Any, model: Any, token: int) -> bytes:
+    """UTF-8 of one sentencepiece token: "<0xE4>" is that byte, "\u2581" a space."""
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    if token < model.get_piece_size() and model.is_byte(token):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("\u2581", " ").encode()
 
 
 def shown_documents(store: DocumentStore, count: int) -> list[int]:

@@ -113,7 +113,8 @@ def make_encoder(config: DataConfig, sample: Sequence[Chunk]) -> Any:
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        yield value
+        if value.isprintable() or not any("\ud800" <= c <= "\udfff" for c in value):  # such a row is refused later
+            yield value
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _strings(part)

@@ -79,6 +79,59 @@ def test_weights_keep_the_size_and_set_the_shares(flags: list[str], tmp_path: Pa
     assert {name: entry["documents"] for name, entry in mixture.items()} == {"big": 3, "small": 3}
 
 
-def test_missing_and_contradicting_flags_are_named_at_once(flags: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    assert main(["report", *flags, "--prompt-data-weights", "1", "--prompt-data-epochs", "1", "-1"]) == 2
+def test_missing_and_contradicting_flags_are_named_at_once(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", *flags, "--prompt-data-weights", "1", "--prompt-data-epochs", "1", "0"]) == 2
+    told = "".join(capsys.readouterr())
+    assert "contradict each other" in told and "1 values of train_weights for 2 sources" in told
     assert main(["preview"]) == 2
+    told = "".join(capsys.readouterr())
+    assert "no training data" in told and "--tokenizer-model is missing" in told
+
+
+ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}'
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "the line holds a JSON list"),
+        ('{"messages": [{"role": "system", "content": "s"}]}', "no assistant message"),
+        ('{"messages": [{"role": "bot", "content": "s"}]}', "message 1 has role 'bot'"),
+        (ROW.replace('"Yes"', "null"), "message 2 has content that is null"),
+        (ROW.replace('"Yes"', '"' + "x" * 600 + '"'), "expected at most --seq-length 512"),
+        (ROW.replace('"Yes"', '"\\ud800"'), "lone surrogate"),
+    ],
+)
+def test_a_bad_row_stops_prepare_or_is_set_aside(
+    line: str, reason: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{ROW}\n{line}\n{ROW}\n")
+    own = ["--prompt-data", str(path), *flags[5:], "--truncation", "error"]
+    assert main(["prepare", *own]) == 2
+    told = "".join(capsys.readouterr())
+    assert f"{path}:2: " in told and reason in told
+    assert main(["prepare", *own, "--max-bad-rows", "1"]) == 0
+    folder = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("token store: "))
+    (quarantined,) = (json.loads(line) for line in (folder / "bad_rows.jsonl").read_text().splitlines())
+    assert quarantined["where"] == f"{path}:2" and reason in quarantined["message"]
+
+
+def test_a_runaway_template_ends_prepare_within_seconds(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    assert main(["prepare", *flags, "--chat-template", text]) == 2
+    assert "the chat template runs for more than 3.5 s" in "".join(capsys.readouterr())
+
+
+def test_a_bare_sentencepiece_model_can_be_prepared(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Hi <b>", "big small 0 1 2 3"] * 20), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300,
+        byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity", minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    template = (TEMPLATE.parent / "instruct.jinja").read_text()
+    own = [*flags[:5], *flags[7:], "--tokenizer-model", str(tmp_path / "tokenizer.model"), "--chat-template", template]
+    assert main(["preview", *own, "--rows", "1"]) == 0
+    assert "[[big \u4f60 0</s>]]" in capsys.readouterr().out
