@@ -157,7 +157,7 @@ def test_bad_rows_stop_after_20_are_listed(tmp_path):
 
 
 def test_bad_rows_are_set_aside_when_allowed(tmp_path):
-    store = build(tmp_path, [chat("q", "a"), "{", chat("q", "b " * 20)], max_bad_rows=2)
+    store = build(tmp_path, [chat("q", "a"), "{", chat("q", "b " * 20)], max_bad_rows=2, truncation="error")
     problems = [json.loads(line) for line in (store.folder / "bad_rows.jsonl").read_text().splitlines()]
     assert [(p["reason"], p["where"][-2:]) for p in problems] == [("bad JSON", ":2"), ("longer than seq_length", ":3")]
     entry = store.ledger["rows"]
