@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 finetune.py --tensor-model-parallel-size 2 ...
 
 Exit status: 0 trained to the end, 2 wrong input, 3 stopped by a bad value or a fault, 128 + n ended by signal n
-(a checkpoint was saved), 4 ended by --exit-duration-in-mins (likewise).
+(a checkpoint was saved), 4 ended by --exit-duration-in-mins or --exit-interval (likewise).
 """
 
 import sys

@@ -89,14 +89,16 @@ def main() -> None:
         return peer(options.model, options.steps)
     with tempfile.TemporaryDirectory() as folder:
         if not options.trl:
-            subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, TRL, "accelerate"], check=True)
+            install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, TRL, "accelerate"]
+            subprocess.run(install, check=True)
         rates: dict[str, list[float]] = {"megatron-sft": [], "trl": []}
         for number in range(options.rounds):
             rates["megatron-sft"] += ours(options.model, options.steps)[2:]
             rates["trl"] += trl(options.model, options.steps, options.trl or folder)[2:]
             print(f"round {number + 1}: medians {({name: round(statistics.median(r)) for name, r in rates.items()})}", flush=True)
     for name, values in rates.items():
-        print(f"{name:14s} {min(values):8.0f} {statistics.median(values):8.0f} {max(values):8.0f} useful tokens/s (min, median, max)")
+        figures = f"{min(values):8.0f} {statistics.median(values):8.0f} {max(values):8.0f}"
+        print(f"{name:14s} {figures} useful tokens/s (min, median, max)")
     ratio = statistics.median(rates["megatron-sft"]) / statistics.median(rates["trl"])
     print(json.dumps({"benchmark": "train bf16 packed 1024", "ratio_to_trl": round(ratio, 2), "bar": 1.0}))
 

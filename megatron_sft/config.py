@@ -385,6 +385,8 @@ def _layout_problems(run: RunConfig, world_size: int) -> list[str]:
     if cp > 1 and parallel.cp_comm_type == "p2p":
         found.append("--cp-comm-type p2p needs TransformerEngine. Use a2a (heads divisible by CP x TP) or allgather.")
     found += _head_problems(model, parallel)
+    if model.norm_placement != "pre" and model.add_bias_linear:
+        found.append(f"--norm-placement {model.norm_placement} with biases: expected none. Add --disable-bias-linear.")
     if model.core.get("attention_dropout"):
         found.append(f"--attention-dropout {model.core['attention_dropout']}: attention here has none. Leave it out, or give 0.")
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:

@@ -33,7 +33,7 @@ def padded(model: ModelConfig, tensor_parallel: int) -> ModelConfig:
 def built(model: ModelConfig, layout: ParallelConfig, dtype: str) -> tuple[list[Any], Ranks]:
     """Joins the other processes and builds this rank's chunks; dtype is fp32 or bf16."""
     ranks = parallel.initialize(layout, SEED)
-    return build_model(model, layout, TrainConfig(params_dtype=dtype), ranks), ranks
+    return build_model(model, layout, TrainConfig(params_dtype=dtype)), ranks
 
 
 def convert(

@@ -47,7 +47,7 @@ def load_for_inference(run: RunConfig, explicit: frozenset[str]) -> Inference:
     tokenizer = load_tokenizer(data)
     ranks = parallel.initialize(layout, run.train.seed)
     log.configure(ranks.rank)
-    chunks = build_model(model, layout, run.train, ranks)
+    chunks = build_model(model, layout, run.train)
     if source.is_hf:
         load_hf_weights(chunks, model, source.path, ranks)
     else:

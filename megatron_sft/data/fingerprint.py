@@ -3,7 +3,6 @@
 Not here: the store itself (tokens.py).
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -52,13 +51,6 @@ def store_fingerprint(config: DataConfig, sources: Sequence[Any]) -> str:
         "sources": [[source.name, source.path, [_data_file(path) for path in source.files]] for source in sources],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
-
-
-def differences(before: DataConfig, after: DataConfig) -> list[str]:
-    """Settings of the fingerprint that differ, one sentence each: for a resume that must be refused."""
-    old, new = dataclasses.asdict(before), dataclasses.asdict(after)
-    names = ("train_data", "tokenizer_model", "chat_template", *POLICY_FIELDS)
-    return [f"{name} was {old[name]!r} and is {new[name]!r}" for name in names if old[name] != new[name]]
 
 
 def _data_file(path: str) -> list[Any]:

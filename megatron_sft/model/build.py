@@ -27,7 +27,6 @@ from megatron_sft.model.layers import HeadsNorm
 from megatron_sft.model.loss import linear_cross_entropy
 from megatron_sft.model.rope import RotaryTable, rotate
 from megatron_sft.model.specs import block_spec
-from megatron_sft.parallel import Ranks
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -176,7 +175,7 @@ def _require_known(core: Any, kind: type) -> None:
         raise ConfigError(problems)
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, ranks: Ranks) -> list[SFTModel]:
+def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> list[SFTModel]:
     """This rank's model chunks on its device, with weights that are still to be loaded.
 
     Returns:
@@ -185,10 +184,10 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
     apply_gathered_rope(rotate)
     config = transformer_config(model, parallel, train)
     stages = parallel.virtual_pipeline_model_parallel_size
-    return [_chunk(model, config, ranks, stage) for stage in (range(stages) if stages else [None])]
+    return [_chunk(model, config, stage) for stage in (range(stages) if stages else [None])]
 
 
-def _chunk(model: ModelConfig, config: TransformerConfig, ranks: Ranks, vp_stage: int | None) -> SFTModel:
+def _chunk(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> SFTModel:
     chunk = SFTModel(
         config,
         block_spec(model, config, vp_stage),

@@ -40,8 +40,8 @@ class Job:
     valid_loader: ValidLoader | None
     source_names: Sequence[str]
     name_document: Callable[[int], str]
-    save: Callable[[TrainState, float | None], None]
-    """Writes a checkpoint; the second argument is the newest validation loss."""
+    save: Callable[[TrainState], None]
+    """Writes a checkpoint."""
 
 
 class StopRequest:
@@ -85,7 +85,6 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
     run, stop, stopped = job.run, StopRequest(job.run), 0
     last_iteration = len(job.loader)
     writer = MetricsWriter(run, state.iteration, last_iteration) if job.ranks.rank == 0 else None
-    valid_loss = None
     clock = time.perf_counter()
     for step in job.loader:
         lr = job.optimizer.param_groups[0]["lr"]
@@ -112,14 +111,13 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
         if job.valid_loader and (state.iteration % run.train.eval_interval == 0 or ends):
             with whole_parameters(job.chunks, run.parallel):
                 totals = evaluate(job.chunks, job.valid_loader, len(job.source_names))
-            valid_loss = totals.loss
             metrics |= loss_metrics("valid", totals, job.source_names)
         if writer:
             writer.write(metrics)
         interval = run.checkpoint.save_interval
         if run.checkpoint.save and (ends or (interval and state.iteration % interval == 0)):
             with whole_parameters(job.chunks, run.parallel):
-                job.save(state, valid_loss)
+                job.save(state)
         if ends:
             break
         clock = time.perf_counter()

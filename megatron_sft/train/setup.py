@@ -62,7 +62,7 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
     source = find_source(run.checkpoint)
     run = with_model(run, explicit, source)
     ranks = parallel.initialize(run.parallel, run.train.seed)
-    data = build_data(run, ranks)
+    data = build_data(run)
     job, state, saver = build_job(run, ranks, source, data)
     if run.train.skip_train:
         validate_only(job)
@@ -97,7 +97,7 @@ def with_model(run: RunConfig, explicit: frozenset[str], source: WeightSource) -
     return run
 
 
-def build_data(run: RunConfig, ranks: Ranks) -> Data:
+def build_data(run: RunConfig) -> Data:
     """Tokens, masks and packs of the training and the held-out rows."""
     config = run.data
     tokenizer = load_tokenizer(config)
@@ -124,7 +124,7 @@ def build_job(
     fingerprint = data.store.fingerprint
     if source.resumes:
         refuse_changed(source.run_config, run, run.checkpoint.allow_changed, fingerprint)
-    chunks = build_model(run.model, run.parallel, run.train, ranks)
+    chunks = build_model(run.model, run.parallel, run.train)
     if source.is_hf:
         load_hf_weights(chunks, run.model, source.path, ranks)
         logger.info("converted the HF weights of %s", source.path)
@@ -152,7 +152,7 @@ def build_job(
         loader = TrainLoader(data.train, run.train, **order, **dealt, consumed_samples=state.consumed_samples)
     saver = CheckpointSaver(run.checkpoint.save, run, ranks) if run.checkpoint.save else None
 
-    def save(state: TrainState, valid_loss: float | None) -> None:
+    def save(state: TrainState) -> None:
         assert saver is not None, "the loop saves only with --save"
         values = {**state.to_dict(), "consumed_train_samples": state.consumed_samples, FINGERPRINT: fingerprint}
         saver.save(state.iteration, wrapped, optimizer, scheduler, values)

@@ -95,7 +95,14 @@ def train_step(
     return StepResult(totals, float(grad_norm))
 
 
-def _require_finite(chunks: list[Any], reports: list[dict], batches: list[Batch], totals: LossTotals, name_document: Any, iteration: int) -> None:
+def _require_finite(
+    chunks: list[Any],
+    reports: list[dict],
+    batches: list[Batch],
+    totals: LossTotals,
+    name_document: Any,
+    iteration: int,
+) -> None:
     """Raises the same TrainingError on every rank when the step's loss or any rank's gradient is not finite."""
     buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     bad_gradient = sum((~torch.isfinite(buffer.grad_data.sum())).int() for buffer in buffers)
@@ -117,8 +124,8 @@ def _require_finite(chunks: list[Any], reports: list[dict], batches: list[Batch]
     if finite_loss:
         where = f"; the loss is finite, the gradient is not, on {int(flag)} rank buffers"
     raise TrainingError(
-        f"iteration {iteration}: loss or gradient is not finite{where}. Expected finite numbers. Nothing was updated in this step: lower --lr, "
-        "look at the rows, or pass --no-check-for-nan-in-loss-and-grad to go on."
+        f"iteration {iteration}: loss or gradient is not finite{where}. Expected finite numbers. "
+        "Nothing was updated in this step: lower --lr, look at the rows, or pass --no-check-for-nan-in-loss-and-grad to go on."
     )
 
 

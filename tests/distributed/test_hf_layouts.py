@@ -43,7 +43,7 @@ def through_layout(folders, out, fields):
     ranks = parallel.initialize(layout, 1)
     for name, folder in folders.items():
         model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 8)
-        chunks = build_model(model, layout, TrainConfig(), ranks)
+        chunks = build_model(model, layout, TrainConfig())
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.data.fill_(torch.nan)
@@ -74,7 +74,7 @@ def failing_export(folder, out):
     layout = ParallelConfig(tensor_model_parallel_size=2)
     ranks = parallel.initialize(layout, 1)
     model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 2)
-    chunks = build_model(model, layout, TrainConfig(), ranks)
+    chunks = build_model(model, layout, TrainConfig())
     load_hf_weights(chunks, model, folder, ranks)
     messages = []
     try:

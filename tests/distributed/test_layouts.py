@@ -73,7 +73,7 @@ def train(parallel: ParallelConfig, model: ModelConfig, batch: tuple[int, int]) 
     dataset = SFTDataset(store, pack(store.lengths, 32, "best-fit"), 32, 0)
     multiple = parallel.context_parallel_size * parallel.tensor_model_parallel_size
     loader = TrainLoader(dataset, run.train, dp_rank=ranks.dp_rank, dp_size=ranks.dp_size, multiple=multiple, prefetch=0)
-    chunks = build_model(model, parallel, run.train, ranks)
+    chunks = build_model(model, parallel, run.train)
     fill(chunks, model, ranks)
     wrapped = wrap_ddp(chunks, parallel, run.train)
     optimizer = build_optimizer(wrapped, run)

@@ -122,14 +122,16 @@ def test_two_processes_give_the_losses_of_one(finetune, tmp_path, layout):
 
 def test_bf16_recompute_and_schedules_run(finetune, tmp_path):
     flags = ["--bf16", "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-    done = finetune(*flags, "--train-samples", "6", "--lr-decay-style", "WSD", "--micro-batch-size", "2", "--save", tmp_path / "out")
+    flags += ["--train-samples", "6", "--lr-decay-style", "WSD", "--micro-batch-size", "2"]
+    done = finetune(*flags, "--save", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     assert metrics_of(tmp_path / "out")[-1]["consumed_samples"] == 6
 
 
 def test_sigterm_saves_and_says_so(finetune, tiny_folder, rows_file, tmp_path):
     command = [sys.executable, "finetune.py", "--load", tiny_folder, "--finetune-hf-dataset", rows_file, "--seq-length", "256"]
-    command += ["--train-iters", "100000", "--save", tmp_path / "out", "--data-cache-path", tmp_path / "cache", "--num-workers", "1"]
+    command += ["--train-iters", "100000", "--save", tmp_path / "out", "--data-cache-path", tmp_path / "cache"]
+    command += ["--num-workers", "1"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     assert process.stdout is not None
     for line in process.stdout:

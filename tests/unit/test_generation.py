@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sft.config import CheckpointConfig, DataConfig, GenerateConfig, RunConfig
+from megatron_sft.config import CheckpointConfig, DataConfig, GenerateConfig, ModelConfig, RunConfig
 from megatron_sft.core_compat import install_cpu_mode
 from tests.text_models import byte_tokenizer, greedy, text_model
 
@@ -154,3 +154,17 @@ def test_a_tokenizer_without_template_asks_for_no_chat_template() -> None:
     with pytest.raises(ConfigError, match="--no-chat-template"):
         prompts.encode_prompts(tokenizer, [prompt], True)
     assert tokenizer.decode(prompts.encode_prompts(tokenizer, [prompt], False)[0]) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "soft caps"),
+        ({"core": {"softmax_type": "learnable"}}, "sinks"),
+        ({"attention_chunk_size": 8192}, "chunks"),
+    ],
+)
+def test_models_that_the_cache_cannot_decode_are_refused(fields: dict[str, Any], kind: str) -> None:
+    prompts.require_decodable(ModelConfig())
+    with pytest.raises(ConfigError, match=f"generation: the model has attention {kind}; expected none"):
+        prompts.require_decodable(ModelConfig(**fields))

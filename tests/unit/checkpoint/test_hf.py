@@ -27,7 +27,7 @@ def ranks():
 
 def loaded(folder, ranks, dtype="fp32"):
     model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 8)
-    chunks = build_model(model, ParallelConfig(), TrainConfig(params_dtype=dtype), ranks)
+    chunks = build_model(model, ParallelConfig(), TrainConfig(params_dtype=dtype))
     load_hf_weights(chunks, model, folder, ranks)
     return chunks, model
 
@@ -151,7 +151,7 @@ def test_wrong_folder_is_refused_before_anything_is_copied(fault, tmp_path, rank
     folder = tmp_path / "model"
     tiny_folder("llama", folder)
     model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 8)
-    chunks = build_model(model, ParallelConfig(), TrainConfig(), ranks)
+    chunks = build_model(model, ParallelConfig(), TrainConfig())
     for parameter in chunks[0].parameters():
         parameter.data.fill_(7.0)
     spoil, message = WRONG[fault]

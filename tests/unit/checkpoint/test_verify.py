@@ -35,7 +35,7 @@ def loaded(folder, ranks, change=None):
     """The converted model; `change` makes the wrong ModelConfig that it is built from."""
     model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 1)
     model = dataclasses.replace(model, **(change or {}))
-    chunks = build_model(model, ParallelConfig(), TrainConfig(), ranks)
+    chunks = build_model(model, ParallelConfig(), TrainConfig())
     load_hf_weights(chunks, model, folder, ranks)
     return chunks, model
 

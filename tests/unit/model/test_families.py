@@ -42,7 +42,7 @@ def test_family_equals_transformers(name, tmp_path, ranks):
     model = model_config_from_hf(read_hf_config(tmp_path))
     model = dataclasses.replace(model, padded_vocab_size=model.vocab_size + 5)
     model.core.pop("moe_aux_loss_coeff", None)  # transformers adds it to the loss only when asked to
-    chunk = build_model(model, ParallelConfig(), TrainConfig(), ranks)[0]
+    chunk = build_model(model, ParallelConfig(), TrainConfig())[0]
     load_hf_weights([chunk], model, tmp_path, ranks)
     tokens, labels, mask, positions, packed = packed_row(model.vocab_size)
 

@@ -34,7 +34,7 @@ def ranks():
 
 
 def fresh(model, ranks):
-    chunk = build_model(model, ParallelConfig(), TrainConfig(), ranks)[0]
+    chunk = build_model(model, ParallelConfig(), TrainConfig())[0]
     generator = torch.Generator().manual_seed(2)
     for parameter in chunk.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
@@ -105,4 +105,4 @@ def test_spans_of_a_context_parallel_part():
 
 def test_unknown_core_setting_names_the_nearest(ranks):
     with pytest.raises(ConfigError, match="Did you mean moe_router_topk"):
-        build_model(dataclasses.replace(MODEL, core={"moe_router_top_k": 2}), ParallelConfig(), TrainConfig(), ranks)
+        build_model(dataclasses.replace(MODEL, core={"moe_router_top_k": 2}), ParallelConfig(), TrainConfig())
