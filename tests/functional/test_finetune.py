@@ -128,6 +128,12 @@ def test_bf16_recompute_and_schedules_run(finetune, tmp_path):
     assert metrics_of(tmp_path / "out")[-1]["consumed_samples"] == 6
 
 
+def test_exit_interval_saves_and_says_so(finetune, tmp_path):
+    done = finetune("--train-iters", "5", "--exit-interval", "2", "--save", tmp_path / "out")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+
+
 def test_sigterm_saves_and_says_so(finetune, tiny_folder, rows_file, tmp_path):
     command = [sys.executable, "finetune.py", "--load", tiny_folder, "--finetune-hf-dataset", rows_file, "--seq-length", "256"]
     command += ["--train-iters", "100000", "--save", tmp_path / "out", "--data-cache-path", tmp_path / "cache"]
