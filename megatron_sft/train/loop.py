@@ -110,8 +110,8 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
         ends = bool(stopped) or state.iteration == last_iteration
         if job.valid_loader and (state.iteration % run.train.eval_interval == 0 or ends):
             with whole_parameters(job.chunks, run.parallel):
-                totals = evaluate(job.chunks, job.valid_loader, len(job.source_names))
-            metrics |= loss_metrics("valid", totals, job.source_names)
+                totals = evaluate(job.chunks, job.valid_loader)
+            metrics |= loss_metrics("valid", totals, job.valid_loader.dataset.store.source_names)
         if writer:
             writer.write(metrics)
         interval = run.checkpoint.save_interval

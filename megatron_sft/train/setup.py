@@ -185,6 +185,6 @@ def _load(
 def validate_only(job: Job) -> None:
     """--skip-train: prints the loss of the held-out rows."""
     assert job.valid_loader is not None, "build_data refuses --skip-train without held-out rows"
-    totals = evaluate(job.chunks, job.valid_loader, len(job.source_names))
-    metrics = loss_metrics("valid", totals, job.source_names)
+    totals = evaluate(job.chunks, job.valid_loader)
+    metrics = loss_metrics("valid", totals, job.valid_loader.dataset.store.source_names)
     logger.info("validation loss: %.6f | trained tokens: %d | %s", totals.loss, totals.trained_tokens, dict(metrics))

@@ -171,6 +171,18 @@ def test_nan_stops_before_the_update_and_names_iteration_and_row(finetune, tiny_
     assert expected in done.stdout and "Traceback" not in done.stdout
 
 
+def test_held_out_files_have_losses_of_their_own(finetune, rows_file, tmp_path):
+    """More held-out sources than training has; the total is the mean over their trained tokens."""
+    for name, lines in (("easy", slice(0, 9)), ("hard", slice(9, 23))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows_file.read_text().splitlines()[lines]) + "\n")
+    valid = ["--valid-data", tmp_path / "easy.jsonl", tmp_path / "hard.jsonl", "--eval-iters", "-1"]
+    done = finetune(*valid, "--train-iters", "1", "--save", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = metrics_of(tmp_path / "out")[-1]
+    parts = sorted([last["valid/loss/easy"], last["valid/loss/hard"]])
+    assert parts[0] < last["valid/loss"] < parts[1]
+
+
 def test_a_finished_run_is_not_trained_again(finetune, tmp_path):
     flags = ["--train-iters", "1", "--save", tmp_path / "out"]
     assert finetune(*flags).returncode == 0
