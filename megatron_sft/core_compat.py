@@ -172,10 +172,23 @@ def apply_gathered_rope(rotate: Callable[[Any, Any, bool], Any]) -> None:
     def apply(t: Any, cu_seqlens: Any, freqs: Any, rotary_interleaved: bool = False, *args: Any, **kwargs: Any) -> Any:
         if freqs.dim() != 3:  # not RotaryTable.gather's [T, 2, dim]
             return sliced(t, cu_seqlens, freqs, rotary_interleaved, *args, **kwargs)
-        return rotate(t, freqs, rotary_interleaved or kwargs.get("multi_latent_attention", False))
+        latent = kwargs.get("multi_latent_attention") or kwargs.get("mla_rotary_interleaved")  # 0.16, 0.19
+        return rotate(t, freqs, bool(rotary_interleaved or latent))
 
     apply.takes_gathered = True  # type: ignore[attr-defined]
     rope_utils._apply_rotary_pos_emb_thd = apply
+
+
+def builds_latent_attention(q_lora_rank: int | None) -> bool:
+    """Whether this megatron-core can build latent attention without TransformerEngine.
+
+    From 0.17 on, multi_latent_attention.py:QKNormConfigResolver wants TransformerEngine's fused norm where queries are
+    not compressed (DeepSeek-V2-Lite).
+    """
+    import megatron.core
+
+    version = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
+    return version < (0, 17) or q_lora_rank is not None
 
 
 def process_environment() -> tuple[int, int, int]:

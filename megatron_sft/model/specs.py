@@ -12,6 +12,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sft.config import ModelConfig
+from megatron_sft.core_compat import builds_latent_attention
+from megatron_sft.errors import ConfigError
 from megatron_sft.model.attention import PackedAttention
 from megatron_sft.model.layers import BiasedRowParallelLinear, L2Norm, LayerNorm, NormedRowParallelLinear, RMSNorm
 from megatron_sft.model.self_attention import LatentSelfAttention, PackedSelfAttention
@@ -44,9 +46,15 @@ def _replace(layer: ModuleSpec, norm: type, model: ModelConfig, config: Transfor
     attention = submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.multi_latent_attention:
+        if not builds_latent_attention(config.q_lora_rank):
+            raise ConfigError(
+                ["latent attention without --q-lora-rank (DeepSeek-V2-Lite) does not build with this megatron-core without "
+                 "TransformerEngine. Use Python 3.11 with megatron-core 0.16."]
+            )  # fmt: skip
         submodules.self_attention.module = LatentSelfAttention
-        if config.qk_layernorm:
-            attention.q_layernorm = attention.kv_layernorm = norm
+        if config.qk_layernorm:  # queries without compression (DeepSeek-V2-Lite) have no norm
+            attention.kv_layernorm = norm
+            attention.q_layernorm = norm if config.q_lora_rank else IdentityOp
     else:
         submodules.self_attention.module = PackedSelfAttention
         head_norm = L2Norm if config.qk_l2_norm else norm if config.qk_layernorm else IdentityOp

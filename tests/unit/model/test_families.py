@@ -8,6 +8,8 @@ import torch
 from megatron_sft.checkpoint.hf import load_hf_weights
 from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
 from megatron_sft.config import ParallelConfig, TrainConfig
+from megatron_sft.core_compat import builds_latent_attention
+from megatron_sft.errors import ConfigError
 from megatron_sft.model.attention import packed_seq_params
 from megatron_sft.model.build import build_model
 from megatron_sft.parallel import finalize, initialize
@@ -42,6 +44,10 @@ def test_family_equals_transformers(name, tmp_path, ranks):
     model = model_config_from_hf(read_hf_config(tmp_path))
     model = dataclasses.replace(model, padded_vocab_size=model.vocab_size + 5)
     model.core.pop("moe_aux_loss_coeff", None)  # transformers adds it to the loss only when asked to
+    if model.core.get("multi_latent_attention") and not builds_latent_attention(model.core.get("q_lora_rank")):
+        with pytest.raises(ConfigError, match="DeepSeek-V2-Lite"):
+            build_model(model, ParallelConfig(), TrainConfig())
+        return
     chunk = build_model(model, ParallelConfig(), TrainConfig())[0]
     load_hf_weights([chunk], model, tmp_path, ranks)
     tokens, labels, mask, positions, packed = packed_row(model.vocab_size)
