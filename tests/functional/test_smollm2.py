@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not (FOLDER / "config.json").exists(), reason="r
 def finetune(*flags: Any) -> str:
     needed = ["--load", FOLDER, "--finetune-hf-dataset", TRAIN, "--adam-beta1", "0.9", "--adam-beta2", "0.95", "--clip-grad", "1"]
     command = list(map(str, [sys.executable, "finetune.py", *needed, *flags]))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
