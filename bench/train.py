@@ -9,6 +9,7 @@ Prints a table and one JSON line. The ratio is the figure to read: both ran in t
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,15 +37,9 @@ def ours(model: str, steps: int) -> list[float]:
 def trl(model: str, steps: int, folder: str) -> list[float]:
     """The same of TRL's SFTTrainer, in a process of its own that has `folder` on its path."""
     command = [sys.executable, __file__, "--peer", "--model", model, "--steps", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**_environment(), "PYTHONPATH": folder}, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": folder}, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return list(json.loads(done.stdout.splitlines()[-1]))
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
 
 
 def peer(model: str, steps: int) -> None:
@@ -72,7 +67,7 @@ def peer(model: str, steps: int) -> None:
         )  # fmt: skip
         rows = load_dataset("json", data_files=str(ROWS), split="train")
         trainer = SFTTrainer(model, args=config, train_dataset=rows, callbacks=[Clock()])
-        lengths = [sum(map(len, [row["input_ids"]])) for row in trainer.train_dataset]
+        lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
         trainer.train()
     print(json.dumps([statistics.mean(lengths) / seconds for seconds in rates]))
 

@@ -13,10 +13,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_sft.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.config import OptimConfig, ParallelConfig, RunConfig
 from megatron_sft.core_compat import provide_apex_adam
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megatron_sft.model.build import DTYPES
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -77,7 +76,7 @@ class FusedAdam(torch.optim.Optimizer):
             )
 
 
-def wrap_ddp(chunks: list[Any], parallel: ParallelConfig, train: TrainConfig) -> list[DistributedDataParallel]:
+def wrap_ddp(chunks: list[Any], parallel: ParallelConfig) -> list[DistributedDataParallel]:
     """Wraps every model chunk in megatron-core's DDP with fp32 gradient buffers."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -130,7 +130,7 @@ def build_job(
         logger.info("converted the HF weights of %s", source.path)
         if run.checkpoint.verify_conversion:
             quick_check(chunks, run.model, source.path, ranks)
-    wrapped = wrap_ddp(chunks, run.parallel, run.train)
+    wrapped = wrap_ddp(chunks, run.parallel)
     optimizer = build_optimizer(wrapped, run)
     layout = run.parallel
     multiple = layout.context_parallel_size * (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
@@ -141,15 +141,14 @@ def build_job(
         prefetch=run.data.prefetch,
         pin_memory=torch.cuda.is_available(),
     )
-    order: dict[str, Any] = dict(seed=run.data.seed, shuffle=run.data.shuffle)
-    loader = TrainLoader(data.train, run.train, **order, **dealt)
+    loader = TrainLoader(data.train, run.train, seed=run.data.seed, shuffle=run.data.shuffle, **dealt)
     valid_loader = ValidLoader(data.valid, run.train, **dealt) if data.valid else None
     lengths = schedule_lengths(run, len(loader), loader.num_samples)
     scheduler = build_scheduler(optimizer, run.optim, lengths)
     state = TrainState()
     if not source.is_hf:
         state = _load(run, ranks, source, wrapped, optimizer, scheduler)
-        loader = TrainLoader(data.train, run.train, **order, **dealt, consumed_samples=state.consumed_samples)
+        loader.consumed_samples = state.consumed_samples
     saver = CheckpointSaver(run.checkpoint.save, run, ranks) if run.checkpoint.save else None
 
     def save(state: TrainState) -> None:

@@ -90,7 +90,8 @@ def build(
     parallel: ParallelConfig, checkpoint: CheckpointConfig | None = None, dtype: str = "fp32", **model: Any
 ) -> Rig:
     """Builds the rig for a layout; weights differ from seed to seed of torch's generator, set here."""
-    from megatron_sft.train.optim import DTYPES, build_optimizer, build_scheduler, schedule_lengths, wrap_ddp
+    from megatron_sft.model.build import DTYPES
+    from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, wrap_ddp
 
     ranks = initialize(parallel, 1234)
     run = RunConfig(
@@ -101,7 +102,7 @@ def build(
         checkpoint=checkpoint or CheckpointConfig(),
     )
     torch.manual_seed(7)
-    chunks = wrap_ddp(_models(run, DTYPES[dtype], ranks), parallel, run.train)
+    chunks = wrap_ddp(_models(run, DTYPES[dtype], ranks), parallel)
     optimizer = build_optimizer(chunks, run)
     return Rig(run, ranks, chunks, optimizer, build_scheduler(optimizer, run.optim, schedule_lengths(run, 100, 100)))
 
