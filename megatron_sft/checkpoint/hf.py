@@ -316,9 +316,7 @@ def exported_tensors(
     yield from _assembled(_shards(plan, held), plan, _announced(plan, stored, None))
 
 
-def _offered(
-    chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ranks: Ranks
-) -> tuple[Shards, list[list[_Offer]]]:
+def _offered(chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ranks: Ranks) -> tuple[Shards, list[list[_Offer]]]:
     """This rank's shards, and what every rank offers."""
     held = {
         (item.name, item.part): item
@@ -425,7 +423,11 @@ def _stored_tied(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) 
 def _assembled(
     shards: Iterator[tuple[_Offer, torch.Tensor]], plan: Plan, announced: Announced
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Puts shard after shard in its place; an HF tensor is yielded when its last shard has arrived."""
+    """Puts shard after shard in its place; an HF tensor is yielded when its last shard has arrived.
+
+    A yielded tensor is valid until the next one: its memory is used again, which costs far less than fresh pages do.
+    """
+    free: dict[tuple[tuple[int, ...], torch.dtype], list[torch.Tensor]] = {}
     waiting: dict[str, int] = {}
     for _, offer in plan:
         for name in offer.sources:
@@ -435,12 +437,14 @@ def _assembled(
         for name in offer.sources:
             if name not in begun:
                 shape, dtype = announced[name]
-                begun[name] = torch.empty(shape, dtype=dtype)
+                unused = free.get(announced[name])
+                begun[name] = unused.pop() if unused else torch.empty(shape, dtype=dtype)
         write_shard(offer.placement, local, {number: begun[name] for number, name in enumerate(offer.sources)})
         for name in offer.sources:
             waiting[name] -= 1
             if not waiting[name]:
-                yield name, begun.pop(name)
+                yield name, begun[name]
+                free.setdefault(announced[name], []).append(begun.pop(name))
 
 
 def _shards(plan: Plan, held: Shards) -> Iterator[tuple[_Offer, torch.Tensor]]:

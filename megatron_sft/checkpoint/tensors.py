@@ -23,6 +23,10 @@ SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 """Largest safetensors file that save_hf writes, as transformers' save_pretrained does."""
 
+WRITE_WINDOW_BYTES = 2**27
+"""Written to the disk and dropped from the page cache each time. An export that stays cached takes as much memory again
+as the model: fresh pages, which cost more CPU time than everything else (a virtual machine gets them one by one)."""
+
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -142,6 +146,7 @@ class TensorWriter:
     def __init__(self, folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]):
         self._places: dict[str, tuple[int, int]] = {}
         self._descriptors: list[int] = []
+        self._cached_bytes = 0
         groups = _shards(tensors)
         total, weight_map = 0, {}
         for number, names in enumerate(groups, start=1):
@@ -174,8 +179,17 @@ class TensorWriter:
         descriptor, offset = self._places.pop(name)
         data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         while data:
-            written = os.pwrite(descriptor, data, offset)
+            written = os.pwrite(descriptor, data[:WRITE_WINDOW_BYTES], offset)
             data, offset = data[written:], offset + written
+            self._cached_bytes += written
+            if self._cached_bytes >= WRITE_WINDOW_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        for descriptor in self._descriptors:
+            os.fdatasync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._cached_bytes = 0
 
     def close(self) -> None:
         """Brings everything to the disk. Tensors that were announced and not written are a bug."""
