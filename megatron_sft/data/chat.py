@@ -108,7 +108,8 @@ class ChatEncoder:
         plain = all(weight == 1.0 for _, _, weight in rendered.spans)
         mask = np.zeros(len(tokens.ids), dtype=np.uint8 if plain else np.float32)
         for first, last, weight in rendered.spans:
-            mask[(tokens.starts >= first) & (tokens.ends <= last) & (tokens.ends > tokens.starts)] = weight
+            inside = slice(np.searchsorted(tokens.starts, first), np.searchsorted(tokens.ends, last, side="right"))
+            mask[inside][tokens.ends[inside] > tokens.starts[inside]] = weight
         return Encoded(tokens.ids.astype(np.int32), mask)
 
     def render(self, row: Row) -> list[Rendered]:

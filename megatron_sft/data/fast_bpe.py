@@ -128,8 +128,9 @@ class BPEText:
         if is_changed or len(text) > LONGEST_FAST_TEXT:
             return self._slow(text)
         ranks = self._encoding.encode_to_numpy(text, allowed_special="all")
-        ends = np.cumsum(self._num_bytes[ranks])
-        starts = ends - self._num_bytes[ranks]
+        num_bytes = self._num_bytes[ranks]
+        ends = np.cumsum(num_bytes)
+        starts = ends - num_bytes
         if not is_ascii:
             data = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
             character_of = np.cumsum((data & 0xC0) != 0x80) - 1

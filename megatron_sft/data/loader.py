@@ -352,9 +352,7 @@ class TrainLoader:
             epoch, start = divmod(consumed, self.num_packs)
             if epoch != order_of_epoch:
                 order_of_epoch = epoch
-                order = epoch_order(
-                    self.num_packs, self._seed, epoch, self._shuffle, self._costs, self.global_batch_size
-                )
+                order = epoch_order(self.num_packs, self._seed, epoch, self._shuffle, self._costs, self.global_batch_size)
             pack_ids = order[start : start + self.global_batch_size][: self.num_samples - consumed]
             consumed += len(pack_ids)
             yield Step(self._batches(pack_ids), len(pack_ids), consumed / self.num_packs)

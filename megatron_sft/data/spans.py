@@ -91,6 +91,8 @@ class _Turn:
     """What add_generation_prompt adds: `<|im_start|>assistant\\n`, perhaps with an empty <think> block."""
     header: str
     """The prompt without <think>."""
+    thought: str
+    """An empty <think> block that the template itself puts before the last answer, or nothing."""
     ends: tuple[str, ...]
     """End-of-turn tokens: of the last answer, and of earlier ones where that differs (gpt-oss: <|return|>, <|end|>)."""
     trailer: str
@@ -101,7 +103,7 @@ class _Turn:
 
 def _turn(template: Template, kwargs: Mapping[str, Any], special: tuple[str, ...]) -> _Turn:
     """Learns an answer's surroundings from conversations of words nobody writes; once for each set of arguments."""
-    key = json.dumps([kwargs, special], sort_keys=True, default=str)
+    key = (json.dumps(kwargs, sort_keys=True, default=str) if kwargs else "", special)
     if key not in template.learned:
         try:
             template.learned[key] = _learn_turn(template, kwargs, special)
@@ -141,7 +143,8 @@ def _learn_turn(template: Template, kwargs: Mapping[str, Any], special: tuple[st
     ends = [end, end if earlier.startswith(end) else _first_special(earlier, special)]
     if not all(ends):
         raise Undecided("no special token ends an answer, so that the model would never stop")
-    return _Turn(prompt, header, tuple(dict.fromkeys(ends)), rest, special)
+    thought = before[len(asked + header) :]
+    return _Turn(prompt, header, thought, tuple(dict.fromkeys(ends)), rest, special)
 
 
 def _first_special(text: str, special: Sequence[str]) -> str:
@@ -150,17 +153,21 @@ def _first_special(text: str, special: Sequence[str]) -> str:
 
 
 def _prefix(template: Template, conversation: Conversation, turn: _Turn, text: str) -> list[Span]:
+    if turn.header.strip() and (exact := _exact_answers(conversation, turn, text)):
+        return exact
     spans, messages = [], list(conversation.messages)
     for index in conversation.assistants():
         try:
-            head, _ = template.render(messages[:index], conversation.tools, conversation.kwargs, add_generation_prompt=True)
             is_last = index + 1 == len(messages)
             full = text if is_last else template.render(messages[: index + 1], conversation.tools, conversation.kwargs)[0]
+            full = full.removesuffix(turn.trailer)
+            if not text.startswith(full):
+                raise Undecided(f"message {index} is rendered otherwise when others follow it")
+            head, _ = template.render(messages[:index], conversation.tools, conversation.kwargs, add_generation_prompt=True)
         except TemplateError as error:
             raise Undecided(f"the template refuses the first {index} messages ({error})") from None
-        full = full.removesuffix(turn.trailer)
-        if not (text.startswith(full) and full.startswith(head)):
-            raise Undecided(f"message {index} is rendered otherwise when others follow it")
+        if not full.startswith(head):
+            raise Undecided(f"message {index} does not follow its generation prompt")
         if not head.endswith(turn.prompt) and turn.header.strip() in full[len(head) :]:
             raise Undecided(f"there is no generation prompt before message {index}")
         ends = turn.special if messages[index].get("tool_calls") else turn.ends  # some end a tool call otherwise: <|call|>
@@ -173,6 +180,8 @@ def _prefix(template: Template, conversation: Conversation, turn: _Turn, text: s
 def _boundaries(template: Template, conversation: Conversation, turn: _Turn, text: str) -> list[Span]:
     if not turn.header.strip():
         raise Undecided("no header begins an answer")
+    if exact := _exact_answers(conversation, turn, text, turn.thought):
+        return exact
     for call in (message.get("tool_calls") for message in conversation.messages):
         said = json.dumps(call, ensure_ascii=False, default=str)
         if any(own in said for own in (turn.header.strip(), *turn.ends)):
@@ -204,6 +213,37 @@ def _boundaries(template: Template, conversation: Conversation, turn: _Turn, tex
     if len(spans) != len(expected) or any(o not in (None, e) for o, e in zip(owners, expected, strict=True)):
         raise Undecided(f"the text has {len(spans)} assistant headers for {len(expected)} assistant messages")
     return spans
+
+
+def _exact_answers(conversation: Conversation, turn: _Turn, text: str, thought: str = "") -> list[Span]:
+    """The spans without another render, where every answer stands unchanged between its header and its end token.
+
+    Only for conversations of plain text in which nobody writes a header's beginning; empty: the long way decides.
+    thought: what the template itself may put before an answer; without it, the header must be the whole prompt.
+    """
+    opening = turn.header.strip()[:2]
+    for message in conversation.messages:
+        said = message.get("content")
+        if not isinstance(said, str) or opening in said or "<think>" in said or len(message.keys() - {"role", "content"}):
+            return []
+    spans: list[Span] = []
+    place = 0
+    for index in conversation.assistants():
+        place = text.find(turn.header, place)
+        asked = text.startswith(turn.prompt, place)
+        first = place + len(turn.prompt if asked else turn.header)
+        begin = first + len(thought) if text.startswith(thought, first) else first
+        said = conversation.messages[index]["content"]
+        form = next((form for form in (said, said.strip(), said.lstrip("\n")) if text.startswith(form, begin)), None)
+        if place < 0 or form is None or not said.strip() or not (asked or thought):
+            return []
+        after = begin + len(form)
+        end = next((end for end in turn.ends if text.startswith(end, after)), None)
+        if end is None:
+            return []
+        place = after + len(end)
+        spans.append((first, place))
+    return spans if text.find(turn.header, place) < 0 else []
 
 
 def _own_text(template: Template, conversation: Conversation, text: str) -> tuple[str, list[tuple[int, int]]]:

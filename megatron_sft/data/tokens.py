@@ -10,6 +10,7 @@ Not here: schemas (schema.py), templates and masks (chat.py), reading the folder
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sft.config import DataConfig
+from megatron_sft.data.chat import CHECKED_ROWS, ChatEncoder, check_masks
 from megatron_sft.data.fingerprint import store_fingerprint
 from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.data.store import STORE_VERSION, Document, MemoryStore, TokenStore
@@ -48,7 +50,7 @@ def build_token_store(
         config: how rows become tokens.
         sources: sources.Source objects; their order is the order of documents.
         folder: of all cached stores; may be shared by processes and nodes.
-        make: gives each process its encoder; a module function.
+        make: gives the encoder, from the configuration and the first rows of each source.
 
     Raises:
         DataError: more than max_bad_rows bad rows (the first 20 are listed), or no row left.
@@ -86,7 +88,8 @@ def build_memory_store(config: DataConfig, sources: Sequence[Any], encoder: Any)
     documents: list[Document] = []
     where: list[str] = []
     names = list(collector.ledger)
-    for chunk in _gated(_chunks(sources), config, [encoder], names):
+    _check_masks(encoder, config, _first_rows(sources), names)
+    for chunk in _chunks(sources):
         result = encode_rows(encoder, config, chunk)
         collector.add(result)
         ends = np.cumsum(result.lengths)[:-1]
@@ -296,11 +299,10 @@ def _build(config: DataConfig, sources: Sequence[Any], fingerprint: str, folder:
     total_rows = _expected_rows(sources)
     start = last = time.monotonic()
     try:
-        made: list[Any] = []
-        chunks = _chunks(sources)
-        if make is make_encoder:  # another one masks as it likes
-            chunks = _gated(chunks, config, made, list(collector.ledger))
-        for result in in_order(chunks, config, make, encode_rows, made):
+        first = _first_rows(sources)
+        encoder = make(config, first)
+        _check_masks(encoder, config, first, list(collector.ledger))
+        for result in in_order(_chunks(sources), config, encoder, encode_rows):
             if result is not None:
                 collector.add(result)
                 writer.write(result)
@@ -358,23 +360,18 @@ def _chunks(sources: Iterable[Any]) -> Iterator[Chunk]:
             yield Chunk(source_id, rows)
 
 
-def _gated(chunks: Iterator[Chunk], config: DataConfig, made: list[Any], names: Sequence[str]) -> Iterator[Chunk]:
-    """The chunks, the first of each source after its masks were checked (chat.check_masks), so that wrong ones fail early.
+def _first_rows(sources: Sequence[Any]) -> list[Chunk]:
+    return [Chunk(index, list(itertools.islice(source, CHECKED_ROWS))) for index, source in enumerate(sources)]
 
-    `made` holds this process's encoder, or is empty and receives one.
-    """
-    from megatron_sft.data.chat import ChatEncoder, check_masks
 
-    checked: set[int] = set()
-    for chunk in chunks:
-        if chunk.source_id not in checked:
-            made += [] if made else [make_encoder(config, [chunk])]
-            checked.add(chunk.source_id)
-            if isinstance(made[0], ChatEncoder):
-                routes = check_masks(made[0], _good_rows(chunk, config), names[chunk.source_id])
-                found = ", ".join(f"{count} by {route}" for route, count in routes.items()) or "plain text"
-                logger.info("masks: %s checked (%s)", names[chunk.source_id], found)
-        yield chunk
+def _check_masks(encoder: Any, config: DataConfig, first: Sequence[Chunk], names: Sequence[str]) -> None:
+    """Checks the masks of every source's first rows (chat.check_masks), so that wrong ones fail before any work."""
+    if not isinstance(encoder, ChatEncoder):  # another one masks as it likes
+        return
+    for chunk in first:
+        routes = check_masks(encoder, _good_rows(chunk, config), names[chunk.source_id])
+        found = ", ".join(f"{count} by {route}" for route, count in routes.items()) or "plain text"
+        logger.info("masks: %s checked (%s)", names[chunk.source_id], found)
 
 
 def _good_rows(chunk: Chunk, config: DataConfig) -> Iterator[Row]:
@@ -385,12 +382,17 @@ def _good_rows(chunk: Chunk, config: DataConfig) -> Iterator[Row]:
             continue  # counted and reported by encode_rows
 
 
-def _num_characters(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_num_characters, value.values()))
-    return sum(map(_num_characters, value)) if isinstance(value, list) else 8
+def _num_characters(record: Any) -> int:
+    total, left = 0, [record]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            total += len(value)
+        elif isinstance(value, dict | list):
+            left += value.values() if isinstance(value, dict) else value
+        else:
+            total += 8
+    return total
 
 
 def _flush_folder(folder: Path) -> None:

@@ -7,12 +7,13 @@ import fcntl
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,14 @@ Encode = Callable[[Any, DataConfig, Chunk], Result]
 MakeEncoder = Callable[[DataConfig, Sequence[Chunk]], Any]
 
 
-def in_order(
-    chunks: Iterator[Chunk], config: DataConfig, make: MakeEncoder, encode: Encode, made: Sequence[Any] = ()
-) -> Iterator[Result | None]:
+def in_order(chunks: Iterator[Chunk], config: DataConfig, encoder: Any, encode: Encode) -> Iterator[Result | None]:
     """Results of `encode(encoder, config, chunk)` in the order of the chunks; None when a few seconds brought none.
 
     Args:
         chunks: read only as fast as they are worked on.
         config: num_workers processes; 0: one a core.
-        make: a module function that gives a process its encoder, from the configuration and the first chunks.
-        encode: a module function.
-        made: holds an encoder of this process once the first chunk was read, if the caller made one.
+        encoder: forked into each process: loading a tokenizer takes seconds, and 200 MB that are shared so.
+        encode: what is done to a chunk.
 
     Raises:
         DataError: what a worker raised, or that a worker was killed.
@@ -87,12 +85,13 @@ def in_order(
     first = list(itertools.islice(chunks, ALONE_CHUNKS))
     num_workers = config.num_workers or len(os.sched_getaffinity(0))
     if num_workers == 1 or len(first) < ALONE_CHUNKS:
-        encoder = made[0] if made else make(config, first)
         for chunk in itertools.chain(first, chunks):
             yield encode(encoder, config, chunk)
         return
-    workers = [_Worker(config, make, encode, first) for _ in range(num_workers)]
+    workers: list[_Worker] = []
     try:
+        for _ in range(num_workers):
+            workers.append(_Worker(config, encoder, encode, [worker.connection for worker in workers]))
         yield from _deal(workers, itertools.chain(first, chunks))
     finally:
         for worker in workers:
@@ -123,10 +122,11 @@ def _strings(value: Any) -> Iterator[str]:
 class _Worker:
     """One process, which has at most one chunk at a time: sending never waits for a process that waits for us."""
 
-    def __init__(self, config: DataConfig, make: MakeEncoder, encode: Encode, sample: Sequence[Chunk]):
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, config: DataConfig, encoder: Any, encode: Encode, others: Sequence[Connection]):
+        context = multiprocessing.get_context("fork")
         self.connection, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_work, args=(theirs, config, make, encode, sample))
+        ours = (*others, self.connection)
+        self.process: ForkProcess = context.Process(target=_work, args=(theirs, ours, config, encoder, encode))
         self.process.start()
         theirs.close()
         self.index: int | None = None
@@ -195,12 +195,16 @@ def _deal(workers: list[_Worker], chunks: Iterator[Chunk]) -> Iterator[Result | 
             next_index += 1
 
 
-def _work(
-    connection: Connection, config: DataConfig, make: MakeEncoder, encode: Encode, sample: Sequence[Chunk]
-) -> None:
-    """Body of a worker process; it ends when the other end of the connection is closed, or its owner killed."""
+def _work(connection: Connection, ours: Sequence[Connection], config: DataConfig, encoder: Any, encode: Encode) -> None:
+    """Body of a worker process; it ends when its owner closes the connection or is killed.
+
+    What fork copied is let go: the owner's ends (`ours`), which would keep connections alive, and its signal handlers.
+    """
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.SIG_IGN)
+    for inherited in ours:
+        inherited.close()
     try:
-        encoder = make(config, sample)
         while True:
             connection.send(encode(encoder, config, connection.recv()))
     except UserError as error:
