@@ -228,6 +228,10 @@ class TrainConfig:
     skip_train: bool = False
     """Validate only."""
     check_for_nan: bool = True
+    loss_spike_factor: float | None = None
+    """A step whose loss exceeds this times the running mean of the loss is not applied; None: every step is."""
+    loss_spike_action: str = "skip"
+    """What such a step does: skip (training goes on with the next) or stop (saves a checkpoint of the step before it)."""
     eval_iters: int = 0
     """Global batches a validation; 0: no validation, -1: the whole held-out set."""
     eval_interval: int = 1000
@@ -430,6 +434,8 @@ def _training_problems(run: RunConfig) -> list[str]:
             f"--max-tokens-per-gpu {train.max_tokens_per_gpu} is below --seq-length {data.seq_length}: a pack would not fit. "
             "Raise it, or lower --seq-length."
         )
+    if train.loss_spike_factor is not None and train.loss_spike_factor <= 1:
+        found.append(f"--loss-spike-factor is {train.loss_spike_factor}; expected a number above 1, such as 3.")
     if train.recompute_granularity == "full" and not (train.recompute_method and train.recompute_num_layers):
         found.append("--recompute-granularity full needs --recompute-method uniform|block and --recompute-num-layers N.")
     return found

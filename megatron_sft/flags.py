@@ -53,6 +53,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "optim.lr_wsd_decay_style": ("exponential", "linear", "cosine", "minus_sqrt"),
     "parallel.cp_comm_type": ("a2a", "allgather", "p2p"),
     "parallel.distributed_backend": ("nccl", "gloo"),
+    "train.loss_spike_action": ("skip", "stop"),
     "train.recompute_granularity": ("selective", "full"),
     "train.recompute_method": ("uniform", "block"),
     "model.normalization": ("RMSNorm", "LayerNorm"),

@@ -18,13 +18,12 @@ from megatron_sft.log import logger
 Metrics = Mapping[str, Any]
 
 
-def console_line(metrics: Metrics, train_iters: int, skipped: int = 0) -> str:
+def console_line(metrics: Metrics, train_iters: int) -> str:
     """The line that Megatron-LM prints (megatron/training/training.py:training_log), our fields at its end.
 
     Args:
         metrics: of one iteration; times in ms, loss in nats a trained token.
         train_iters: iterations of the whole run.
-        skipped: iterations without an update so far.
     """
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     line = (
@@ -34,7 +33,7 @@ def console_line(metrics: Metrics, train_iters: int, skipped: int = 0) -> str:
         f" throughput per GPU (TFLOP/s/GPU): {metrics['perf/tflops_per_gpu']:.1f} |"
         f" learning rate: {metrics['lr']:.6E} | global batch size: {metrics['global_batch_size']:5d} |"
         f" lm loss: {metrics['sft/loss']:.6E} | loss scale: 1.0 | grad norm: {metrics['grad_norm']:.3f} |"
-        f" number of skipped iterations: {skipped:3d} | number of nan iterations:   0 |"
+        f" number of skipped iterations: {metrics.get('skipped_iterations', 0):3d} | number of nan iterations:   0 |"
         f" tokens/s: {metrics['perf/tokens_per_s']:.0f} | trained tokens: {metrics['sft/trained_tokens']} |"
         f" epoch: {metrics['sft/epoch']:.3f} |"
     )

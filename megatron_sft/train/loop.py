@@ -16,6 +16,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_sft.config import RunConfig
 from megatron_sft.core_compat import device
 from megatron_sft.data.loader import Step, TrainLoader, ValidLoader
+from megatron_sft.errors import TrainingError
+from megatron_sft.log import logger
 from megatron_sft.metrics import MetricsWriter
 from megatron_sft.parallel import Ranks
 from megatron_sft.train.evaluate import evaluate
@@ -40,8 +42,8 @@ class Job:
     valid_loader: ValidLoader | None
     source_names: Sequence[str]
     name_document: Callable[[int], str]
-    save: Callable[[TrainState], None]
-    """Writes a checkpoint."""
+    save: Callable[[TrainState, float | None], None]
+    """Writes a checkpoint; the number is the held-out loss at it, where that was taken."""
 
 
 class StopRequest:
@@ -88,6 +90,7 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
     clock = time.perf_counter()
     for step in job.loader:
         lr = job.optimizer.param_groups[0]["lr"]
+        limit = state.loss_limit(run.train.loss_spike_factor)
         result = train_step(
             job.chunks,
             job.optimizer,
@@ -96,34 +99,63 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
             job.name_document,
             run.train.check_for_nan,
             state.iteration + 1,
+            limit,
         )
+        if result.spike:
+            _meet_spike(job, state, result.spike)
         job.scheduler.step(step.num_samples if job.schedule.by_samples else 1)
-        state = replace(
-            state,
-            iteration=state.iteration + 1,
-            consumed_samples=state.consumed_samples + step.num_samples,
-            tokens_seen=state.tokens_seen + result.totals.tokens,
-            trained_tokens=state.trained_tokens + result.totals.trained_tokens,
-        )
+        state = _advanced(state, step, result, limit)
         metrics = step_metrics(job, step, state, result, lr, seconds=time.perf_counter() - clock)
         stopped = stop.agreed(state.iteration)
         ends = bool(stopped) or state.iteration == last_iteration
+        valid_loss = None
         if job.valid_loader and (state.iteration % run.train.eval_interval == 0 or ends):
             with whole_parameters(job.chunks, run.parallel):
                 totals = evaluate(job.chunks, job.valid_loader)
             metrics |= loss_metrics("valid", totals, job.valid_loader.dataset.store.source_names)
+            valid_loss = totals.loss
         if writer:
             writer.write(metrics)
         interval = run.checkpoint.save_interval
         if run.checkpoint.save and (ends or (interval and state.iteration % interval == 0)):
             with whole_parameters(job.chunks, run.parallel):
-                job.save(state)
+                job.save(state, valid_loss)
         if ends:
             break
         clock = time.perf_counter()
     if writer:
         writer.close()
     return state, stopped
+
+
+def _advanced(state: TrainState, step: Step, result: StepResult, limit: float) -> TrainState:
+    """The state after a step; a skipped one used its data up all the same."""
+    totals = result.totals
+    state = replace(
+        state,
+        iteration=state.iteration + 1,
+        consumed_samples=state.consumed_samples + step.num_samples,
+        tokens_seen=state.tokens_seen + totals.tokens,
+        trained_tokens=state.trained_tokens + totals.trained_tokens,
+        skipped_iterations=state.skipped_iterations + bool(result.spike),
+    )
+    return state.with_loss(totals.loss, limit) if totals.trained_tokens else state
+
+
+def _meet_spike(job: Job, state: TrainState, spike: str) -> None:
+    """Collective: says that a step was skipped, or saves the state before it and raises TrainingError."""
+    factor = job.run.train.loss_spike_factor
+    if job.run.train.loss_spike_action == "skip":
+        logger.warning("%s (--loss-spike-factor %g x the running mean): not applied, training goes on.", spike, factor)
+        return
+    if job.run.checkpoint.save:
+        with whole_parameters(job.chunks, job.run.parallel):
+            job.save(state, None)
+    raise TrainingError(
+        f"{spike}. Expected at most {factor:g} x the running mean (--loss-spike-factor). Nothing was updated in this step; "
+        f"the state before it, iteration {state.iteration}, is {'saved' if job.run.checkpoint.save else 'not saved (no --save)'}. "
+        "Look at the rows, lower --lr, or go on with --loss-spike-action skip."
+    )
 
 
 def step_metrics(job: Job, step: Step, state: TrainState, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
@@ -146,6 +178,7 @@ def step_metrics(job: Job, step: Step, state: TrainState, result: StepResult, lr
         "perf/tflops_per_gpu": flops / seconds / job.ranks.world_size / 1e12,
         "data/prefetch_queue_depth": job.loader.queue_depth,
         "data/wait_ms": job.loader.wait_ms,
+        "skipped_iterations": state.skipped_iterations,
     }
 
 

@@ -151,7 +151,7 @@ def build_job(
         loader.consumed_samples = state.consumed_samples
     saver = CheckpointSaver(run.checkpoint.save, run, ranks) if run.checkpoint.save else None
 
-    def save(state: TrainState) -> None:
+    def save(state: TrainState, valid_loss: float | None) -> None:
         assert saver is not None, "the loop saves only with --save"
         values = {**state.to_dict(), "consumed_train_samples": state.consumed_samples, FINGERPRINT: fingerprint}
         saver.save(state.iteration, wrapped, optimizer, scheduler, values)

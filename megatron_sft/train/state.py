@@ -1,9 +1,14 @@
-"""How far a run is. Four integers: everything else follows from them and the flags."""
+"""How far a run is: everything else follows from it and the flags."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+LOSS_MEMORY = 100
+"""Steps that the running mean of the loss reaches back."""
+LOSS_STEPS = 10
+"""Losses that the mean needs before a step can exceed it."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +23,33 @@ class TrainState:
     """Tokens trained or read as context, without padding."""
     trained_tokens: int = 0
     """Tokens that the loss was taken of."""
+    skipped_iterations: int = 0
+    """Iterations without an update (--loss-spike-factor)."""
+    loss_steps: int = 0
+    """Losses in loss_mean, at most LOSS_MEMORY."""
+    loss_mean: float = 0.0
+    """Running mean of the steps' losses, in nats a trained token."""
 
-    def to_dict(self) -> dict[str, int]:
+    def loss_limit(self, factor: float | None) -> float:
+        """The loss above which a step is a spike; infinite without a factor or before LOSS_STEPS losses."""
+        return factor * self.loss_mean if factor is not None and self.loss_steps >= LOSS_STEPS else float("inf")
+
+    def with_loss(self, loss: float, limit: float) -> "TrainState":
+        """Takes a step's loss into the running mean: the plain mean of the first LOSS_MEMORY, then exponential.
+
+        Args:
+            loss: of a step that has trained tokens.
+            limit: loss_limit; a loss above it counts as much as the limit, so that a lasting change ends the skipping.
+        """
+        steps = min(self.loss_steps + 1, LOSS_MEMORY)
+        mean = self.loss_mean + (min(loss, limit) - self.loss_mean) / steps
+        return dataclasses.replace(self, loss_steps=steps, loss_mean=mean)
+
+    def to_dict(self) -> dict[str, int | float]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainState":
-        """Reads to_dict's form; other keys are left alone."""
-        return cls(**{field.name: int(values[field.name]) for field in dataclasses.fields(cls)})
+        """Reads to_dict's form; other keys are left alone, and what an older checkpoint lacks begins at 0."""
+        fields = dataclasses.fields(cls)
+        return cls(**{field.name: type(field.default)(values.get(field.name, 0)) for field in fields})

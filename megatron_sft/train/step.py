@@ -2,11 +2,13 @@
 
 1. `forward_step` moves a micro-batch to the device, cuts it for context parallelism and runs the model;
 2. the schedule adds up gradients over micro-batches (and pipeline stages), finalize_model_grads over ranks;
-3. losses and gradients that are not finite stop the run before the update, with the rows named;
-4. the optimizer clips and updates.
+3. losses and gradients that are not finite stop the run before the update, with the rows and ranks named;
+4. the optimizer clips and updates, unless the loss is a spike (--loss-spike-factor).
 """
 
-from collections.abc import Iterator
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +34,9 @@ class StepResult:
 
     totals: LossTotals
     grad_norm: float
+    """Before clipping; 0 where nothing was updated."""
+    spike: str = ""
+    """Not empty where the loss was above the limit and nothing was updated: says so, with the worst rows."""
 
 
 def run_schedule(chunks: list[Any], batches: list[Batch], forward_only: bool) -> list[dict]:
@@ -69,6 +74,7 @@ def train_step(
     name_document: Any,
     check_for_nan: bool = True,
     iteration: int = 0,
+    loss_limit: float = float("inf"),
 ) -> StepResult:
     """One optimizer step.
 
@@ -80,6 +86,7 @@ def train_step(
         name_document: document id -> "file:line", for errors.
         check_for_nan: stop on a loss or gradient that is not finite.
         iteration: number of this step, for errors.
+        loss_limit: a loss above it is a spike: nothing is updated. Rank 0 decides for all.
 
     Raises:
         TrainingError: a loss or a gradient is NaN or infinite; nothing was updated.
@@ -91,8 +98,42 @@ def train_step(
     totals = reduce_totals(reports, batches, num_sources, device())
     if check_for_nan:
         _require_finite(chunks, reports, batches, totals, name_document, iteration)
+    if loss_limit != float("inf") and _is_spike(totals.loss, loss_limit):
+        rows = _rows_where(lambda loss: loss > loss_limit, reports, batches, name_document)
+        where = f", most of it in the rows {', '.join(rows[:8])}" if rows else ""
+        return StepResult(totals, 0.0, f"iteration {iteration}: loss {totals.loss:.4f} is above {loss_limit:.4f}{where}")
     _, grad_norm, _ = optimizer.step()
     return StepResult(totals, float(grad_norm))
+
+
+def _is_spike(loss: float, limit: float) -> bool:
+    """Rank 0's answer, on every rank: its running mean is the one that checkpoints hold."""
+    flag = torch.tensor(int(loss > limit), dtype=torch.int32, device=device())
+    dist.broadcast(flag, src=0)
+    return bool(flag)
+
+
+def _rows_where(
+    is_meant: Callable[[float], bool], reports: list[dict], batches: list[Batch], name_document: Any
+) -> list[str]:
+    """Collective: the rows of all ranks whose own mean loss (NaN if any token's is) is meant, worst first."""
+    found = []
+    for report, batch in zip(reports, batches, strict=False):
+        for document, (loss, trained, _) in zip(batch.document_ids, report["documents"].tolist(), strict=False):
+            mean = loss / max(trained, 1.0)
+            if document >= 0 and is_meant(mean):
+                found.append((-mean if math.isfinite(mean) else -math.inf, name_document(document)))
+    gathered: list[list[tuple[float, str]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    return list(dict.fromkeys(row for _, row in sorted({item for part in gathered for item in part or []})))
+
+
+def _gradient_buffers(chunks: list[Any]) -> list[torch.Tensor]:
+    return [buffer.grad_data for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+
+
+def _is_finite(tensors: list[torch.Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor.sum())) for tensor in tensors)
 
 
 def _require_finite(
@@ -104,29 +145,48 @@ def _require_finite(
     iteration: int,
 ) -> None:
     """Raises the same TrainingError on every rank when the step's loss or any rank's gradient is not finite."""
-    buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-    bad_gradient = sum((~torch.isfinite(buffer.grad_data.sum())).int() for buffer in buffers)
+    bad_gradient = sum((~torch.isfinite(tensor.sum())).int() for tensor in _gradient_buffers(chunks))
     flag = torch.as_tensor(bad_gradient, dtype=torch.int32, device=device())
     dist.all_reduce(flag)
     finite_loss = bool(torch.isfinite(torch.as_tensor(totals.by_source)).all())
     if finite_loss and not flag:
         return
-    bad = [
-        name_document(document)
-        for report, batch in zip(reports, batches, strict=False)
-        for document, (loss, _, _) in zip(batch.document_ids, report["documents"].tolist(), strict=False)
-        if document >= 0 and not torch.isfinite(torch.tensor(loss))
-    ]
-    named: list[list[str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(named, bad)
-    rows = sorted({row for rank_rows in named for row in rank_rows or []})
-    where = f" in the rows {', '.join(rows[:8])}" if rows else ""
     if finite_loss:
-        where = f"; the loss is finite, the gradient is not, on {int(flag)} rank buffers"
+        where = f"; the loss is finite, the gradient is not: {_bad_gradients(chunks, batches, name_document)}"
+    else:
+        rows = _rows_where(lambda loss: not math.isfinite(loss), reports, batches, name_document)
+        where = f" in the rows {', '.join(rows[:8])}" if rows else ""
     raise TrainingError(
         f"iteration {iteration}: loss or gradient is not finite{where}. Expected finite numbers. "
         "Nothing was updated in this step: lower --lr, look at the rows, or pass --no-check-for-nan-in-loss-and-grad to go on."
     )
+
+
+def _bad_gradients(chunks: list[Any], batches: list[Batch], name_document: Any) -> str:
+    """Collective: the micro-batches whose own gradient is not finite, found by running each again without a reduction."""
+    config = chunks[0].config
+    kept = config.finalize_model_grads_func, config.no_sync_func
+    config.finalize_model_grads_func = config.no_sync_func = None
+    found = []
+    try:
+        for number, batch in enumerate(batches, start=1):
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            with contextlib.ExitStack() as stack:
+                for chunk in chunks:
+                    stack.enter_context(chunk.no_sync())
+                run_schedule(chunks, [batch], forward_only=False)
+            if not _is_finite(_gradient_buffers(chunks)):
+                rows = ", ".join(name_document(document) for document in batch.document_ids if document >= 0)
+                named_parameters = [item for chunk in chunks for item in chunk.module.named_parameters()]
+                bad = [name for name, parameter in named_parameters if not _is_finite([parameter.main_grad])]
+                found.append(f"rank {dist.get_rank()}, micro-batch {number} ({rows}), {', '.join(bad[:3])}")
+    finally:
+        config.finalize_model_grads_func, config.no_sync_func = kept
+    gathered: list[list[str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    named = [text for part in gathered for text in part or []]
+    return "; ".join(named[:4]) or "every micro-batch alone is, their sum is not"
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:

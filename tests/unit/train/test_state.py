@@ -1,8 +1,28 @@
-"""Progress is four integers."""
+"""Progress of a run, and when a step's loss is a spike."""
 
-from megatron_sft.train.state import TrainState
+from megatron_sft.train.state import LOSS_MEMORY, LOSS_STEPS, TrainState
 
 
 def test_state_round_trip():
-    state = TrainState(7, 70, 7000, 700)
+    state = TrainState(7, 70, 7000, 700, 1, 7, 2.5)
     assert TrainState.from_dict({**state.to_dict(), "more": 1}) == state
+
+
+def test_a_checkpoint_without_the_later_fields_is_read():
+    old = {"iteration": 7, "consumed_samples": 70, "tokens_seen": 7000, "trained_tokens": 700}
+    assert TrainState.from_dict(old) == TrainState(7, 70, 7000, 700)
+
+
+def test_a_spike_is_above_the_running_mean_and_counts_at_most_as_the_limit():
+    state = TrainState()
+    for loss in [1.0, 3.0] * (LOSS_STEPS // 2):
+        assert state.loss_limit(2.0) == float("inf")
+        state = state.with_loss(loss, float("inf"))
+    assert (state.loss_mean, state.loss_limit(2.0), state.loss_limit(None)) == (2.0, 4.0, float("inf"))
+    spiked = state.with_loss(1e9, state.loss_limit(2.0))
+    assert spiked.loss_mean == 2.0 + (4.0 - 2.0) / (LOSS_STEPS + 1)
+
+
+def test_the_mean_is_exponential_after_its_memory():
+    state = TrainState(loss_steps=LOSS_MEMORY, loss_mean=1.0).with_loss(2.0, float("inf"))
+    assert (state.loss_steps, state.loss_mean) == (LOSS_MEMORY, 1.0 + 1.0 / LOSS_MEMORY)
