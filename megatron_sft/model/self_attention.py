@@ -33,8 +33,11 @@ class PackedSelfAttention(SelfAttention):
         return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=chosen, **kwargs)
 
 
-class LatentSelfAttention(MLASelfAttention):
-    """Latent attention (DeepSeek). megatron-core's makes a rotary table a layer, by place in the document."""
+class PackedMLASelfAttention(MLASelfAttention):
+    """Latent attention (DeepSeek). megatron-core's makes a rotary table a layer, by place in the document.
+
+    modelopt's importer knows latent attention by these letters of the name.
+    """
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
         """As megatron-core's; `rotary_pos_emb` is [T, 1, 2, dim]."""

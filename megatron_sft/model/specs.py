@@ -12,11 +12,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sft.config import ModelConfig
-from megatron_sft.core_compat import builds_latent_attention
-from megatron_sft.errors import ConfigError
 from megatron_sft.model.attention import PackedAttention
 from megatron_sft.model.layers import BiasedRowParallelLinear, L2Norm, LayerNorm, NormedRowParallelLinear, RMSNorm
-from megatron_sft.model.self_attention import LatentSelfAttention, PackedSelfAttention
+from megatron_sft.model.self_attention import PackedMLASelfAttention, PackedSelfAttention
 
 
 def block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -46,12 +44,7 @@ def _replace(layer: ModuleSpec, norm: type, model: ModelConfig, config: Transfor
     attention = submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.multi_latent_attention:
-        if not builds_latent_attention(config.q_lora_rank):
-            raise ConfigError(
-                ["latent attention without --q-lora-rank (DeepSeek-V2-Lite) does not build with this megatron-core without "
-                 "TransformerEngine. Use Python 3.11 with megatron-core 0.16."]
-            )  # fmt: skip
-        submodules.self_attention.module = LatentSelfAttention
+        submodules.self_attention.module = PackedMLASelfAttention
         if config.qk_layernorm:  # queries without compression (DeepSeek-V2-Lite) have no norm
             attention.kv_layernorm = norm
             attention.q_layernorm = norm if config.q_lora_rank else IdentityOp
