@@ -245,12 +245,11 @@ def probe(text: str, special_tokens: Mapping[str, str], conversations: Sequence[
 
 
 def _probe(connection: Any, text: str, special_tokens: dict[str, str], conversations: list[Any]) -> None:
-    used = _address_space_bytes()
-    resource.setrlimit(resource.RLIMIT_AS, (used + PROBE_BYTES, used + PROBE_BYTES))
     answer = ""
     try:
-        template = Template(text, special_tokens)
-        failed = [_failure(template, *conversation) for conversation in conversations]
+        with limited_memory(PROBE_BYTES):
+            template = Template(text, special_tokens)
+            failed = [_failure(template, *conversation) for conversation in conversations]
         if failed and all(error.startswith("fails") for error in failed):
             answer = failed[0]
     except TemplateError as error:
@@ -271,6 +270,14 @@ def _failure(template: Template, messages: Any, tools: Any, kwargs: Any) -> str:
     return ""
 
 
-def _address_space_bytes() -> int:
+@contextmanager
+def limited_memory(num_bytes: int) -> Iterator[None]:
+    """Within it, this process (one made for such work) gets MemoryError when it allocates so much more than it has now."""
     with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

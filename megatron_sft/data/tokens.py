@@ -354,10 +354,10 @@ def _chunks(sources: Iterable[Any]) -> Iterator[Chunk]:
             rows.append((where, record))
             characters += _num_characters(record)
             if len(rows) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
-                yield Chunk(source_id, rows)
+                yield Chunk(source_id, rows, characters)
                 rows, characters = [], 0
         if rows:
-            yield Chunk(source_id, rows)
+            yield Chunk(source_id, rows, characters)
 
 
 def _first_rows(sources: Sequence[Any]) -> list[Chunk]:

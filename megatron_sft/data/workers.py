@@ -21,11 +21,13 @@ import numpy as np
 
 from megatron_sft.config import DataConfig
 from megatron_sft.data.fast_bpe import text_tokenizer
+from megatron_sft.data.templates import limited_memory
 from megatron_sft.errors import DataError, UserError
 from megatron_sft.log import logger
 
-ALONE_CHUNKS = 4
-"""So few chunks are tokenised in this process: starting others takes longer."""
+MEMORY_BYTES = 2**30
+BYTES_PER_CHARACTER = 64
+"""What a worker may allocate for a chunk: MEMORY_BYTES, more for rows of many megabytes. A template must not fill the machine."""
 AHEAD_PER_WORKER = 4
 """Finished results that may wait for an earlier one, a worker."""
 WAIT_S = 5.0
@@ -36,6 +38,7 @@ class Chunk:
     source_id: int
     rows: Sequence[tuple[str, Any]]
     """(file:line, record or RowError)."""
+    num_characters: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,15 +85,11 @@ def in_order(chunks: Iterator[Chunk], config: DataConfig, encoder: Any, encode: 
     Raises:
         DataError: what a worker raised, or that a worker was killed.
     """
-    first = list(itertools.islice(chunks, ALONE_CHUNKS))
     num_workers = config.num_workers or len(os.sched_getaffinity(0))
-    if num_workers == 1 or len(first) < ALONE_CHUNKS:
-        for chunk in itertools.chain(first, chunks):
-            yield encode(encoder, config, chunk)
-        return
+    first = list(itertools.islice(chunks, num_workers))
     workers: list[_Worker] = []
     try:
-        for _ in range(num_workers):
+        for _ in range(min(num_workers, len(first))):
             workers.append(_Worker(config, encoder, encode, [worker.connection for worker in workers]))
         yield from _deal(workers, itertools.chain(first, chunks))
     finally:
@@ -206,11 +205,23 @@ def _work(connection: Connection, ours: Sequence[Connection], config: DataConfig
         inherited.close()
     try:
         while True:
-            connection.send(encode(encoder, config, connection.recv()))
+            chunk = connection.recv()
+            with limited_memory(max(MEMORY_BYTES, BYTES_PER_CHARACTER * chunk.num_characters)):
+                result = encode(encoder, config, chunk)
+            connection.send(result)
     except UserError as error:
         connection.send(error)
+    except MemoryError:
+        connection.send(_too_large(chunk))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def _too_large(chunk: Chunk) -> DataError:
+    return DataError(
+        f"{chunk.rows[0][0]}: tokenising this row, or one of the {len(chunk.rows) - 1} after it, needs more than "
+        f"{MEMORY_BYTES / 2**30:g} GiB; expected far less. Split very long rows."
+    )
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Tokens and masks of real template families, token by token, against the oracle of chat_families.py."""
 
+import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from megatron_sft.config import DataConfig
 from megatron_sft.data.chat import ChatEncoder, check_masks
 from megatron_sft.data.schema import Row, RowError, to_row
+from megatron_sft.data.sources import open_source
+from megatron_sft.data.tokens import build_token_store
 from megatron_sft.errors import ConfigError, DataError
 from tests.unit.data.chat_families import CONTENTS, FAMILIES, conversations, plain_pieces
 
@@ -183,3 +187,14 @@ def test_the_gate_refuses_an_end_that_is_not_trained() -> None:
     encoder = ChatEncoder(_with_template(text), DataConfig(tokenizer_model="m"))
     with pytest.raises(DataError, match=r"a:1: the end of the answer .* is not trained"):
         check_masks(encoder, [Row(CHAT[:2], where="a:1")], "a")
+
+
+def test_a_template_that_fills_the_memory_on_a_later_row_is_refused(tmp_path: Path) -> None:
+    bomb = "{% set n = namespace(t='a' * 2**20) %}{% for i in range(30) %}{% set n.t = n.t + n.t %}{% endfor %}"
+    text = f"{{% if messages[0].content == 'boom' %}}{bomb}{{% endif %}}{FAMILIES['qwen2_5'].text}"
+    rows = [{"messages": [{"role": "user", "content": said}, *CHAT[1:2]]} for said in [*["a"] * 40, "boom"]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(tokenizer_model="m", seq_length=64, num_workers=1)
+    source = open_source(str(tmp_path / "rows.jsonl"), config)
+    with pytest.raises(DataError, match=r"rows.jsonl:41: the chat template runs away: MemoryError"):
+        build_token_store(config, [source], tmp_path, lambda *_: ChatEncoder(_with_template(text), config))
