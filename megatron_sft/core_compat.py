@@ -179,18 +179,6 @@ def apply_gathered_rope(rotate: Callable[[Any, Any, bool], Any]) -> None:
     rope_utils._apply_rotary_pos_emb_thd = apply
 
 
-def builds_latent_attention(q_lora_rank: int | None) -> bool:
-    """Whether this megatron-core can build latent attention without TransformerEngine.
-
-    From 0.17 on, multi_latent_attention.py:QKNormConfigResolver wants TransformerEngine's fused norm where queries are
-    not compressed (DeepSeek-V2-Lite).
-    """
-    import megatron.core
-
-    version = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
-    return version < (0, 17) or q_lora_rank is not None
-
-
 def process_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher set them; (0, 1, 0) without a launcher."""
     env = os.environ

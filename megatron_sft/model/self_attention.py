@@ -39,6 +39,15 @@ class PackedMLASelfAttention(MLASelfAttention):
     modelopt's importer knows latent attention by these letters of the name.
     """
 
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """The modules of the spec as they are.
+
+        From 0.17 on (mla_qk_norm_config.py:QKNormConfigResolver), megatron-core takes TransformerEngine's fused norm and
+        projection where queries are not compressed (DeepSeek-V2-Lite, whose queries have no norm).
+        """
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
     def forward(self, hidden_states: torch.Tensor, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
         """As megatron-core's; `rotary_pos_emb` is [T, 1, 2, dim]."""
         table = kwargs.pop("rotary_pos_emb")[:, 0]
