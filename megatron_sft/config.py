@@ -70,6 +70,10 @@ class ModelConfig:
     """RoPE theta, unscaled, of the layers with a window (Gemma 3); None: rotary_base for all."""
     attention_chunk_size: int | None = None
     """Tokens see only their own chunk of this many in layers with RoPE (Llama 4)."""
+    attn_temperature_scale: float | None = None
+    """In layers without RoPE queries are multiplied by 1 + scale x log(1 + floor((position + 1) / floor)) (Llama 4)."""
+    attn_temperature_floor: int = 8192
+    """Positions of one step of it."""
     norm_placement: str = "pre"
     """pre; pre_post: also over the outputs of attention and MLP before they are added (Gemma); post: only there (OLMo-2)."""
     qk_layernorm_full: bool = False
@@ -105,6 +109,8 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     distributed_timeout_minutes: int = 30
+    stall_timeout_s: float = 20.0
+    """Seconds of silence after which a rank counts as stalled and every rank ends; work of any length is no silence. 0: never."""
     distributed_backend: str | None = None
     """nccl or gloo; None: nccl on CUDA, gloo elsewhere."""
     decoder_first_pipeline_num_layers: int | None = None
@@ -151,6 +157,8 @@ class DataConfig:
     history_thinking: str = "keep"
     """keep, drop, mask or expand."""
     role_map: Mapping[str, str] = field(default_factory=dict)
+    data_schema: str | None = None
+    """messages (also ShareGPT's), alpaca, pair or text; None: detected row by row and reported."""
     input_key: str | None = None
     """Column that holds the messages; None: detected."""
     tool_key: str = "tools"
@@ -201,6 +209,14 @@ class OptimConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    use_precision_aware_optimizer: bool = False
+    """The dtypes below count: with bf16 gradients and moments 12 bytes a parameter in place of 18. Master weights stay fp32."""
+    main_grads_dtype: str = "fp32"
+    """fp32 or bf16: gradients as they are added up, reduced and kept for the step."""
+    exp_avg_dtype: str = "fp32"
+    """fp32 or bf16: Adam's first moment."""
+    exp_avg_sq_dtype: str = "fp32"
+    """fp32 or bf16: Adam's second moment."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +279,8 @@ class CheckpointConfig:
     verify_integrity: bool = True
     """Every file of a checkpoint is checksummed before it is loaded."""
     verify_conversion: bool = True
+    importer: str = "builtin"
+    """builtin, or modelopt: for quantised weights, and for a model_type that builtin lacks, as the flags describe it."""
     allow_changed: tuple[str, ...] = ()
     """Names of resolved settings that may differ from the checkpoint's on resume."""
 

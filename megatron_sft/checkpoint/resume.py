@@ -16,7 +16,7 @@ FINGERPRINT = "data_fingerprint"
 _REFUSED = {
     "data": ("tokenizer_model", "chat_template",
              "seq_length", "packing", "truncation", "train_on", "train_on_tool_calls",
-             "history_thinking", "role_map", "train_epochs", "split", "shuffle", "seed", "reset_position_ids",
+             "history_thinking", "role_map", "train_epochs", "train_weights", "split", "shuffle", "seed", "reset_position_ids",
              "reset_attention_mask", "eod_mask_loss"),
     "optim": ("optimizer",),
     "train": ("seed", "global_batch_size", "params_dtype"),
@@ -79,7 +79,7 @@ def refuse_changed(
         listed = ",".join(names[line] for line in left)
         raise CheckpointError(
             f"resume: {len(left)} settings differ from the checkpoint's: {'; '.join(left)}. Expected the same data, "
-            f"order and model. Restore them, start afresh with --finetune, or pass --allow-changed {listed}."
+            f"order and model. Restore them, start afresh with another --save folder, or pass --allow-changed {listed}."
         )
 
 

@@ -23,6 +23,7 @@ POLICY_FIELDS = (
     "train_on_tool_calls",
     "history_thinking",
     "role_map",
+    "data_schema",
     "input_key",
     "tool_key",
     "prompt_key",

@@ -29,7 +29,7 @@ def data_report(store: DocumentStore, plan: PackPlan, seq_length: int) -> dict[s
         sources (the ledger), total (its sum), packing (packing.packing_figures), lengths and fill (histograms).
     """
     sources = {name: dict(entry) for name, entry in store.ledger.items()}
-    total: dict[str, Any] = {"dropped": {}, "routes": {}}
+    total: dict[str, Any] = {"dropped": {}, "schemas": {}, "routes": {}}
     for entry in sources.values():
         for key, value in entry.items():
             if isinstance(value, dict):
@@ -62,6 +62,7 @@ def as_table(report: Mapping[str, Any]) -> str:
         out.append("  ".join([name.ljust(widths[0]), *cells]))
     for reason, count in sorted(report["total"]["dropped"].items()):
         out.append(f"dropped: {count:,} rows, {reason}")
+    out.append("schemas: " + ", ".join(f"{count:,} {schema}" for schema, count in report["total"]["schemas"].items()))
     if report["total"]["routes"]:
         out.append("masks: " + ", ".join(f"{count:,} by {route}" for route, count in report["total"]["routes"].items()))
     if report["total"].get("lost_tokens"):

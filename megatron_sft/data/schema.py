@@ -70,6 +70,8 @@ class Row:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     where: str = ""
     text: str | None = None
+    schema: str = ""
+    """Its name in SCHEMAS, or "text"; the ledger counts by it."""
 
 
 def to_row(record: Mapping[str, Any] | RowError, where: str, config: DataConfig) -> Row:
@@ -89,31 +91,35 @@ def to_row(record: Mapping[str, Any] | RowError, where: str, config: DataConfig)
                        '{"messages": [...]}. Remove or rewrite the row.')  # fmt: skip
     name = schema_of(record, config)
     if name is None:
+        wanted = f"those of --data-schema {config.data_schema}" if config.data_schema else (
+            "messages, conversations, instruction/output, prompt/response or text")  # fmt: skip
         raise RowError(where, "unknown schema", f"no known schema has the columns {_shorten(sorted(map(str, record)))}; "
-                       "expected messages, conversations, instruction/output, prompt/response or text. "
-                       "Name the columns with --input-key, or with --prompt-key and --response-key.")  # fmt: skip
+                       f"expected {wanted}. Name the columns with --input-key, or with --prompt-key and "
+                       "--response-key.")  # fmt: skip
     if name == "text":
-        return Row([], where=where, text=_text(record["text"], where, "column text"))
+        return Row([], where=where, text=_text(record["text"], where, "column text"), schema=name)
     messages = SCHEMAS[name](record, where, config)
     if not any(m["role"] == "assistant" for m in messages) and config.train_on != "all":
         raise RowError(where, "no assistant turn", "the conversation has no assistant message; expected at least one, "
                        "as only these are trained. Remove the row, or pass --train-on all.")  # fmt: skip
-    return Row(messages, _tools(record, where, config), _template_kwargs(record, where), where)
+    return Row(messages, _tools(record, where, config), _template_kwargs(record, where), where, schema=name)
 
 
 def schema_of(record: Mapping[str, Any], config: DataConfig) -> str | None:
-    """The name in SCHEMAS that the columns of a record ask for (or "text"); None: unknown."""
+    """The name in SCHEMAS that the columns of a record ask for (or "text"); None: unknown, or not --data-schema."""
     if config.prompt_key or config.response_key:
         return "pair"
     if config.input_key:
         return "messages" if config.input_key in record else None
-    if any(record.get(key) is not None for key in MESSAGE_KEYS):
-        return "messages"
-    if record.get("instruction") is not None and "output" in record:
-        return "alpaca"
-    if any(a in record and b in record for a, b in PAIRS):
-        return "pair"
-    return "text" if "text" in record else None
+    fits = {
+        "messages": any(record.get(key) is not None for key in MESSAGE_KEYS),
+        "alpaca": record.get("instruction") is not None and "output" in record,
+        "pair": any(a in record and b in record for a, b in PAIRS),
+        "text": "text" in record,
+    }
+    if config.data_schema:
+        return config.data_schema if fits[config.data_schema] else None
+    return next((name for name, is_fit in fits.items() if is_fit), None)
 
 
 def _messages(record: Mapping[str, Any], where: str, config: DataConfig) -> list[Message]:

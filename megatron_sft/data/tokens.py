@@ -112,7 +112,9 @@ def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
     routes.clear()
     for where, record in chunk.rows:
         try:
-            samples = encoder.encode(to_row(record, where, config))
+            row = to_row(record, where, config)
+            counts[f"schemas:{row.schema}"] += 1
+            samples = encoder.encode(row)
             documents, fate, lost = fit(samples, config.seq_length, config.truncation, where)
         except RowError as error:
             problems.append(Problem(where, error.reason, str(error), None if isinstance(record, RowError) else record))
@@ -194,7 +196,7 @@ class _Collector:
             unique = name if name not in self.ledger else f"{name}#{len(self.ledger)}"
             zero = dict.fromkeys(("rows", "kept", "truncated", "split"), 0)
             tokens = dict.fromkeys(("documents", "tokens", "trained_tokens", "lost_tokens"), 0)
-            self.ledger[unique] = {**zero, "dropped": {}, "routes": {}, **tokens}
+            self.ledger[unique] = {**zero, "dropped": {}, "schemas": {}, "routes": {}, **tokens}
         self.source_ids: list[np.ndarray] = [np.zeros(0, dtype=np.int16)]
         self.problems: list[Problem] = []
         self.num_rows = 0
@@ -369,9 +371,12 @@ def _check_masks(encoder: Any, config: DataConfig, first: Sequence[Chunk], names
     if not isinstance(encoder, ChatEncoder):  # another one masks as it likes
         return
     for chunk in first:
-        routes = check_masks(encoder, _good_rows(chunk, config), names[chunk.source_id])
+        rows = list(_good_rows(chunk, config))
+        routes = check_masks(encoder, rows, names[chunk.source_id])
         found = ", ".join(f"{count} by {route}" for route, count in routes.items()) or "plain text"
-        logger.info("masks: %s checked (%s)", names[chunk.source_id], found)
+        if rows:  # otherwise encode_rows says what is wrong with them
+            schemas = ", ".join(Counter(row.schema for row in rows))
+            logger.info("rows: %s has %s; masks checked (%s)", names[chunk.source_id], schemas, found)
 
 
 def _good_rows(chunk: Chunk, config: DataConfig) -> Iterator[Row]:

@@ -8,11 +8,11 @@ from megatron_sft.data.store import MemoryStore
 
 LEDGER = {
     "chat": {
-        "rows": 4, "kept": 1, "truncated": 1, "split": 0, "dropped": {"no trained token": 2},
+        "rows": 4, "kept": 1, "truncated": 1, "split": 0, "dropped": {"no trained token": 2}, "schemas": {"messages": 4},
         "documents": 2, "tokens": 10, "trained_tokens": 4, "lost_tokens": 3,
     },
     "<b>": {
-        "rows": 1, "kept": 1, "truncated": 0, "split": 0, "dropped": {},
+        "rows": 1, "kept": 1, "truncated": 0, "split": 0, "dropped": {}, "schemas": {"text": 1},
         "documents": 1, "tokens": 6, "trained_tokens": 6, "lost_tokens": 0,
     },
 }  # fmt: skip
@@ -31,6 +31,7 @@ def test_table():
         "<b>        1     1          0      0        0          1       6      100.0            6",
         "total      5     2          1      0        2          3      16       62.5            5",
         "dropped: 2 rows, no trained token",
+        "schemas: 4 messages, 1 text",
         "cut away or dropped after tokenising: 3 tokens",
         "mixture, one epoch by tokens: chat 62.5% (2 documents), <b> 37.5% (1 documents)",
         "packs: 2 of 10 tokens, 80.00% full, 1.5 documents a pack",

@@ -70,6 +70,14 @@ def test_tools_arguments_weights_and_template_kwargs_are_kept() -> None:
     assert row.template_kwargs == {"enable_thinking": False}
 
 
+def test_a_schema_can_be_named() -> None:
+    record = {"messages": [{"role": "assistant", "content": "a"}], "text": "t"}
+    assert to_row(record, "f:1", DataConfig()).schema == "messages"
+    assert to_row(record, "f:1", DataConfig(data_schema="text")).text == "t"
+    with pytest.raises(RowError, match=r"f:1: no known schema .* expected those of --data-schema alpaca"):
+        to_row(record, "f:1", DataConfig(data_schema="alpaca"))
+
+
 def test_text_rows_have_no_messages() -> None:
     assert schema_of({"text": "t"}, DataConfig()) == "text"
     assert to_row({"text": "t"}, "f:1", DataConfig()).text == "t"

@@ -114,7 +114,7 @@ def test_store_has_documents_masks_places_and_a_ledger(tmp_path):
     assert store.source_ids.tolist() == [0, 0, 0] and store.source_names == ("rows",)
     assert store.ledger == {
         "rows": {
-            "rows": 4, "kept": 2, "truncated": 1, "split": 0, "dropped": {"no trained token": 1},
+            "rows": 4, "kept": 2, "truncated": 1, "split": 0, "dropped": {"no trained token": 1}, "schemas": {"messages": 4},
             "routes": {}, "documents": 3, "tokens": 14, "trained_tokens": 10, "lost_tokens": 3,
         }
     }  # fmt: skip
