@@ -98,7 +98,8 @@ def convert(argv: Sequence[str], world_size: int) -> int:
     from megatron_sft.conversion import convert as write
 
     checkpoint = run.checkpoint
-    write(str(checkpoint.load), str(checkpoint.save), run.parallel, run.train.params_dtype, checkpoint.verify_conversion)
+    dtype, check = run.train.params_dtype, checkpoint.verify_conversion
+    write(str(checkpoint.load), str(checkpoint.save), run.parallel, dtype, check, checkpoint.importer, run.model)
     return 0
 
 

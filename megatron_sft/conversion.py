@@ -13,6 +13,7 @@ from megatron_sft import parallel
 from megatron_sft.checkpoint.distributed import load_checkpoint, read_run_config, save_checkpoint
 from megatron_sft.checkpoint.hf import load_hf_weights, save_hf
 from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
+from megatron_sft.checkpoint.importer import architecture_of, load_weights
 from megatron_sft.checkpoint.source import model_config_from_json
 from megatron_sft.checkpoint.verify import changed_tensors, first_difference, quick_check
 from megatron_sft.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
@@ -37,7 +38,13 @@ def built(model: ModelConfig, layout: ParallelConfig, dtype: str) -> tuple[list[
 
 
 def convert(
-    hf_folder: str | Path, save: str | Path, layout: ParallelConfig, dtype: str = "bf16", verify: bool = True
+    hf_folder: str | Path,
+    save: str | Path,
+    layout: ParallelConfig,
+    dtype: str = "bf16",
+    verify: bool = True,
+    importer: str = "builtin",
+    flags: ModelConfig | None = None,
 ) -> None:
     """HF folder -> torch_dist checkpoint in SAVE/release. All ranks call it.
 
@@ -47,10 +54,12 @@ def convert(
         layout: how the model is cut while it is written; a checkpoint can be read with any other layout.
         dtype: bf16 or fp32, of the stored weights.
         verify: compare with transformers before writing.
+        importer: builtin or modelopt.
+        flags: the architecture as the flags say it, for a model_type that only modelopt reads.
     """
-    model = padded(model_config_from_hf(read_hf_config(hf_folder)), layout.tensor_model_parallel_size)
+    model = padded(architecture_of(hf_folder, flags or ModelConfig(), importer), layout.tensor_model_parallel_size)
     chunks, ranks = built(model, layout, dtype)
-    load_hf_weights(chunks, model, hf_folder, ranks)
+    load_weights(chunks, model, hf_folder, ranks, importer)
     if verify:
         quick_check(chunks, model, hf_folder, ranks)
     run = RunConfig(model, layout, checkpoint=CheckpointConfig(save=str(save)))

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_sft import log, parallel
 from megatron_sft.checkpoint.distributed import load_checkpoint
-from megatron_sft.checkpoint.hf import load_hf_weights
+from megatron_sft.checkpoint.importer import load_weights
 from megatron_sft.checkpoint.source import WeightSource, find_source, resolve_model
 from megatron_sft.config import DataConfig, ModelConfig, RunConfig, problems
 from megatron_sft.data.chat import load_tokenizer
@@ -40,7 +40,8 @@ def load_for_inference(run: RunConfig, explicit: frozenset[str]) -> Inference:
     checkpoint = dataclasses.replace(run.checkpoint, save=None, finetune=True)
     source = find_source(checkpoint)
     data = _tokenizer_config(run.data, source)
-    model = resolve_model(run.model, explicit, source, layout.tensor_model_parallel_size, data.trust_remote_code)
+    size, remote = layout.tensor_model_parallel_size, data.trust_remote_code
+    model = resolve_model(run.model, explicit, source, size, remote, checkpoint.importer)
     found = problems(dataclasses.replace(run, model=model, parallel=layout), parallel.process_environment()[1], training=False)
     if found:
         raise ConfigError(found)
@@ -49,7 +50,7 @@ def load_for_inference(run: RunConfig, explicit: frozenset[str]) -> Inference:
     log.configure(ranks.rank)
     chunks = build_model(model, layout, run.train)
     if source.is_hf:
-        load_hf_weights(chunks, model, source.path, ranks)
+        load_weights(chunks, model, source.path, ranks, checkpoint.importer, remote)
     else:
         load_checkpoint(source.path, chunks, None, None, ranks, weights_only=True)
     return Inference(chunks[0].eval(), model, tokenizer, data.tokenizer_model, ranks)

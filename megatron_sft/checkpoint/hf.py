@@ -144,7 +144,7 @@ def load_hf_weights(chunks: Sequence[nn.Module], model: ModelConfig, folder: str
     Raises:
         CheckpointError: missing or extra tensors, wrong shapes, damaged files; before anything is copied.
     """
-    family, stored, held = _agreed(lambda: _prepare(chunks, model, folder, ranks))
+    family, stored, held = agreed(lambda: _prepare(chunks, model, folder, ranks))
     _check_names(held, stored, model, family, Path(folder))
     by_file: dict[Path, list[Held]] = {}
     for item in held:
@@ -187,7 +187,7 @@ def _prepare(
     return family, stored_tensors(folder), list(_held(chunks, model, family, ranks))
 
 
-def _agreed(action: Callable[[], Any]) -> Any:
+def agreed(action: Callable[[], Any]) -> Any:
     """Runs it on every rank; a CheckpointError of one is raised on all, so that nobody waits for a rank that left."""
     result = message = None
     try:
@@ -287,7 +287,7 @@ def save_hf(
     Raises:
         CheckpointError: on every rank when the folder cannot be written.
     """
-    config, source = _agreed(lambda: _config_like(model, source_folder))
+    config, source = agreed(lambda: _config_like(model, source_folder))
     held, everyone = _offered(chunks, model, family_of(config), ranks)
     if ranks.rank != 0:
         _send(everyone, held, ranks)
@@ -320,7 +320,7 @@ def _offered(chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ra
     """This rank's shards, and what every rank offers."""
     held = {
         (item.name, item.part): item
-        for item in _agreed(lambda: list(_held(chunks, model, family, ranks)))
+        for item in agreed(lambda: list(_held(chunks, model, family, ranks)))
         if not (item.name == TIED and model.share_embeddings_and_output_weights)
     }
     offers = [
@@ -365,7 +365,10 @@ def _natural(name: str, part: tuple[int, int]) -> tuple[Any, ...]:
 def _config_like(model: ModelConfig, source_folder: str | Path | None) -> tuple[dict[str, Any], Path | None]:
     """config.json for the model, and the source folder if that holds weights of the same architecture."""
     if source_folder is not None and is_hf_folder(source_folder):
-        config = hf_config_from_model(model, read_hf_config(source_folder))
+        like = read_hf_config(source_folder)
+        if like.pop("quantization_config", None):  # imported with modelopt
+            return hf_config_from_model(model, like), None
+        config = hf_config_from_model(model, like)
         if same_architecture(model, model_config_from_hf(config)):
             return config, Path(source_folder)
     return hf_config_from_model(model, None), None

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_sft.checkpoint.conflicts import conflicts, merged
 from megatron_sft.checkpoint.distributed import latest_iteration, read_run_config
 from megatron_sft.checkpoint.hf import is_hf_folder, is_megatron_checkpoint
-from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
+from megatron_sft.checkpoint.importer import architecture_of
 from megatron_sft.config import CheckpointConfig, ModelConfig
 from megatron_sft.errors import CheckpointError, ConfigError
 
@@ -54,7 +54,12 @@ def find_source(checkpoint: CheckpointConfig) -> WeightSource:
 
 
 def resolve_model(
-    flags: ModelConfig, explicit: frozenset[str], source: WeightSource, tensor_parallel: int, trust_remote_code: bool = False
+    flags: ModelConfig,
+    explicit: frozenset[str],
+    source: WeightSource,
+    tensor_parallel: int,
+    trust_remote_code: bool = False,
+    importer: str = "builtin",
 ) -> ModelConfig:
     """The architecture: the checkpoint's, with what the flags add. Without a config.json it is the flags' alone.
 
@@ -64,12 +69,13 @@ def resolve_model(
         source: where the weights come from.
         tensor_parallel: pads the vocabulary to a multiple of it.
         trust_remote_code: families that come with their own Python code are read by config.json alone.
+        importer: builtin or modelopt; with modelopt an unknown model_type is what the flags say.
 
     Raises:
         ConfigError: a flag contradicts the checkpoint; all contradictions at once, before any weight is read.
     """
     if source.is_hf:
-        model = model_config_from_hf(read_hf_config(source.path), trust_remote_code)
+        model = architecture_of(source.path, flags, importer, trust_remote_code)
     elif "model" in source.run_config:
         model = model_config_from_json(source.run_config["model"])
     else:

@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer import torch_norm
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
@@ -54,12 +55,11 @@ class LayerNorm(torch.nn.Module):
         return F.layer_norm(hidden, (hidden.shape[-1],), weight, self.bias, self.eps)
 
 
-class L2Norm(torch.nn.Module):
-    """Root-mean-square norm without a weight, in fp32 (Llama 4's queries and keys)."""
+class L2Norm(torch_norm.L2Norm):
+    """Root-mean-square norm without a weight, in fp32 (Llama 4's queries and keys); modelopt's importer knows the class."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any):
-        super().__init__()
-        self.eps = eps
+        super().__init__(hidden_size, eps)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> the same."""
