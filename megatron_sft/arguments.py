@@ -12,6 +12,8 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -137,10 +139,11 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([f"{message}. See --help."])
 
 
-def _documented_fields(section: type) -> dict[str, tuple[str, str]]:
+@functools.cache
+def _documented_fields(section: str) -> dict[str, tuple[str, str]]:
     """{field: (annotation, the docstring under it)} of a dataclass of config.py, read from its source."""
     tree = ast.parse(Path(config.__file__).read_text())
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == section.__name__)
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == section)
     texts: dict[str, tuple[str, str]] = {}
     for item, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
@@ -154,7 +157,7 @@ def _config_flags() -> list[_Flag]:
     made = [
         _Flag("--" + field.replace("_", "-"), f"{name}.{field}", annotation, text)
         for name, section in SECTIONS.items()
-        for field, (annotation, text) in _documented_fields(section).items()
+        for field, (annotation, text) in _documented_fields(section.__name__).items()
         if field not in ("core", "rope_scaling", "window_size", "window_layers", "split", "train_data", "train_names")
     ]
     by_path = {flag.path: flag for flag in made}
@@ -175,7 +178,7 @@ def _core_flags() -> list[_Flag]:
 
 
 def _own_flags(kind: type, aliases: Mapping[str, str]) -> list[_Flag]:
-    fields = _documented_fields(kind)
+    fields = _documented_fields(kind.__name__)
     spelled = {"--" + name.replace("_", "-"): name for name in fields} | dict(aliases)
     return [_Flag(flag, f"own.{name}", *fields[name]) for flag, name in spelled.items()]
 
@@ -339,6 +342,30 @@ def _rope_scaling(raw: Values, values: Values, found: list[str]) -> None:
     }
 
 
+def _any_rope_scaling(raw: Values, values: Values, found: list[str]) -> None:
+    """--rope-scaling: config.json's mapping as JSON, for the kinds that Megatron has no flags for."""
+    text = raw["--rope-scaling"]
+    try:
+        scaling = json.loads(text)
+    except json.JSONDecodeError:
+        scaling = None
+    if not isinstance(scaling, dict) or "rope_type" not in scaling:
+        found.append(f'--rope-scaling {text}: expected JSON such as {{"rope_type": "linear", "factor": 8}}.')
+        return
+    values["model.rope_scaling"] = scaling
+
+
+def _latent(raw: Values, values: Values, found: list[str]) -> None:
+    """Latent attention in Megatron-LM's words: no --q-lora-rank, no compression of queries; YaRN where there is a factor."""
+    values.setdefault("core.q_lora_rank", None)  # MLATransformerConfig's own default is 512
+    given = {path.removeprefix("core."): value for path, value in values.items() if path.startswith("core.")}
+    if given.get("rope_type", "yarn") != "yarn" or "rotary_scaling_factor" not in given:
+        return
+    defaults = {"original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 0.0}  # MLATransformerConfig's
+    scaling = defaults | {name: given[name] for name in (*defaults, "beta_fast", "beta_slow") if name in given}
+    values["model.rope_scaling"] = {"rope_type": "yarn", "factor": given["rotary_scaling_factor"], **scaling}
+
+
 def _window(raw: Values, values: Values, found: list[str]) -> None:
     """--window-size LEFT,RIGHT counts neighbours: 127,0 is a window of 128 tokens."""
     try:
@@ -397,6 +424,8 @@ _DERIVED: Mapping[str, _Derive] = {
     "--prompt-data": _train_data,
     "--split": _split,
     "--use-rope-scaling": _rope_scaling,
+    "--rope-scaling": _any_rope_scaling,
+    "--multi-latent-attention": _latent,
     "--window-size": _window,
     "--window-attn-skip-freq": _window_layers,
     "--num-layers-per-virtual-pipeline-stage": _virtual_layers,
@@ -412,6 +441,7 @@ _DERIVED_HELP: Mapping[str, tuple[Any, str]] = {
     "--split": (None, "shares of rows for training, validation and test"),
     "--use-rope-scaling": (0, "RoPE scaling of Llama 3"),
     "--rope-scaling-factor": (None, "its factor"),
+    "--rope-scaling": (None, "RoPE scaling of any kind: config.json's mapping as JSON"),
     "--window-size": (None, "LEFT,0: sliding window attention"),
     "--window-attn-skip-freq": (None, "which layers have the window"),
     "--num-layers-per-virtual-pipeline-stage": (None, "layers a model chunk"),
@@ -441,6 +471,8 @@ def _run(values: Values) -> RunConfig:
         section, name = path.split(".", 1)
         (core if section == "core" else sections[section])[name] = value
     sections["model"]["core"] = core
+    if sections["parallel"].get("tensor_model_parallel_size", 1) == 1:  # confs with experts ask for it; as Megatron-LM has it
+        sections["parallel"].pop("sequence_parallel", None)
     if "tokenizer_model" not in sections["data"] and sections["checkpoint"].get("load"):
         sections["data"]["tokenizer_model"] = sections["checkpoint"]["load"]
     return RunConfig(**{name: SECTIONS[name](**given) for name, given in sections.items()})

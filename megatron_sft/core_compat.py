@@ -6,6 +6,7 @@ CPU mode: megatron-core asks torch.cuda for devices, streams and rng states in c
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import os
 import warnings
@@ -24,6 +25,7 @@ def device() -> "torch.device":
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+@functools.cache
 def transformer_config_fields() -> dict[str, tuple[str, str | None]]:
     """Fields of megatron-core's TransformerConfig and its bases, read from the source without importing torch.
 

@@ -1,11 +1,13 @@
 #!/bin/bash
 # HuggingFaceTB/SmolLM2-135M-Instruct: the values of its config.json.
+# 1 GPU of 80 GB: TP=1 ./finetune.sh HuggingFaceTB/SmolLM2-135M-Instruct
 HF_MODEL_CKPT="${HF_MODEL_CKPT:-HuggingFaceTB/SmolLM2-135M-Instruct}"
 # shellcheck disable=SC2034  # read by arguments.sh
 MODEL_ARGS=(
-  --bf16 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope --rotary-percent 1.0
+  --bf16 --normalization RMSNorm --norm-epsilon 1e-5 --swiglu --disable-bias-linear
   --num-layers 30 --hidden-size 576 --ffn-hidden-size 1536
   --num-attention-heads 9 --group-query-attention --num-query-groups 3 --kv-channels 64
-  --norm-epsilon 1e-5 --rotary-base 100000 --max-position-embeddings 8192 --seq-length 4096
-  --make-vocab-size-divisible-by 1 --tokenizer-type HuggingFaceTokenizer
+  --position-embedding-type rope --rotary-percent 1 --rotary-base 100000
+  --max-position-embeddings 8192 --seq-length 4096 --padded-vocab-size 49152 --make-vocab-size-divisible-by 1
+  --tokenizer-type HuggingFaceTokenizer
 )

@@ -1,12 +1,14 @@
 #!/bin/bash
 # Qwen/Qwen2.5-7B-Instruct: the values of its config.json.
+# 4 GPUs of 80 GB: TP=4 ./finetune.sh Qwen/Qwen2.5-7B-Instruct
 HF_MODEL_CKPT="${HF_MODEL_CKPT:-Qwen/Qwen2.5-7B-Instruct}"
 # shellcheck disable=SC2034  # read by arguments.sh
 MODEL_ARGS=(
-  --bf16 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope --rotary-percent 1.0
+  --bf16 --normalization RMSNorm --norm-epsilon 1e-6 --swiglu --disable-bias-linear
+  --untie-embeddings-and-output-weights
   --num-layers 28 --hidden-size 3584 --ffn-hidden-size 18944
   --num-attention-heads 28 --group-query-attention --num-query-groups 4 --kv-channels 128 --add-qkv-bias
-  --untie-embeddings-and-output-weights
-  --norm-epsilon 1e-6 --rotary-base 1000000 --max-position-embeddings 32768 --seq-length 4096
-  --padded-vocab-size 152064 --make-vocab-size-divisible-by 1 --tokenizer-type HuggingFaceTokenizer
+  --position-embedding-type rope --rotary-percent 1 --rotary-base 1000000
+  --max-position-embeddings 32768 --seq-length 4096 --padded-vocab-size 152064 --make-vocab-size-divisible-by 1
+  --tokenizer-type HuggingFaceTokenizer
 )

@@ -1,12 +1,13 @@
 #!/bin/bash
 # meta-llama/Llama-3.2-1B-Instruct: the values of its config.json.
+# 1 GPU of 80 GB: TP=1 ./finetune.sh meta-llama/Llama-3.2-1B-Instruct
 HF_MODEL_CKPT="${HF_MODEL_CKPT:-meta-llama/Llama-3.2-1B-Instruct}"
 # shellcheck disable=SC2034  # read by arguments.sh
 MODEL_ARGS=(
-  --bf16 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope --rotary-percent 1.0
+  --bf16 --normalization RMSNorm --norm-epsilon 1e-5 --swiglu --disable-bias-linear
   --num-layers 16 --hidden-size 2048 --ffn-hidden-size 8192
   --num-attention-heads 32 --group-query-attention --num-query-groups 8 --kv-channels 64
-  --norm-epsilon 1e-5 --rotary-base 500000 --use-rope-scaling --rope-scaling-factor 32
-  --max-position-embeddings 131072 --seq-length 4096
-  --make-vocab-size-divisible-by 1 --tokenizer-type HuggingFaceTokenizer
+  --position-embedding-type rope --rotary-percent 1 --rotary-base 500000 --use-rope-scaling --rope-scaling-factor 32
+  --max-position-embeddings 131072 --seq-length 4096 --padded-vocab-size 128256 --make-vocab-size-divisible-by 1
+  --tokenizer-type HuggingFaceTokenizer
 )

@@ -16,7 +16,7 @@ SPELLINGS: Mapping[str, str] = {
     "add_bias_linear": "--disable-bias-linear",
     "norm_zero_centered": "--apply-layernorm-1p",
     "share_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
-    "rope_scaling": "--use-rope-scaling",
+    "rope_scaling": "--use-rope-scaling or --rope-scaling",
     "window_layers": "--window-attn-skip-freq",
     "num_moe_experts": "--num-experts",
 }
@@ -49,6 +49,15 @@ ARCHITECTURE = frozenset(
         "mscale",
         "mscale_all_dim",
         "rotary_scaling_factor",
+        "rope_type",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "rotary_interleaved",
+        "no_rope_freq",
+        "qk_l2_norm",
+        "softmax_scale",
+        "moe_apply_probs_on_input",
         "softmax_type",
         "glu_linear_offset",
         "activation_func_clamp_value",
@@ -79,7 +88,7 @@ def conflicts(flags: ModelConfig, explicit: frozenset[str], hf: ModelConfig) -> 
     whole = "core" in explicit
     for name in sorted(ARCHITECTURE & flags.core.keys()):
         named = whole or name in explicit or f"core.{name}" in explicit
-        if named and not _agree_core(name, flags, hf):
+        if named and flags.core[name] is not None and not _agree_core(name, flags, hf):
             sentences.append(_sentence(name, flags.core[name], hf.core.get(name)))
     return sentences
 
@@ -105,9 +114,11 @@ def _agree(ours: Any, theirs: Any) -> bool:
 
 def _agree_core(name: str, flags: ModelConfig, hf: ModelConfig) -> bool:
     ours, theirs = flags.core[name], hf.core.get(name)
+    layers = range(hf.num_layers)
     if name == "moe_layer_freq":
-        layers = range(hf.num_layers)
         return _sparse_layers(ours, layers) == _sparse_layers(theirs, layers)
+    if name == "no_rope_freq" and isinstance(ours, int):  # every n-th layer has no RoPE
+        ours = [int((layer + 1) % ours == 0) for layer in layers]
     return _agree(ours, theirs) or (not ours and not theirs)
 
 

@@ -1,38 +1,164 @@
-"""conf/<org>/<model>.sh: flags that parse and values of the models' own config.json."""
+"""Every conf/<org>/<model>.sh: it says all that the model's own config.json says, in the words of `megatron-sft conf`; the
+model has transformers' number of parameters; and the layout in its comment fits.
+"""
 
+import dataclasses
+import functools
 import json
+import re
+import shlex
 import subprocess
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
-from megatron_sft.arguments import parse
-from megatron_sft.checkpoint.conflicts import conflicts
-from megatron_sft.checkpoint.hf_config import model_config_from_hf
+from megatron_sft.arguments import parse, read_flags
+from megatron_sft.checkpoint.conf import conf_text
+from megatron_sft.checkpoint.conflicts import ARCHITECTURE, conflicts
+from megatron_sft.checkpoint.hf_config import model_config_from_hf, text_config
+from megatron_sft.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, problems
+from megatron_sft.parallel import finalize, initialize
 
 ROOT = Path(__file__).parents[2]
-CONFS = sorted((ROOT / "conf").glob("*/*.sh"))
-CONFIGS = {path.stem.lower(): path for path in (ROOT / "tests" / "assets" / "hf_configs").rglob("*.json")}
+CONFIGS = ROOT / "tests" / "assets" / "hf_configs"
+CONFS = {str(path.relative_to(ROOT / "conf").with_suffix("")): path for path in sorted((ROOT / "conf").glob("*/*.sh"))}
+DUMP = 'for f; do (source "$f"; printf "%s\\0" "$f" "$HF_MODEL_CKPT" "${#MODEL_ARGS[@]}" "${MODEL_ARGS[@]}"); done'
+LAUNCH = re.compile(r"^# (\d+) GPUs? of 80 GB: ((?:\w+=\d+ )+)\./finetune\.sh (\S+)$(?:\n# with MLM_EXTRA_ARGS='(.*)'$)?", re.M)
+STATES_GB = 62
+"""Weights, gradients and Adam states of one GPU; the rest of its 80 GB is for activations."""
+TRAINING = {"moe_router_dtype", "moe_token_dispatcher_type", "moe_router_load_balancing_type", "moe_aux_loss_coeff"}
+"""Entries of ModelConfig.core that a conf adds for training."""
 
 
-def model_args(conf: Path) -> list[str]:
-    script = 'source "$1"; printf "%s\\0" "${MODEL_ARGS[@]}"'
-    done = subprocess.run(["bash", "-c", script, "_", str(conf)], capture_output=True, text=True, check=True)
-    return done.stdout.split("\0")[:-1]
+@functools.cache
+def shell_values() -> dict[str, tuple[str, list[str]]]:
+    """Of every conf HF_MODEL_CKPT and MODEL_ARGS, as one bash process sees them."""
+    command = ["bash", "-euc", DUMP, "_", *map(str, CONFS.values())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"})
+    words = iter(done.stdout.split("\0")[:-1])
+    names = {str(path): name for name, path in CONFS.items()}
+    return {names[path]: (next(words), [next(words) for _ in range(int(next(words)))]) for path in words}
 
 
-def hf_config(conf: Path) -> dict:
-    found = [path for name, path in CONFIGS.items() if name.endswith(conf.stem.lower())]
-    assert len(found) == 1, f"{conf}: expected its config.json in tests/assets/hf_configs, found {found}. Add it."
-    return json.loads(found[0].read_text())
+def hf_config(name: str) -> dict[str, Any]:
+    path = CONFIGS / (name.replace("/", "__") + ".json")
+    assert path.exists(), f"conf/{name}.sh: expected its config.json at {path}. Add it."
+    return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("conf", CONFS, ids=lambda path: path.stem)
-def test_conf_agrees_with_the_models_config_json(conf):
-    run, explicit = parse(model_args(conf), 1, training=False)
-    assert conflicts(run.model, explicit, model_config_from_hf(hf_config(conf))) == []
+@functools.cache
+def flags_of(name: str) -> tuple[ModelConfig, frozenset[str]]:
+    run, explicit = parse(shell_values()[name][1], 1, training=False)
+    return run.model, explicit
 
 
-@pytest.mark.parametrize("conf", CONFS, ids=lambda path: path.stem)
-def test_default_checkpoint_is_the_model_that_the_conf_is_named_for(conf):
-    assert f"HF_MODEL_CKPT:-{conf.parent.name}/{conf.stem}}}" in conf.read_text()
+def plain(model: ModelConfig) -> tuple[ModelConfig, dict[str, Any]]:
+    """The fields that a conf can say, and the entries of core that are not megatron-core's defaults."""
+    core = {name: value for name, value in model.core.items() if name not in TRAINING and value not in (None, False)}
+    if all(core.get("moe_layer_freq", [])):
+        core.pop("moe_layer_freq", None)
+    free = {"vocab_size": 0, "padded_vocab_size": model.padded_vocab_size or model.vocab_size, "init_method_std": 0.0}
+    return dataclasses.replace(model, core={}, **free), core
+
+
+@pytest.mark.parametrize("name", CONFS)
+def test_conf_says_what_config_json_says(name):
+    model, explicit = flags_of(name)
+    theirs = model_config_from_hf(hf_config(name))
+    assert plain(model) == plain(theirs)
+    assert conflicts(model, explicit, theirs) == []
+    assert model.core.keys() - TRAINING <= ARCHITECTURE, "conflicts.ARCHITECTURE does not know it"
+
+
+@pytest.mark.parametrize("name", CONFS)
+def test_conf_is_what_the_command_writes(name):
+    text = CONFS[name].read_text()
+    written = conf_text(model_config_from_hf(hf_config(name)), name)
+    if "\nsource " not in text:
+        assert [line for line in text.split("\n") if line[:2] != "# " or "shellcheck" in line or "values of" in line] == (
+            written.split("\n")
+        )
+    else:  # another conf and what differs: the same run
+        flags = shlex.split(written[written.index("MODEL_ARGS=(") + 12 : written.rindex(")")])
+        assert parse(flags, 1, training=False) == parse(shell_values()[name][1], 1, training=False)
+
+
+@pytest.mark.parametrize("name", CONFS)
+def test_default_checkpoint_is_the_model_that_the_conf_is_named_for(name):
+    assert shell_values()[name][0] == name
+
+
+@functools.cache
+def their_parameters(name: str) -> tuple[int, int]:
+    """Parameters of transformers' model beside the routed experts, and of these."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    keys = dict(text_config(hf_config(name)))
+    if keys["model_type"] == "kimi_k2":  # DeepSeek-V3's class under a name of its own
+        keys["model_type"] = "deepseek_v3"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys))
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    experts = sum(size for key, size in sizes.items() if ".experts." in key)
+    return sum(sizes.values()) - experts, experts
+
+
+@pytest.fixture(scope="module")
+def world():
+    yield initialize(ParallelConfig(), 1)
+    finalize()
+
+
+class Counts(NamedTuple):
+    layers: list[int]
+    rest: int
+
+
+def built(model: ModelConfig) -> Counts:
+    """Parameters of each layer and of all else, of the model on the meta device."""
+    from megatron_sft.model.build import build_model
+
+    with torch.device("meta"):
+        (chunk,) = build_model(model, ParallelConfig(), TrainConfig(params_dtype="bf16"))
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in chunk.decoder.layers]
+    return Counts(layers, sum(parameter.numel() for parameter in chunk.parameters()) - sum(layers))
+
+
+def our_parameters(model: ModelConfig) -> int:
+    """Of models with experts one layer of each kind is built, because thousands of them take seconds."""
+    if not model.core.get("num_moe_experts"):
+        counts = built(model)
+        return sum(counts.layers) + counts.rest
+    sparse = model.core.get("moe_layer_freq", [1] * model.num_layers)
+    kinds = sorted(set(sparse))
+    core = {**model.core, "moe_layer_freq": kinds}
+    core.pop("no_rope_freq", None)
+    counts = built(dataclasses.replace(model, num_layers=len(kinds), window_layers=(), core=core))
+    return counts.rest + sum(size * sparse.count(kind) for kind, size in zip(kinds, counts.layers, strict=True))
+
+
+@pytest.mark.parametrize("name", CONFS)
+def test_model_of_the_flags_alone_has_transformers_parameters(name, world):
+    assert our_parameters(flags_of(name)[0]) == sum(their_parameters(name))
+
+
+@pytest.mark.parametrize("name", CONFS)
+def test_layout_of_the_comment_fits(name):
+    found = LAUNCH.search(CONFS[name].read_text())
+    if found is None:
+        assert "also in how it is launched" in CONFS[name].read_text()
+        return
+    gpus, sizes = int(found[1]), dict(item.split("=") for item in found[2].split())
+    tp, pp, ep = (int(sizes.get(key, "1")) for key in ("TP", "PP", "EP"))
+    assert found[3] == name
+    extra = read_flags(shlex.split(found[4] or ""), [])[0] if found[4] else {}
+    first, last = (extra.get(f"parallel.decoder_{end}_pipeline_num_layers", 0) for end in ("first", "last"))
+    layout = ParallelConfig(tp, pp, expert_model_parallel_size=ep)
+    model, _ = flags_of(name)
+    assert problems(RunConfig(model, layout), gpus, training=False) == []
+    assert (model.num_layers - first - last) % (pp - (first > 0) - (last > 0)) == 0
+    dense, experts = (count / 1e9 for count in their_parameters(name))
+    states = (6 * dense / tp + 6 * experts / ep) / pp + 12 * (dense + experts) / gpus
+    assert states <= STATES_GB, f"{states:.0f} GB of weights, gradients and Adam states a GPU"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sft.checkpoint.conflicts import conflicts, merged
-from megatron_sft.checkpoint.hf_config import hf_config_from_model, model_config_from_hf
+from megatron_sft.checkpoint.hf_config import hf_config_from_model, model_config_from_hf, text_config
 from megatron_sft.errors import CheckpointError
 
 LLAMA_3_2 = {
@@ -80,7 +80,7 @@ def test_all_conflicts_at_once_with_flag_spellings():
         "--norm-epsilon",
         "--qk-layernorm",
         "--rotary-base",
-        "--use-rope-scaling",
+        "--use-rope-scaling or --rope-scaling",
     ]
     assert found[1] == (
         "--norm-epsilon: the flags say norm_epsilon = 1e-06, config.json says 1e-05. Leave the flag out or correct it."
@@ -113,12 +113,20 @@ def test_published_configs_read_as_transformers_reads_them(path):
     from transformers import AutoConfig
 
     hf = json.loads(path.read_text())
-    model, theirs = model_config_from_hf(hf), AutoConfig.for_model(**hf)
-    heads = theirs.num_attention_heads
-    assert model.kv_channels == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
-    assert (model.num_query_groups, model.norm_epsilon) == (theirs.num_key_value_heads, theirs.rms_norm_eps)
-    assert model.rotary_base == theirs.rope_parameters["rope_theta"]
-    assert (model.rope_scaling or {}).get("factor") == theirs.rope_parameters.get("factor")
-    assert model.window_size is None
+    keys = dict(text_config(hf))
+    if keys["model_type"] == "kimi_k2":  # DeepSeek-V3's class under a name of its own
+        keys["model_type"] = "deepseek_v3"
+    model, theirs = model_config_from_hf(hf), AutoConfig.for_model(**keys)
+    rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+    heads, eps = theirs.num_attention_heads, "norm_eps" if keys["model_type"] == "nemotron" else "rms_norm_eps"
+    assert (model.num_query_groups, model.norm_epsilon) == (theirs.num_key_value_heads, getattr(theirs, eps))
+    assert model.rotary_base == rope["rope_theta"]
+    assert (model.rope_scaling or {}).get("factor") == rope.get("factor")
     assert model.share_embeddings_and_output_weights == theirs.tie_word_embeddings
+    if not model.core.get("multi_latent_attention"):
+        assert model.kv_channels == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
+    kinds = getattr(theirs, "layer_types", None)
+    if kinds and "sliding_attention" in kinds:
+        assert model.window_size == theirs.sliding_window
+        assert [("full" if not windowed else "sliding") + "_attention" for windowed in model.window_layers] == kinds
     assert model_config_from_hf(hf_config_from_model(model, None)) == model

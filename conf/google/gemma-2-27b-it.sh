@@ -1,0 +1,16 @@
+#!/bin/bash
+# google/gemma-2-27b-it: the values of its config.json.
+# 16 GPUs of 80 GB: TP=8 PP=2 ./finetune.sh google/gemma-2-27b-it
+HF_MODEL_CKPT="${HF_MODEL_CKPT:-google/gemma-2-27b-it}"
+# shellcheck disable=SC2034  # read by arguments.sh
+MODEL_ARGS=(
+  --bf16 --normalization RMSNorm --norm-epsilon 1e-6 --apply-layernorm-1p --geglu --disable-bias-linear
+  --num-layers 46 --hidden-size 4608 --ffn-hidden-size 36864
+  --num-attention-heads 32 --group-query-attention --num-query-groups 16 --kv-channels 128 --norm-placement pre_post
+  --embedding-scale 67.88225099390856 --attn-logit-softcapping 50 --final-logit-softcapping 30 --window-size 4095,0
+  --window-attn-skip-freq 2
+  --position-embedding-type rope --rotary-percent 1 --rotary-base 10000
+  --softmax-scale 0.08333333333333333
+  --max-position-embeddings 8192 --seq-length 4096 --padded-vocab-size 256000 --make-vocab-size-divisible-by 1
+  --tokenizer-type HuggingFaceTokenizer
+)

@@ -1,0 +1,24 @@
+#!/bin/bash
+# moonshotai/Kimi-K2-Instruct: the values of its config.json.
+# Published in FP8: train from a bf16 copy (docs/models.md).
+# 512 GPUs of 80 GB: EP=32 PP=16 ./finetune.sh moonshotai/Kimi-K2-Instruct
+# with MLM_EXTRA_ARGS='--decoder-first-pipeline-num-layers 3 --decoder-last-pipeline-num-layers 2'
+HF_MODEL_CKPT="${HF_MODEL_CKPT:-moonshotai/Kimi-K2-Instruct}"
+# shellcheck disable=SC2034  # read by arguments.sh
+MODEL_ARGS=(
+  --bf16 --normalization RMSNorm --norm-epsilon 1e-6 --swiglu --disable-bias-linear
+  --untie-embeddings-and-output-weights
+  --num-layers 61 --hidden-size 7168 --ffn-hidden-size 18432
+  --num-attention-heads 64 --group-query-attention --num-query-groups 64 --kv-channels 128 --qk-layernorm
+  --position-embedding-type rope --rotary-percent 1 --rotary-base 50000
+  --multi-latent-attention --q-lora-rank 1536 --kv-lora-rank 512 --qk-head-dim 128 --qk-pos-emb-head-dim 64
+  --v-head-dim 128 --rope-type yarn --rotary-scaling-factor 32 --original-max-position-embeddings 4096 --beta-fast 1
+  --beta-slow 1 --mscale 1 --mscale-all-dim 1
+  --moe-ffn-hidden-size 2048 --moe-layer-freq '[0]*1+[1]*60' --moe-router-enable-expert-bias --moe-router-group-topk 1
+  --moe-router-num-groups 1 --moe-router-pre-softmax --moe-router-score-function sigmoid --moe-router-topk 8
+  --moe-router-topk-scaling-factor 2.827 --moe-shared-expert-intermediate-size 2048 --num-experts 384
+  --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall --sequence-parallel
+  --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-4
+  --max-position-embeddings 131072 --seq-length 4096 --padded-vocab-size 163840 --make-vocab-size-divisible-by 1
+  --tokenizer-type HuggingFaceTokenizer
+)
