@@ -163,6 +163,20 @@ def _no_rope_keys(model: ModelConfig) -> Fields:
     return {"no_rope_layers": [1 - skipped for skipped in model.core["no_rope_freq"]]}
 
 
+def _temperature(keys: Keys) -> Fields:
+    """Llama 4; Scout's config.json says 4 where transformers says true."""
+    if not keys["attn_temperature_tuning"]:
+        return {}
+    return {"attn_temperature_scale": keys["attn_scale"], "attn_temperature_floor": keys["floor_scale"]}
+
+
+def _temperature_keys(model: ModelConfig) -> Fields:
+    if model.attn_temperature_scale is None:
+        return {"attn_temperature_tuning": False}
+    scale, floor = model.attn_temperature_scale, model.attn_temperature_floor
+    return {"attn_temperature_tuning": True, "attn_scale": scale, "floor_scale": floor}
+
+
 def _nothing(model: ModelConfig) -> Fields:
     return {}
 
@@ -181,5 +195,6 @@ DERIVED: Mapping[str, tuple[Callable[[Keys], Fields], Callable[[ModelConfig], Fi
     "moe_shared": (_moe_shared, _moe_shared_keys),
     "mla": (_mla, lambda model: {"head_dim": model.core["qk_pos_emb_head_dim"]}),
     "no_rope": (_no_rope, _no_rope_keys),
+    "temperature": (_temperature, _temperature_keys),
     "quick_gelu": (lambda keys: {"activation": "quick_gelu"}, lambda model: {"hidden_act": "silu"}),
 }

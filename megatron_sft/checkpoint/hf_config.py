@@ -88,6 +88,10 @@ def _rope(keys: Keys, family: Family) -> Fields:
     share = keys.get("partial_rotary_factor") or parameters.get("partial_rotary_factor")
     kind = scaling.pop("type", None)
     kind = scaling.pop("rope_type", kind) or "default"
+    if "short_factor" in scaling:  # Phi-3 has other names for longrope, and its original length beside rope_scaling
+        kind = "longrope"
+        if keys.get("original_max_position_embeddings"):
+            scaling["original_max_position_embeddings"] = keys["original_max_position_embeddings"]
     scaling.pop("rope_theta", None)
     scaling.pop("partial_rotary_factor", None)
     return {

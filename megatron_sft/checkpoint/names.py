@@ -207,6 +207,13 @@ FAMILIES: Mapping[str, Family] = {
         tensors=DENSE,
         required=NO_BIASES,
     ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        tensors=DENSE,
+        defaults={"rope_theta": 2e6, "tie_word_embeddings": True},
+        required={**NO_BIASES, "use_sliding_window": False},
+        derived=("no_rope",),
+    ),
     "mistral": Family(
         architecture="MistralForCausalLM",
         tensors=DENSE,
@@ -326,7 +333,7 @@ FAMILIES: Mapping[str, Family] = {
         config=DEEPSEEK_CONFIG,
         fixed={**DEEPSEEK_FIXED, "core.moe_router_score_function": "softmax"},
         defaults={**DEEPSEEK_DEFAULTS, "routed_scaling_factor": 1.0},
-        required={**NO_BIASES, "norm_topk_prob": False},
+        required={**NO_BIASES, "norm_topk_prob": False, "topk_method": "greedy"},
         derived=("moe_first_dense", "moe_shared", "mla"),
     ),
     "deepseek_v3": DEEPSEEK_V3,
@@ -390,9 +397,17 @@ FAMILIES: Mapping[str, Family] = {
             "core.moe_router_score_function": "sigmoid",
             "core.moe_apply_probs_on_input": True,
         },
-        defaults={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "attention_chunk_size": 8192, "use_qk_norm": True},
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "attention_chunk_size": 8192,
+            "use_qk_norm": True,
+            "attn_temperature_tuning": True,
+            "attn_scale": 0.1,
+            "floor_scale": 8192,
+        },
         required=NO_BIASES,
-        derived=("moe_interleaved", "no_rope"),
+        derived=("moe_interleaved", "no_rope", "temperature"),
     ),
 }
 """Every family that can be converted, by config.json's `model_type`."""

@@ -73,8 +73,7 @@ class PackedAttention(torch.nn.Module):
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.window = layer_window(model, layer_number - 1)
-        skips_rope = bool(config.no_rope_freq and config.no_rope_freq[layer_number - 1])
-        self.chunk = None if skips_rope else model.attention_chunk_size
+        self.chunk = None if config.sft_no_rope[layer_number - 1] else model.attention_chunk_size
         self.softcap = model.attn_logit_softcapping
         self.cp_group, self.cp_comm_type = pg_collection.cp, config.sft_cp_comm_type
         self.softmax_offset: torch.nn.Parameter | None = None
@@ -115,9 +114,7 @@ class PackedAttention(torch.nn.Module):
         if isinstance(packed_seq_params, CachedSeqParams):
             if packed_seq_params.decodes:
                 self._require_plain_decode()
-                return decode_attention(
-                    query, key, value, packed_seq_params, self.layer_number, self.softmax_scale, self.window
-                )
+                return decode_attention(query, key, value, packed_seq_params, self.layer_number, self.softmax_scale, self.window)
             packed_seq_params.store(self.layer_number, key, value)
         sinks, cp_size = self.softmax_offset, self.cp_group.size()
         if cp_size == 1:
@@ -172,9 +169,7 @@ class PackedAttention(torch.nn.Module):
             pairs = list(zip(key.split(sizes), value.split(sizes), strict=True))
         else:
             pairs = [tuple(x[span.first_key : span.first_key + span.keys] for x in (key, value)) for span in spans]
-        parts = [
-            self._document(q, k, v, span.offset, sinks) for q, (k, v), span in zip(queries, pairs, spans, strict=True)
-        ]
+        parts = [self._document(q, k, v, span.offset, sinks) for q, (k, v), span in zip(queries, pairs, spans, strict=True)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _document(self, query: Any, key: Any, value: Any, offset: int, sinks: Any) -> torch.Tensor:
@@ -183,9 +178,7 @@ class PackedAttention(torch.nn.Module):
         grouped, length = q.shape[1] != k.shape[1], query.shape[0]
         special = sinks is not None or self.softcap is not None
         if not special and offset == 0 and (self.window is None or self.window >= length):
-            output = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=grouped, scale=self.softmax_scale
-            )
+            output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped, scale=self.softmax_scale)
             return output[0].transpose(0, 1)
         blocks = []
         for first in range(0, length, QUERY_BLOCK):
@@ -197,9 +190,7 @@ class PackedAttention(torch.nn.Module):
                 blocks.append(_capped_attention(*args, self.softmax_scale, self.softcap, sinks))
             else:
                 blocks.append(
-                    F.scaled_dot_product_attention(
-                        *args[:3], attn_mask=seen, enable_gqa=grouped, scale=self.softmax_scale
-                    )
+                    F.scaled_dot_product_attention(*args[:3], attn_mask=seen, enable_gqa=grouped, scale=self.softmax_scale)
                 )
         return torch.cat(blocks, dim=2)[0].transpose(0, 1)
 

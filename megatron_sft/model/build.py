@@ -23,6 +23,7 @@ from megatron_sft.core_compat import apply_gathered_rope, device
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.attention import PackedAttention
 from megatron_sft.model.cache import CachedSeqParams
+from megatron_sft.model.context import token_lengths
 from megatron_sft.model.layers import HeadsNorm
 from megatron_sft.model.loss import linear_cross_entropy
 from megatron_sft.model.rope import RotaryTable, rotate
@@ -58,8 +59,10 @@ class SFTModel(GPTModel):
             hidden = hidden * torch.tensor(self.embedding_scale, dtype=hidden.dtype, device=hidden.device)
         table = None
         if self.rotary_table is not None:
-            longest = kwargs["packed_seq_params"].max_seqlen_kv
-            table = self.rotary_table.gather(position_ids, longest, self.config.params_dtype)
+            lengths = None
+            if self.rotary_table.original_positions is not None:
+                lengths = token_lengths(kwargs["packed_seq_params"])
+            table = self.rotary_table.gather(position_ids, lengths, self.config.params_dtype)
         return (hidden, table, *rest)
 
     def _postprocess(self, hidden_states: Any, *args: Any, labels: Any = None, loss_mask: Any = None, **kwargs: Any) -> Any:
@@ -136,6 +139,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     config = kind(**{**fields, **model.core})
     config.sft_model = model  # type: ignore[attr-defined] # what our modules need beyond megatron-core's fields
     config.sft_cp_comm_type = parallel.cp_comm_type  # type: ignore[attr-defined]
+    config.sft_no_rope = config.no_rope_freq or [0] * config.num_layers  # type: ignore[attr-defined]
+    config.no_rope_freq = None  # megatron-core would take the table away that scales queries in these layers
     return config
 
 
@@ -206,7 +211,7 @@ def _chunk(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) 
     latent_dim = config.qk_pos_emb_head_dim if config.multi_latent_attention else None
     chunk.rotary_table = RotaryTable(model, latent_dim) if model.position_embedding_type != "none" else None
     _mark_tensor_parallel(chunk)
-    return chunk.to(device())
+    return chunk if torch.get_default_device().type == "meta" else chunk.to(device())  # meta: shapes alone
 
 
 def _mark_tensor_parallel(chunk: SFTModel) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.mappings import all_to_all
 
@@ -20,6 +21,13 @@ def shard_tokens(row: torch.Tensor) -> torch.Tensor:
     """This context-parallel rank's part of a row [1, T]; T is a multiple of the context-parallel size."""
     size = parallel_state.get_context_parallel_world_size()
     return row if size == 1 else row.chunk(size, dim=1)[parallel_state.get_context_parallel_rank()]
+
+
+def token_lengths(packed: PackedSeqParams) -> torch.Tensor:
+    """Length of each token's document, [T] of this rank's part; a cache's documents count as long as they may become."""
+    tokens = packed.cu_seqlens_q.diff()
+    lengths = getattr(packed, "totals", tokens).repeat_interleave(tokens)
+    return shard_tokens(lengths[None])[0]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ class RotaryTable:
         self._dim = dim or int(model.kv_channels * model.rotary_percent)
         self._model = model
         self._interleaved = bool(model.core.get("rotary_interleaved") or model.core.get("multi_latent_attention"))
+        scaling = model.rope_scaling or {}
+        self.original_positions: int | None = None
+        """longrope: documents longer than this have other frequencies."""
+        if scaling.get("rope_type") == "longrope":
+            self.original_positions = scaling.get("original_max_position_embeddings") or model.max_position_embeddings
         self.inverse_frequencies(max_seqlen=1)  # an unknown kind of scaling fails here, not in the first step
 
     def inverse_frequencies(self, max_seqlen: int) -> list[tuple[torch.Tensor, float]]:
@@ -37,24 +42,39 @@ class RotaryTable:
             kinds.append((_frequencies(self._dim, model.rotary_base_local), 1.0))
         return kinds
 
-    def gather(self, position_ids: torch.Tensor, max_seqlen: int, dtype: torch.dtype) -> torch.Tensor:
+    def gather(self, position_ids: torch.Tensor, lengths: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """The table of a row of tokens.
 
         Args:
             position_ids: [1, T] int64.
-            max_seqlen: longest document; longrope has other frequencies above its original length.
+            lengths: [T], the length of each token's document; None where original_positions is None.
             dtype: of the activations.
 
         Returns:
             [T, kinds, 2, dim]: cosines and sines; with rotary_interleaved each value twice in a row, else two halves.
+            The last kind scales queries by position, where attn_temperature_scale asks for it.
         """
         positions = position_ids.flatten().float()
+        rows = self._rows(positions, 1)
+        if lengths is not None and self.original_positions is not None:
+            is_long = (lengths > self.original_positions)[:, None, None]
+            longer = self._rows(positions, self.original_positions + 1)
+            rows = [torch.where(is_long, long, short) for long, short in zip(longer, rows, strict=True)]
+        if self._model.attn_temperature_scale is not None:
+            steps = torch.floor((positions + 1) / self._model.attn_temperature_floor)
+            scales = 1 + self._model.attn_temperature_scale * torch.log1p(steps)
+            cosines = scales[:, None].expand(-1, self._dim)
+            rows.append(torch.stack((cosines, torch.zeros_like(cosines)), dim=1))
+        return torch.stack(rows, dim=1).to(dtype)
+
+    def _rows(self, positions: torch.Tensor, max_seqlen: int) -> list[torch.Tensor]:
+        """[T, 2, dim] a kind."""
         rows = []
         for frequencies, factor in self.inverse_frequencies(max_seqlen):
             angles = torch.outer(positions, frequencies.to(positions.device))
             angles = angles.repeat_interleave(2, dim=1) if self._interleaved else torch.cat((angles, angles), dim=1)
             rows.append(torch.stack((angles.cos() * factor, angles.sin() * factor), dim=1))
-        return torch.stack(rows, dim=1).to(dtype)
+        return rows
 
 
 def _frequencies(dim: int, base: float) -> torch.Tensor:
@@ -94,9 +114,7 @@ def _llama3(plain: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
     return (1 - share) * plain / factor + share * plain
 
 
-def _yarn(
-    plain: torch.Tensor, dim: int, base: float, scaling: Mapping[str, Any], original: int, factor: float
-) -> torch.Tensor:
+def _yarn(plain: torch.Tensor, dim: int, base: float, scaling: Mapping[str, Any], original: int, factor: float) -> torch.Tensor:
     """arXiv 2309.00071, section 3.2."""
     bounds = [
         dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))

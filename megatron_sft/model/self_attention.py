@@ -19,7 +19,9 @@ class PackedSelfAttention(SelfAttention):
         model: ModelConfig = config.sft_model
         local = model.rotary_base_local is not None and layer_window(model, self.layer_number - 1) is not None
         self.rotary_kind = 1 if local else 0
-        if config.qk_l2_norm and config.no_rope_freq and config.no_rope_freq[self.layer_number - 1]:
+        self.skips_rope = bool(config.sft_no_rope[self.layer_number - 1])
+        self.has_temperature = model.attn_temperature_scale is not None
+        if config.qk_l2_norm and self.skips_rope:
             self.q_layernorm = self.k_layernorm = None  # Llama 4 has this norm only beside RoPE
         if model.qk_layernorm_full:
             eps = config.layernorm_epsilon
@@ -29,7 +31,11 @@ class PackedSelfAttention(SelfAttention):
     def forward(self, hidden_states: torch.Tensor, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
         """As megatron-core's; `rotary_pos_emb` is [T, kinds, 2, dim] or None."""
         table = kwargs.pop("rotary_pos_emb", None)
-        chosen = None if table is None else table[:, self.rotary_kind]
+        chosen: Any = None
+        if self.skips_rope:
+            chosen = (table[:, -1], None) if self.has_temperature else None  # queries alone
+        elif table is not None:
+            chosen = table[:, self.rotary_kind]
         return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=chosen, **kwargs)
 
 

@@ -1,5 +1,6 @@
 """Every family's table covers what transformers stores, and its config.json survives both ways."""
 
+import math
 import re
 
 import pytest
@@ -9,7 +10,8 @@ from megatron_sft.checkpoint.hf_config import hf_config_from_model, model_config
 from megatron_sft.checkpoint.layout import LAYOUTS
 from megatron_sft.checkpoint.names import FAMILIES
 from megatron_sft.checkpoint.tensors import stored_tensors
-from tests.unit.checkpoint.tiny_models import KEYS, tiny_folder
+from megatron_sft.model.rope import RotaryTable
+from tests.unit.checkpoint.tiny_models import KEYS, LONG_ROPE, SIZES, tiny_folder
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -31,6 +33,17 @@ def test_config_survives_both_ways(name, tmp_path):
     model = model_config_from_hf(hf)
     assert model_config_from_hf(hf_config_from_model(model, None)) == model
     assert model_config_from_hf(hf_config_from_model(model, hf)) == model
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_original_length_of_phi3_stands_beside_its_scaling(kind):
+    """As in the config.json of Phi-3-mini-128k-instruct and Phi-4-mini-instruct."""
+    keys = {**SIZES, **KEYS["phi3"], "max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    model = model_config_from_hf({**keys, "rope_scaling": {**LONG_ROPE, "type": kind}})
+    assert model.rope_scaling["rope_type"] == "longrope"
+    assert RotaryTable(model).original_positions == 4096
+    _, factor = RotaryTable(model).inverse_frequencies(1)[0]
+    assert factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
 
 
 def test_tables_name_existing_layouts_and_functions():

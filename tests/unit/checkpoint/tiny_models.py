@@ -26,16 +26,55 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "original_max_position_embeddings": 8192,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+}
+MSCALE = {"mscale": 1.0, "mscale_all_dim": 0.7}
+LONG_ROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.0, 1.1, 1.2, 1.4, 2.0],
+    "long_factor": [1.0, 1.3, 2.0, 4.0, 9.0, 20.0],
+}
+WINDOW = 8
 MLA = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "moe_intermediate_size": 48}
 MOE = {"num_experts_per_tok": 2, "n_routed_experts": 4, "first_k_dense_replace": 1}
+GEMMA = {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 24}
 KEYS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "head_dim": 24, "rope_parameters": LLAMA3_ROPE},
-    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-tied": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 0]},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen2-untied": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3", "head_dim": 32},
-    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 32},
-    "phi3": {"model_type": "phi3"},
+    "qwen2-untied": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "rope_parameters": YARN_ROPE},
+    "mistral": {"model_type": "mistral", "sliding_window": WINDOW, "head_dim": 32},
+    "phi3": {
+        "model_type": "phi3",
+        "tie_word_embeddings": True,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": LONG_ROPE,
+        "original_max_position_embeddings": 32,
+        "sliding_window": WINDOW,
+    },
+    "phi3-long": {  # documents longer than the original positions
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": LONG_ROPE,
+        "original_max_position_embeddings": 6,
+    },
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "head_dim": 16,
@@ -45,9 +84,22 @@ KEYS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
     },
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-    "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24},
-    "gemma3_text": {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24},
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": WINDOW,
+    },
+    "gemma2": {"model_type": "gemma2", "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, **GEMMA},
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        **GEMMA,
+    },
     "olmo2": {"model_type": "olmo2"},
     "nemotron": {"model_type": "nemotron"},
     "deepseek_v2": dict(
@@ -56,8 +108,21 @@ KEYS: dict[str, dict[str, Any]] = {
         q_lora_rank=None,
         n_shared_experts=2,
         topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        rope_parameters={**YARN_ROPE, **MSCALE},
+        **MLA,
+        **MOE,
+    ),
+    "deepseek_v2-compressed": dict(
+        model_type="deepseek_v2",
+        num_key_value_heads=4,
+        q_lora_rank=24,
+        n_shared_experts=1,
+        topk_method="greedy",
         n_group=None,
         topk_group=None,
+        routed_scaling_factor=1.5,
         **MLA,
         **MOE,
     ),
@@ -68,6 +133,7 @@ KEYS: dict[str, dict[str, Any]] = {
         n_group=2,
         topk_group=1,
         num_key_value_heads=4,
+        rope_parameters={**YARN_ROPE, **MSCALE},
         **MLA,
         **MOE,
     ),
@@ -76,7 +142,9 @@ KEYS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
-        "sliding_window": 8,
+        "sliding_window": WINDOW,
+        "swiglu_limit": 0.5,
+        "rope_parameters": {**YARN_ROPE, "truncate": False},
     },
     "llama4_text": {
         "model_type": "llama4_text",
@@ -86,6 +154,12 @@ KEYS: dict[str, dict[str, Any]] = {
         "intermediate_size_mlp": 80,
         "interleave_moe_layer_step": 2,
         "moe_layers": None,
+        "no_rope_layers": [1, 0, 1, 0],
+        "attention_chunk_size": WINDOW,
+        "attn_temperature_tuning": True,
+        "floor_scale": 4,
+        "attn_scale": 0.3,
+        "rope_parameters": LLAMA3_ROPE,
     },
 }
 BUILT = tuple(name for name in KEYS if name not in ("deepseek_v2", "deepseek_v3"))
@@ -94,19 +168,23 @@ EXACT = tuple(name for name in BUILT if name != "llama4_text")
 """Those of them that compute what transformers computes; Llama 4 differs in its layers without RoPE."""
 
 
-def tiny_folder(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def tiny_folder(name: str, folder: Path, dtype: torch.dtype = torch.float32, num_layers: int = 4) -> Any:
     """Saves a random model of KEYS[name] in `folder` and returns it, in eval mode.
 
-    Norm weights and biases are random too: a mistake in them would not show on ones and zeros.
+    Norm weights, biases, sinks and the router's expert bias are random too: a mistake in them would not show on ones
+    and zeros.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**{**SIZES, **KEYS[name]})
+    keys = {**SIZES, **KEYS[name], "num_hidden_layers": num_layers}
+    keys.update({key: keys[key][:num_layers] for key in ("layer_types", "no_rope_layers") if key in keys})
+    config = AutoConfig.for_model(**keys)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    biases = [buffer for key, buffer in model.named_buffers() if key.endswith("e_score_correction_bias")]
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+        for tensor in [*model.parameters(), *biases]:
+            if tensor.dim() == 1:
+                tensor.add_(torch.randn_like(tensor) * 0.2)
     model.save_pretrained(folder)
     return model
