@@ -1,8 +1,6 @@
 """What `megatron-sft convert`, `export`, `verify` and `conf` do, as functions of resolved values. No flags here."""
 
 import dataclasses
-import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_sft import parallel
+from megatron_sft.checkpoint.conf import conf_text
 from megatron_sft.checkpoint.distributed import load_checkpoint, read_run_config, save_checkpoint
 from megatron_sft.checkpoint.hf import load_hf_weights, save_hf
 from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
@@ -132,48 +131,4 @@ def verify(hf_folder: str | Path, megatron_checkpoint: str | Path | None = None)
 
 def conf(hf_folder: str | Path) -> str:
     """The text of a conf/<org>/<model>.sh with the values of an HF folder's config.json."""
-    model = model_config_from_hf(read_hf_config(hf_folder))
-    flags = [
-        f"--num-layers {model.num_layers}",
-        f"--hidden-size {model.hidden_size}",
-        f"--ffn-hidden-size {model.ffn_hidden_size}",
-        f"--num-attention-heads {model.num_attention_heads}",
-        f"--group-query-attention --num-query-groups {model.num_query_groups}",
-        f"--kv-channels {model.kv_channels}",
-        f"--max-position-embeddings {model.max_position_embeddings}",
-        f"--padded-vocab-size {model.vocab_size} --make-vocab-size-divisible-by 1",
-        f"--normalization {model.normalization} --norm-epsilon {model.norm_epsilon}",
-        f"--position-embedding-type {model.position_embedding_type} --rotary-base {model.rotary_base:g}",
-        f"--rotary-percent {model.rotary_percent}",
-        *_switches(model),
-        *_core_flags(model),
-    ]
-    lines = "\n".join(f"  {flag}" for flag in flags)
-    return f"# {Path(hf_folder).name}: the values of its config.json.\nMODEL_ARGS=(\n{lines}\n)\n"
-
-
-def _switches(model: ModelConfig) -> list[str]:
-    scaling = model.rope_scaling or {}
-    named = {
-        "--swiglu": model.gated_mlp and model.activation == "silu",
-        "--squared-relu": model.activation == "squared_relu",
-        "--disable-bias-linear": not model.add_bias_linear,
-        "--add-qkv-bias": model.add_qkv_bias,
-        "--qk-layernorm": model.qk_layernorm,
-        "--untie-embeddings-and-output-weights": not model.share_embeddings_and_output_weights,
-        "--apply-layernorm-1p": model.norm_zero_centered,
-        f"--use-rope-scaling --rope-scaling-factor {scaling.get('factor')}": scaling.get("rope_type") == "llama3",
-    }
-    return [flag for flag, wanted in named.items() if wanted]
-
-
-def _core_flags(model: ModelConfig) -> list[str]:
-    """megatron-core's own fields as flags: `name_of_field: 3` -> `--name-of-field 3`."""
-    flags = []
-    for name, value in model.core.items():
-        flag = "--num-experts" if name == "num_moe_experts" else "--" + name.replace("_", "-")
-        if value is True:
-            flags.append(flag)
-        elif value is not False and value is not None:
-            flags.append(f"{flag} {shlex.quote(json.dumps(value) if isinstance(value, list) else str(value))}")
-    return flags
+    return conf_text(model_config_from_hf(read_hf_config(hf_folder)), str(hf_folder))

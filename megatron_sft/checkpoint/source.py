@@ -84,9 +84,10 @@ def resolve_model(
     if problems:
         raise ConfigError([f"{source.path}: {problem}" for problem in problems])
     model = merged(flags, explicit, model)
-    multiple = model.make_vocab_size_divisible_by * tensor_parallel
-    padded = model.padded_vocab_size or -(-model.vocab_size // multiple) * multiple
-    return dataclasses.replace(model, padded_vocab_size=padded)
+    multiple = tensor_parallel if model.padded_vocab_size else model.make_vocab_size_divisible_by * tensor_parallel
+    rows = max(model.padded_vocab_size, model.vocab_size)  # the tokenizer may have grown since the conf was written
+    padded = -(-rows // multiple) * multiple
+    return dataclasses.replace(model, padded_vocab_size=padded, vocab_size=model.vocab_size or padded)
 
 
 def model_config_from_json(values: Mapping[str, Any]) -> ModelConfig:

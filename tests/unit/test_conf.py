@@ -20,6 +20,7 @@ from megatron_sft.checkpoint.conflicts import ARCHITECTURE, conflicts
 from megatron_sft.checkpoint.hf_config import model_config_from_hf, text_config
 from megatron_sft.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, problems
 from megatron_sft.parallel import finalize, initialize
+from tests.unit.checkpoint.tiny_models import KEYS, SIZES
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "assets" / "hf_configs"
@@ -81,8 +82,19 @@ def test_conf_is_what_the_command_writes(name):
             written.split("\n")
         )
     else:  # another conf and what differs: the same run
-        flags = shlex.split(written[written.index("MODEL_ARGS=(") + 12 : written.rindex(")")])
-        assert parse(flags, 1, training=False) == parse(shell_values()[name][1], 1, training=False)
+        assert parse(flags_in(written), 1, training=False) == parse(shell_values()[name][1], 1, training=False)
+
+
+def flags_in(text: str) -> list[str]:
+    return shlex.split(text[text.index("MODEL_ARGS=(") + 12 : text.rindex(")")])
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_command_says_every_feature_of_a_family(name):
+    from transformers import AutoConfig
+
+    theirs = model_config_from_hf(AutoConfig.for_model(**{**SIZES, **KEYS[name]}).to_dict())
+    assert plain(parse(flags_in(conf_text(theirs, name)), 1, training=False)[0].model) == plain(theirs)
 
 
 @pytest.mark.parametrize("name", CONFS)

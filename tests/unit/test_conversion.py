@@ -22,9 +22,11 @@ def test_there_and_back_through_a_megatron_checkpoint(tmp_path):
     assert json.loads((tmp_path / "alone" / "config.json").read_text())["model_type"] == "qwen3"
 
 
-def test_conf_has_the_values_of_config_json(tmp_path):
+def test_conf_takes_the_folder_for_its_default_checkpoint(tmp_path):
     tiny_folder("qwen3_moe", tmp_path / "tiny")
     text = conversion.conf(tmp_path / "tiny")
-    assert text.startswith("# tiny: the values of its config.json.\nMODEL_ARGS=(\n  --num-layers 4\n")
-    assert "  --norm-epsilon 1e-06" in text.replace("RMSNorm --norm", "RMSNorm\n  --norm")
-    assert "  --num-experts 4\n" in text and "  --qk-layernorm\n" in text
+    assert text.split("\n")[1:3] == [
+        f"# {tmp_path / 'tiny'}: the values of its config.json.",
+        f'HF_MODEL_CKPT="${{HF_MODEL_CKPT:-{tmp_path / "tiny"}}}"',
+    ]
+    assert "  --num-layers 4 --hidden-size 64 --ffn-hidden-size 96\n" in text
