@@ -37,16 +37,23 @@ class Generation:
     """stop: an end token came; length: the limit of new tokens or of positions was reached."""
 
 
-def prefill_params(lengths: Sequence[int], capacity: int, where: torch.device) -> CachedSeqParams:
-    """The packed row of prompts of these lengths; with capacity 0 nothing is kept for decoding."""
+def prefill_params(lengths: Sequence[int], limits: Sequence[int] | None, where: torch.device) -> CachedSeqParams:
+    """The packed row of prompts of these lengths.
+
+    Args:
+        lengths: of the prompts.
+        limits: tokens that may follow each prompt; None: nothing is kept for decoding.
+        where: device of the row.
+    """
     offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=where)
     longest = max(lengths)
+    capacity = 0 if limits is None else max(length + limit for length, limit in zip(lengths, limits, strict=True))
     return CachedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=offsets,
         cu_seqlens_kv=offsets,
         max_seqlen_q=longest,
-        max_seqlen_kv=max(capacity, longest),  # the rotary table is that long
+        max_seqlen_kv=longest,
         lengths=torch.zeros(len(lengths), dtype=torch.int64, device=where),
         capacity=capacity,
         longest=longest,
@@ -180,7 +187,7 @@ def _generate_batch(
     answers: list[list[int]] = [[] for _ in prompts]
     reasons = ["length"] * len(prompts)
     generators = [np.random.default_rng([options.seed, index]) for index in indices]
-    params = prefill_params([len(p) for p in prompts], max(len(p) + n for p, n in zip(prompts, limits, strict=True)), where)
+    params = prefill_params([len(prompt) for prompt in prompts], limits, where)
     tokens, positions = packed_rows(prompts, where)
     live = list(range(len(prompts)))
     while live:
@@ -199,10 +206,20 @@ def _generate_batch(
             if len(answers[row]) < limits[row]:
                 stay.append(place)
         live, kept_all = [live[place] for place in stay], len(stay) == len(live)
-        if live:
-            params.advance(max(len(prompts[row]) + len(answers[row]) for row in live))
+        lengths = [len(prompts[row]) + len(answers[row]) for row in live]
+        if _first_long(chunk) in lengths:  # cached keys were turned with other frequencies
+            params = prefill_params(lengths, [limits[row] - len(answers[row]) for row in live], where)
+            tokens, positions = packed_rows([[*prompts[row], *answers[row]] for row in live], where)
+        elif live:
+            params.advance(max(lengths))
             if not kept_all:
                 params.keep(torch.tensor(stay, device=where))
             tokens = torch.tensor([[answers[row][-1] for row in live]], device=where)
             positions = params.lengths[None]
     return [Generation(answer, reason) for answer, reason in zip(answers, reasons, strict=True)]
+
+
+def _first_long(chunk: Any) -> int | None:
+    """Tokens of the shortest document that longrope turns with its long factors; None: all are turned alike."""
+    original = chunk.rotary_table.original_positions if chunk.rotary_table is not None else None
+    return None if original is None else original + 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sft import parallel
-from megatron_sft.config import DataConfig, GenerateConfig, ModelConfig, RunConfig
+from megatron_sft.config import DataConfig, GenerateConfig, RunConfig
 from megatron_sft.data.schema import Message
 from megatron_sft.data.sources import ENDINGS, open_source
 from megatron_sft.errors import ConfigError, DataError
@@ -42,7 +42,6 @@ def answer_prompts(run: RunConfig, explicit: frozenset[str], options: GenerateCo
     check_options(options)
     prompts = read_prompts(options, run.data) if first else []  # a mistake in them shows before the weights are read
     loaded = load_for_inference(run, explicit)
-    require_decodable(loaded.model)
     encoded = [encode_prompts(loaded.tokenizer, prompts, not options.no_chat_template)]
     dist.broadcast_object_list(encoded, src=0)
     ends = end_token_ids(loaded.tokenizer, loaded.tokenizer_folder, not options.no_chat_template)
@@ -71,19 +70,6 @@ def check_options(options: GenerateConfig) -> None:
     found = [sentence for broken, sentence in rules if broken]
     if found:
         raise ConfigError(found)
-
-
-def require_decodable(model: ModelConfig) -> None:
-    """Raises ConfigError for kinds of attention that decoding from the KV cache does not know (model/cache.py)."""
-    kinds = {
-        "attention soft caps": model.attn_logit_softcapping,
-        "attention sinks": model.core.get("softmax_type", "vanilla") != "vanilla",
-        "attention chunks": model.attention_chunk_size,
-    }
-    found = [kind for kind, has in kinds.items() if has]
-    if found:
-        way_out = "Write an HF folder with export.sh, and generate with transformers."
-        raise ConfigError([f"generation: the model has {' and '.join(found)}; expected none. {way_out}"])
 
 
 def read_prompts(options: GenerateConfig, config: DataConfig) -> list[Prompt]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_sft.config import ModelConfig
-from megatron_sft.model.cache import CachedSeqParams, decode_attention
+from megatron_sft.model.cache import CachedSeqParams
 from megatron_sft.model.context import Span, gather_keys, heads_to_tokens, spans_of, tokens_to_heads
 
 QUERY_BLOCK = 512
@@ -113,8 +113,7 @@ class PackedAttention(torch.nn.Module):
         assert packed_seq_params is not None, "PackedAttention needs packed_seq_params"
         if isinstance(packed_seq_params, CachedSeqParams):
             if packed_seq_params.decodes:
-                self._require_plain_decode()
-                return decode_attention(query, key, value, packed_seq_params, self.layer_number, self.softmax_scale, self.window)
+                return self._decode(query, key, value, packed_seq_params)
             packed_seq_params.store(self.layer_number, key, value)
         sinks, cp_size = self.softmax_offset, self.cp_group.size()
         if cp_size == 1:
@@ -130,10 +129,17 @@ class PackedAttention(torch.nn.Module):
         spans = spans_of(packed_seq_params.cu_seqlens_q.tolist(), self.chunk, first, first + query.shape[0])
         return self._by_span(query, key, value, spans, sinks).flatten(1)
 
-    def _require_plain_decode(self) -> None:
-        assert self.softcap is None and self.softmax_offset is None and self.chunk is None, (
-            "the KV cache's decode step has no soft cap, sinks or chunks: generate without a cache for this family"
-        )
+    def _decode(self, query: Any, key: Any, value: Any, cache: CachedSeqParams) -> torch.Tensor:
+        """One new token a document over all tokens before it and itself -> [documents, heads * head_dim]."""
+        keys, values = cache.extend(self.layer_number, key, value)
+        seen = cache.mask(self.window, self.chunk)
+        if self.softmax_offset is not None or self.softcap is not None:
+            heads = query[:, :, None]
+            output = _capped_attention(heads, keys, values, seen, self.softmax_scale, self.softcap, self.softmax_offset)
+        else:  # the heads of a group stand as so many queries: no key is repeated
+            grouped = query.unflatten(1, (keys.shape[1], -1))
+            output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=self.softmax_scale)
+        return output.reshape(len(query), -1)
 
     def _attend(self, query: Any, key: Any, value: Any, packed: PackedSeqParams, sinks: Any) -> torch.Tensor:
         """Whole documents -> [tokens, heads, head_dim]."""
@@ -207,7 +213,7 @@ def _capped_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    seen: torch.Tensor,
+    seen: torch.Tensor | None,
     scale: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -215,22 +221,30 @@ def _capped_attention(
     """Attention with a soft cap on the scores (arXiv 2408.00118) or a sink a head (arXiv 2309.17453), written out.
 
     Args:
-        q: [1, heads, queries, head_dim].
-        k: [1, groups, keys, head_dim].
+        q: [batch, heads, queries, head_dim].
+        k: [batch, groups, keys, head_dim].
         v: as k.
-        seen: [queries, keys] bool.
+        seen: [queries, keys] bool, or with dimensions for batch and heads before them; None: everything.
         scale: None: 1 / sqrt(head_dim).
         softcap: scores become softcap * tanh(score / softcap).
         sinks: [heads], a score that takes its share of the softmax and adds nothing.
     """
-    repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    scores = (q @ k.transpose(2, 3)) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    groups, queries = k.shape[1], q.shape[2]
+
+    def by_group(heads: torch.Tensor) -> torch.Tensor:  # the heads of a group as so many queries: no key is repeated
+        return heads.unflatten(1, (groups, -1)).flatten(2, 3)
+
+    def by_head(grouped: torch.Tensor) -> torch.Tensor:
+        return grouped.unflatten(2, (-1, queries)).flatten(1, 2)
+
+    scores = by_head(by_group(q) @ k.transpose(2, 3)) * (scale if scale is not None else q.shape[-1] ** -0.5)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.float().masked_fill(~seen, -torch.inf)
+    scores = scores.float()
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
     if sinks is not None:
         column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), dim=3)
     shares = scores.softmax(dim=3)[..., : k.shape[2]].to(v.dtype)
-    return shares @ v
+    return by_head(by_group(shares) @ v)

@@ -7,7 +7,6 @@ import itertools
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
 
@@ -30,8 +29,8 @@ class CachedSeqParams(PackedSeqParams):
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     """By layer number: [documents, groups, capacity, head_dim]."""
     values: dict[int, torch.Tensor] = field(default_factory=dict)
-    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
-    """By window: which cached tokens the new one sees, [documents, 1, 1, longest] bool; made once a step."""
+    masks: dict[tuple[int | None, int | None], torch.Tensor | None] = field(default_factory=dict)
+    """By window and chunk: which cached tokens the new one sees, [documents, 1, 1, longest] bool; made once a step."""
 
     def store(self, layer_number: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Puts a prompt row's keys and values [tokens, groups, head_dim] into the cache."""
@@ -42,6 +41,22 @@ class CachedSeqParams(PackedSeqParams):
             cache[layer_number] = new.new_zeros(len(offsets) - 1, new.shape[1], self.capacity, new.shape[2])
             for document, (first, last) in enumerate(itertools.pairwise(offsets)):
                 cache[layer_number][document, :, : last - first] = new[first:last].transpose(0, 1)
+
+    def extend(self, layer_number: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds one token a document.
+
+        Args:
+            layer_number: whose cache it is.
+            key: [documents, groups, head_dim].
+            value: as key.
+
+        Returns:
+            Keys and values up to the longest document, each [documents, groups, longest, head_dim].
+        """
+        rows = torch.arange(len(self.lengths), device=key.device)
+        for cache, new in ((self.keys, key), (self.values, value)):
+            cache[layer_number][rows, :, self.lengths] = new
+        return self.keys[layer_number][:, :, : self.longest], self.values[layer_number][:, :, : self.longest]
 
     def advance(self, longest: int) -> None:
         """The next row has one more token a document; the longest document then has `longest` tokens."""
@@ -64,48 +79,20 @@ class CachedSeqParams(PackedSeqParams):
             for layer in cache:
                 cache[layer] = cache[layer][documents]
 
-    def mask(self, window: int | None) -> torch.Tensor | None:
-        """True where a new token sees a cached one; None: everywhere."""
-        if window not in self.masks:
+    def mask(self, window: int | None, chunk: int | None) -> torch.Tensor | None:
+        """True where a new token sees a cached one; None: everywhere.
+
+        Args:
+            window: newest tokens that are seen, the new one included; None: all.
+            chunk: tokens see only their own chunk of this many; None: all.
+        """
+        if (window, chunk) not in self.masks:
             positions = torch.arange(self.longest, device=self.lengths.device)[None]
             last = self.lengths[:, None]
             seen = positions <= last
             if window is not None:
                 seen &= positions > last - window
-            self.masks[window] = None if bool(seen.all()) else seen[:, None, None]
-        return self.masks[window]
-
-
-def decode_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: CachedSeqParams,
-    layer_number: int,
-    scale: float | None,
-    window: int | None = None,
-) -> torch.Tensor:
-    """Attention of one new token a document over all tokens before it and itself.
-
-    Args:
-        query: [documents, heads, head_dim].
-        key: [documents, groups, head_dim]; stored in the cache.
-        value: as key.
-        cache: after `advance`.
-        layer_number: whose cache it is.
-        scale: None: 1 / sqrt(head_dim).
-        window: newest tokens that are seen, the new one included; None: all.
-
-    Returns:
-        [documents, heads * head_dim].
-    """
-    documents, heads, _ = query.shape
-    keys, values = cache.keys[layer_number], cache.values[layer_number]
-    rows = torch.arange(documents, device=query.device)
-    keys[rows, :, cache.lengths] = key
-    values[rows, :, cache.lengths] = value
-    # the heads of a group stand as so many queries: no key is repeated
-    grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
-    seen = (keys[:, :, : cache.longest], values[:, :, : cache.longest])
-    output = F.scaled_dot_product_attention(grouped, *seen, attn_mask=cache.mask(window), scale=scale)
-    return output.reshape(documents, -1)
+            if chunk is not None:
+                seen &= positions >= last - last % chunk
+            self.masks[window, chunk] = None if bool(seen.all()) else seen[:, None, None]
+        return self.masks[window, chunk]

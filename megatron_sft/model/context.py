@@ -24,10 +24,10 @@ def shard_tokens(row: torch.Tensor) -> torch.Tensor:
 
 
 def token_lengths(packed: PackedSeqParams) -> torch.Tensor:
-    """Length of each token's document, [T] of this rank's part; a cache's documents count as long as they may become."""
+    """Length of each token's document, cached tokens included: [T] of this rank's part."""
     tokens = packed.cu_seqlens_q.diff()
-    lengths = getattr(packed, "totals", tokens).repeat_interleave(tokens)
-    return shard_tokens(lengths[None])[0]
+    lengths = tokens + getattr(packed, "lengths", 0)  # model/cache.py
+    return shard_tokens(lengths.repeat_interleave(tokens)[None])[0]
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def predictions(
     where, training = device(), chunk.training
     chunk.eval()
     for number, batch in enumerate(batches[shard::shards]):
-        params = prefill_params([len(sequences[i]) for i in batch], 0, where)
+        params = prefill_params([len(sequences[i]) for i in batch], None, where)
         logits = last_logits(chunk, *packed_rows([sequences[i] for i in batch], where), params)
         chosen = torch.empty(len(batch), dtype=torch.int64, device=where) if logits is None else logits[:, choice_ids].argmax(-1)
         found.update(zip(batch, from_last_stage(chosen).tolist(), strict=True))

@@ -7,17 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sft.config import CheckpointConfig, DataConfig, GenerateConfig, ModelConfig, RunConfig
+from megatron_sft.config import CheckpointConfig, DataConfig, GenerateConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.core_compat import install_cpu_mode
 from tests.text_models import byte_tokenizer, greedy, text_model
 
 install_cpu_mode()
 
 from megatron_sft import parallel, prompts  # noqa: E402
+from megatron_sft.checkpoint.hf import load_hf_weights  # noqa: E402
+from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config  # noqa: E402
 from megatron_sft.errors import ConfigError, DataError  # noqa: E402
 from megatron_sft.generation import generate, last_logits, packed_rows, prefill_params, sample  # noqa: E402
 from megatron_sft.inference import Inference, load_for_inference  # noqa: E402
 from megatron_sft.model.attention import packed_seq_params  # noqa: E402
+from megatron_sft.model.build import build_model  # noqa: E402
+from tests.unit.checkpoint.tiny_models import KEYS, tiny_folder  # noqa: E402
 
 PROMPTS = [[1, 2, 3, 4, 5], [60, 61], [9, 8, 7, 6, 5, 4, 3, 2, 1], [100], [33, 44, 55]]
 
@@ -41,6 +45,25 @@ def test_greedy_tokens_equal_transformers(models: tuple[Inference, Any]) -> None
         assert {answer.finish_reason for answer in answers} == {"length"}
 
 
+@pytest.fixture
+def ranks() -> Any:
+    yield parallel.initialize(ParallelConfig(), 1)
+    parallel.finalize()
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_greedy_tokens_of_every_family_equal_transformers(name: str, tmp_path: Path, ranks: Any) -> None:
+    """Answers go past windows, chunks, temperature steps and longrope's original length."""
+    reference = tiny_folder(name, tmp_path, num_layers=2)
+    model = model_config_from_hf(read_hf_config(tmp_path))
+    model = dataclasses.replace(model, padded_vocab_size=model.vocab_size)
+    chunk = build_model(model, ParallelConfig(), TrainConfig())[0]
+    load_hf_weights([chunk], model, tmp_path, ranks)
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [60, 61, 62]]
+    answers = generate(chunk, prompts, GenerateConfig(osl=8), (), ranks)
+    assert [answer.tokens for answer in answers] == [greedy(reference, prompt, 8, []) for prompt in prompts]
+
+
 def test_stops_at_any_end_token_and_keeps_the_others_going(models: tuple[Inference, Any]) -> None:
     loaded, reference = models
     ends = [greedy(reference, PROMPTS[0], 20, [])[3], greedy(reference, PROMPTS[1], 20, [])[5]]
@@ -53,10 +76,10 @@ def test_logits_with_cache_equal_logits_without(models: tuple[Inference, Any]) -
     chunk = models[0].chunk
     sequences = [prompt + prompt for prompt in PROMPTS]
     tokens, positions = packed_rows(sequences, torch.device("cpu"))
-    whole = prefill_params([len(s) for s in sequences], 0, torch.device("cpu"))
+    whole = prefill_params([len(s) for s in sequences], None, torch.device("cpu"))
     with torch.no_grad():
         expected = chunk(tokens, positions, None, packed_seq_params=packed_seq_params(whole.cu_seqlens_q, 18))[0]
-        params = prefill_params([1] * 5, 18, torch.device("cpu"))
+        params = prefill_params([1] * 5, [17] * 5, torch.device("cpu"))
         row, at = packed_rows([s[:1] for s in sequences], torch.device("cpu"))
         for step in range(1, 3):
             logits = last_logits(chunk, row, at, params)
@@ -154,17 +177,3 @@ def test_a_tokenizer_without_template_asks_for_no_chat_template() -> None:
     with pytest.raises(ConfigError, match="--no-chat-template"):
         prompts.encode_prompts(tokenizer, [prompt], True)
     assert tokenizer.decode(prompts.encode_prompts(tokenizer, [prompt], False)[0]) == "ab"
-
-
-@pytest.mark.parametrize(
-    ("fields", "kind"),
-    [
-        ({"attn_logit_softcapping": 50.0}, "soft caps"),
-        ({"core": {"softmax_type": "learnable"}}, "sinks"),
-        ({"attention_chunk_size": 8192}, "chunks"),
-    ],
-)
-def test_models_that_the_cache_cannot_decode_are_refused(fields: dict[str, Any], kind: str) -> None:
-    prompts.require_decodable(ModelConfig())
-    with pytest.raises(ConfigError, match=f"generation: the model has attention {kind}; expected none"):
-        prompts.require_decodable(ModelConfig(**fields))
