@@ -181,6 +181,49 @@ def _nothing(model: ModelConfig) -> Fields:
     return {}
 
 
+LETTERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E"}
+"""Kinds of layers as Nemotron-H's config.json names them, before and since transformers 5, and megatron-core's letters."""
+
+
+def _hybrid(keys: Keys) -> Fields:
+    """One letter a layer; the experts' settings only where a layer has experts (every config.json holds some)."""
+    kinds = keys.get("layers_block_type")
+    pattern = "".join(LETTERS[kind] for kind in kinds) if kinds else str(keys.get("hybrid_override_pattern", "ME*-"))
+    fields: Fields = {"core.hybrid_layer_pattern": pattern, "num_layers": len(pattern)}
+    fields["kv_channels"] = keys.get("head_dim", keys.get("attention_head_dim"))
+    if "E" not in pattern:
+        return fields
+    grouped = keys.get("n_group", 1) > 1
+    return fields | {
+        "core.num_moe_experts": keys["n_routed_experts"],
+        "core.moe_layer_freq": [int(letter == "E") for letter in pattern],
+        "core.moe_ffn_hidden_size": keys["moe_intermediate_size"],
+        "core.moe_shared_expert_intermediate_size": keys["moe_shared_expert_intermediate_size"],
+        "core.moe_router_topk": keys["num_experts_per_tok"],
+        "core.moe_router_topk_scaling_factor": keys["routed_scaling_factor"],
+        "core.moe_router_num_groups": keys["n_group"] if grouped else None,
+        "core.moe_router_group_topk": keys["topk_group"] if grouped else None,
+        "core.moe_router_score_function": "sigmoid",
+        "core.moe_router_enable_expert_bias": True,
+    }
+
+
+def _hybrid_keys(model: ModelConfig) -> Fields:
+    core = model.core
+    keys: Fields = {"hybrid_override_pattern": core["hybrid_layer_pattern"]}
+    if "E" in core["hybrid_layer_pattern"]:
+        keys |= {
+            "n_routed_experts": core["num_moe_experts"],
+            "moe_intermediate_size": core["moe_ffn_hidden_size"],
+            "moe_shared_expert_intermediate_size": core["moe_shared_expert_intermediate_size"],
+            "num_experts_per_tok": core["moe_router_topk"],
+            "routed_scaling_factor": core["moe_router_topk_scaling_factor"],
+            "n_group": core["moe_router_num_groups"] or 1,
+            "topk_group": core["moe_router_group_topk"] or 1,
+        }
+    return keys
+
+
 DERIVED: Mapping[str, tuple[Callable[[Keys], Fields], Callable[[ModelConfig], Fields]]] = {
     "window_everywhere": (_window_everywhere, _window_everywhere_keys),
     "window_qwen": (_window_qwen, _window_qwen_keys),
@@ -196,5 +239,6 @@ DERIVED: Mapping[str, tuple[Callable[[Keys], Fields], Callable[[ModelConfig], Fi
     "mla": (_mla, lambda model: {"head_dim": model.core["qk_pos_emb_head_dim"]}),
     "no_rope": (_no_rope, _no_rope_keys),
     "temperature": (_temperature, _temperature_keys),
+    "hybrid": (_hybrid, _hybrid_keys),
     "quick_gelu": (lambda keys: {"activation": "quick_gelu"}, lambda model: {"hidden_act": "silu"}),
 }

@@ -213,7 +213,7 @@ def _write_keys(model: ModelConfig, model_type: str) -> dict[str, Any]:
     fields.update({f"core.{name}": value for name, value in model.core.items()})
     keys: dict[str, Any] = {"architectures": [family.architecture], "model_type": model_type}
     keys.update({key: fields[name] for name, key in {**CONFIG, **family.config}.items()})
-    keys.update(_rope_keys(model))
+    keys.update(_rope_keys(model) if model.position_embedding_type != "none" else {})
     for name in family.derived:
         keys.update(DERIVED[name][1](model))
     return keys

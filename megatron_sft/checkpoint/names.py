@@ -201,6 +201,68 @@ DEEPSEEK_V3 = Family(
     derived=("moe_first_dense", "moe_shared", "mla"),
 )
 
+MIXER = LAYER + "mixer."
+HF_HYBRID = "backbone.layers.{layer}."
+HF_MIXER = HF_HYBRID + "mixer."
+NEMOTRON_H = Family(
+    architecture="NemotronHForCausalLM",
+    tensors={
+        "embedding.word_embeddings.weight": ("vocabulary", "backbone.embeddings.weight"),
+        "decoder.final_layernorm.weight": ("whole", "backbone.norm_f.weight"),
+        "output_layer.weight": ("vocabulary", "lm_head.weight"),
+        LAYER + "norm.weight": ("whole", HF_HYBRID + "norm.weight"),
+        MIXER + "in_proj.weight": ("mamba_in", HF_MIXER + "in_proj.weight"),
+        MIXER + "conv1d.weight": ("mamba_conv", HF_MIXER + "conv1d.weight"),
+        MIXER + "conv1d.bias": ("mamba_conv", HF_MIXER + "conv1d.bias"),
+        MIXER + "dt_bias": ("row", HF_MIXER + "dt_bias"),
+        MIXER + "A_log": ("row", HF_MIXER + "A_log"),
+        MIXER + "D": ("row", HF_MIXER + "D"),
+        MIXER + "norm.weight": ("row", HF_MIXER + "norm.weight"),
+        MIXER + "out_proj.weight": ("column", HF_MIXER + "out_proj.weight"),
+        LAYER + "input_layernorm.weight": ("whole", HF_HYBRID + "norm.weight"),
+        ATTENTION + "linear_qkv.weight": (
+            "qkv",
+            HF_MIXER + "q_proj.weight",
+            HF_MIXER + "k_proj.weight",
+            HF_MIXER + "v_proj.weight",
+        ),
+        ATTENTION + "linear_proj.weight": ("column", HF_MIXER + "o_proj.weight"),
+        LAYER + "pre_mlp_layernorm.weight": ("whole", HF_HYBRID + "norm.weight"),
+        LAYER + "mlp.linear_fc1.weight": ("row", HF_MIXER + "up_proj.weight"),
+        LAYER + "mlp.linear_fc2.weight": ("column", HF_MIXER + "down_proj.weight"),
+        LAYER + "mlp.router.weight": ("whole", HF_MIXER + "gate.weight"),
+        LAYER + "mlp.router.expert_bias": ("whole", HF_MIXER + "gate.e_score_correction_bias"),
+        LAYER + "mlp.shared_experts.linear_fc1.weight": ("row", HF_MIXER + "shared_experts.up_proj.weight"),
+        LAYER + "mlp.shared_experts.linear_fc2.weight": ("column", HF_MIXER + "shared_experts.down_proj.weight"),
+        EXPERT + "linear_fc1.weight": ("row", HF_MIXER + "experts.{expert}.up_proj.weight"),
+        EXPERT + "linear_fc2.weight": ("column", HF_MIXER + "experts.{expert}.down_proj.weight"),
+    },
+    config={
+        "activation": "mlp_hidden_act",
+        "norm_epsilon": "layer_norm_epsilon",
+        "core.mamba_num_heads": "mamba_num_heads",
+        "core.mamba_head_dim": "mamba_head_dim",
+        "core.mamba_num_groups": "n_groups",
+        "core.mamba_state_dim": "ssm_state_size",
+    },
+    fixed={"gated_mlp": False, "position_embedding_type": "none"},
+    defaults={"num_hidden_layers": None, "mlp_hidden_act": "relu2", "layer_norm_epsilon": 1e-5},
+    required={
+        **NO_BIASES,
+        "use_bias": False,
+        "mamba_proj_bias": False,
+        "use_conv_bias": True,
+        "conv_kernel": 4,
+        "mamba_hidden_act": "silu",
+        "moe_latent_size": None,
+        "sliding_window": None,
+        "norm_topk_prob": True,
+        "residual_in_fp32": False,
+        "num_nextn_predict_layers": 0,
+    },
+    derived=("hybrid",),
+)
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
@@ -338,6 +400,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "deepseek_v3": DEEPSEEK_V3,
     "kimi_k2": DEEPSEEK_V3,
+    "nemotron_h": NEMOTRON_H,
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
         tensors={

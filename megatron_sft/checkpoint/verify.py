@@ -90,6 +90,8 @@ def _reference(
     kind = AutoModelForCausalLM if num_layers is None else AutoModel
     if num_layers is not None:
         config.get_text_config().num_hidden_layers = num_layers
+    if config.model_type == "nemotron_h":  # its layers are a list; steps have no lower limit where it was trained
+        config.layers_block_type, config.time_step_min = config.layers_block_type[:num_layers], 1e-30
     with _quiet_transformers():
         model = kind.from_pretrained(
             str(folder), config=config, dtype=dtype, attn_implementation="eager"

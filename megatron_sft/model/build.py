@@ -135,8 +135,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     if latent:
         fields |= dict(rotary_base=model.rotary_base, rotary_percent=model.rotary_percent)
     kind = MLATransformerConfig if latent else TransformerConfig
-    _require_known(model.core, kind)
-    config = kind(**{**fields, **model.core})
+    core = {name: value for name, value in model.core.items() if name != "hybrid_layer_pattern"}
+    _require_known(core, kind)
+    config = kind(**{**fields, **core})
+    config.hetereogenous_dist_checkpoint |= "hybrid_layer_pattern" in model.core  # a name for each layer, as MambaModel has
     config.sft_model = model  # type: ignore[attr-defined] # what our modules need beyond megatron-core's fields
     config.sft_cp_comm_type = parallel.cp_comm_type  # type: ignore[attr-defined]
     config.sft_no_rope = config.no_rope_freq or [0] * config.num_layers  # type: ignore[attr-defined]

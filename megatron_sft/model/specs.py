@@ -10,10 +10,12 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_sft.config import ModelConfig
 from megatron_sft.model.attention import PackedAttention
 from megatron_sft.model.layers import BiasedRowParallelLinear, L2Norm, LayerNorm, NormedRowParallelLinear, RMSNorm
+from megatron_sft.model.mamba import hybrid_layer
 from megatron_sft.model.self_attention import PackedMLASelfAttention, PackedSelfAttention
 
 
@@ -32,6 +34,10 @@ def block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | No
     block.layer_specs = [copy.deepcopy(layer) for layer in block.layer_specs]
     for layer in block.layer_specs:
         _replace(layer, norm, model, config)
+    pattern = model.core.get("hybrid_layer_pattern")
+    if pattern:
+        kinds = pattern[get_transformer_layer_offset(config, vp_stage) :]
+        block.layer_specs = [hybrid_layer(*pair, norm) for pair in zip(block.layer_specs, kinds, strict=False)]
     block.layer_norm = norm
     return block
 

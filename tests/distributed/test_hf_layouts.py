@@ -12,7 +12,7 @@ from megatron_sft.config import ParallelConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.model.build import build_model
 from tests.gloo import run_ranks
-from tests.unit.checkpoint.tiny_models import tiny_folder
+from tests.unit.checkpoint.tiny_models import KEYS, tiny_folder
 
 LAYOUTS = {
     "tp2": (2, dict(tensor_model_parallel_size=2)),
@@ -26,13 +26,13 @@ LAYOUTS = {
     "tp2-pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
 }
 CASES = [
-    ("tp2", ("llama", "qwen2", "qwen2-untied", "qwen3", "mistral", "phi3")),
+    ("tp2", tuple(KEYS)),
     ("tp2-sp", ("qwen3",)),
     ("tp4", ("qwen2", "phi3")),
-    ("pp2", ("qwen2", "qwen3", "qwen3_moe")),
+    ("pp2", tuple(KEYS)),
     ("pp2-vpp2", ("qwen2", "qwen3")),
     ("dp2", ("llama",)),
-    ("ep2", ("qwen3_moe", "mixtral")),
+    ("ep2", tuple(name for name, keys in KEYS.items() if any("expert" in key for key in keys))),
     ("tp2-ep2", ("mixtral",)),
     ("tp2-pp2", ("qwen2",)),
 ]

@@ -44,6 +44,15 @@ WINDOW = 8
 MLA = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "moe_intermediate_size": 48}
 MOE = {"num_experts_per_tok": 2, "n_routed_experts": 4, "first_k_dense_replace": 1}
 GEMMA = {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 24}
+HYBRID = {
+    "model_type": "nemotron_h",
+    "head_dim": 16,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "time_step_min": 1e-9,  # transformers limits steps to it, where the models were trained nothing does
+}
 KEYS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "head_dim": 24, "rope_parameters": LLAMA3_ROPE},
     "llama-tied": {
@@ -146,6 +155,20 @@ KEYS: dict[str, dict[str, Any]] = {
         "swiglu_limit": 0.5,
         "rope_parameters": {**YARN_ROPE, "truncate": False},
     },
+    "nemotron_h": {
+        **HYBRID,
+        "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"],
+    },
+    "nemotron_h-moe": {
+        **HYBRID,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 48,
+        "moe_shared_expert_intermediate_size": 40,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+    },
     "llama4_text": {
         "model_type": "llama4_text",
         "head_dim": 16,
@@ -178,7 +201,7 @@ def tiny_folder(name: str, folder: Path, dtype: torch.dtype = torch.float32, num
 
     torch.manual_seed(0)
     keys = {**SIZES, **KEYS[name], "num_hidden_layers": num_layers}
-    keys.update({key: keys[key][:num_layers] for key in ("layer_types", "no_rope_layers") if key in keys})
+    keys.update({key: keys[key][:num_layers] for key in ("layer_types", "no_rope_layers", "layers_block_type") if key in keys})
     config = AutoConfig.for_model(**keys)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
     biases = [buffer for key, buffer in model.named_buffers() if key.endswith("e_score_correction_bias")]

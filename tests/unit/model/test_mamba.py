@@ -1,0 +1,50 @@
+"""The scan and the convolution of Mamba-2 over packed documents against transformers', one document at a time."""
+
+import torch
+from transformers.models.nemotron_h.modeling_nemotron_h import causal_conv1d_fn, mamba2_chunk_scan
+
+from megatron_sft.model.mamba import CHUNK, convolve, ssd_scan
+
+LENGTHS = [CHUNK + 6, 1, 3, CHUNK, 2 * CHUNK + 2, 9]  # ends inside, at and beyond the ends of chunks
+HEADS, HEAD_DIM, GROUPS, STATE = 8, 6, 2, 5
+DOCUMENTS = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+
+
+def inputs():
+    torch.manual_seed(0)
+    tokens = sum(LENGTHS)
+    x, step = torch.randn(tokens, HEADS, HEAD_DIM), torch.rand(tokens, HEADS) * 0.5
+    decay, skip = -torch.rand(HEADS) * 4, torch.randn(HEADS)
+    b, c = torch.randn(2, tokens, GROUPS, STATE)
+    return [value.requires_grad_() for value in (x, step, decay, b, c, skip)]
+
+
+def test_packed_scan_and_its_gradients_equal_transformers():
+    x, step, decay, b, c, skip = values = inputs()
+    found = ssd_scan(*values, DOCUMENTS)
+    documents = zip(*(value.split(LENGTHS) for value in (x, step, b, c)), strict=True)
+    expected = torch.cat(
+        [
+            mamba2_chunk_scan(one[None], steps[None], decay, keys[None], queries[None], CHUNK, D=skip)[0]
+            for one, steps, keys, queries in documents
+        ]
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    weight = torch.randn_like(found)
+    mine = torch.autograd.grad((found * weight).sum(), values)
+    for ours, theirs in zip(mine, torch.autograd.grad((expected * weight).sum(), values), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_a_document_does_not_see_the_one_before():
+    x, step, decay, b, c, skip = (value.detach() for value in inputs())
+    found = ssd_scan(x, step, decay, b, c, skip, DOCUMENTS)
+    x[: LENGTHS[0]] = torch.nan_to_num(x[: LENGTHS[0]] * 1e30)
+    torch.testing.assert_close(ssd_scan(x, step, decay, b, c, skip, DOCUMENTS)[LENGTHS[0] :], found[LENGTHS[0] :])
+
+
+def test_packed_convolution_equals_transformers():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(sum(LENGTHS), 7), torch.randn(7, 4), torch.randn(7)
+    expected = [causal_conv1d_fn(part.t()[None], weight, bias)[0].t() for part in x.split(LENGTHS)]
+    torch.testing.assert_close(convolve(x, weight, bias, DOCUMENTS), torch.cat(expected))
