@@ -22,7 +22,6 @@ from megatron_sft.log import logger
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits(individual) before GPT-2's pattern: each number character alone, and white space before one stays in one piece.
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-LONGEST_FAST_TEXT = 1_000_000
 HARD_TEXTS = (
     "",
     "I'll  say\r\n\r\n   it's 12345 tokens\t\tand\u00a0more ... ",
@@ -95,7 +94,7 @@ class BPEText:
 
     Args:
         description: the parsed tokenizer.json.
-        slow: takes the texts that this one must not (not normalised, very long).
+        slow: takes the texts that this one must not (not normalised) or cannot (white space by the hundred thousand).
 
     Raises:
         UnsupportedTokenizer: tiktoken could give other ids.
@@ -125,9 +124,12 @@ class BPEText:
     def __call__(self, text: str) -> Tokens:
         is_ascii = text.isascii()
         is_changed = self._is_nfc and not is_ascii and not unicodedata.is_normalized("NFC", text)
-        if is_changed or len(text) > LONGEST_FAST_TEXT:
+        if is_changed:
             return self._slow(text)
-        ranks = self._encoding.encode_to_numpy(text, allowed_special="all")
+        try:
+            ranks = self._encoding.encode_to_numpy(text, allowed_special="all")
+        except ValueError:  # the stack of its regular expressions is exceeded
+            return self._slow(text)
         num_bytes = self._num_bytes[ranks]
         ends = np.cumsum(num_bytes)
         starts = ends - num_bytes

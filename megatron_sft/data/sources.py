@@ -27,7 +27,7 @@ from megatron_sft.errors import DataError
 Record = dict[str, Any]
 Item = tuple[str, Record | RowError]
 
-MAX_LINE_BYTES = 64 * 2**20
+MAX_LINE_BYTES = 16 * 2**20
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 COMPRESSIONS = ("", ".gz", ".zst")
 _SLICE = re.compile(r"^(?P<path>.+)@(?:\[(?P<start>\d*):(?P<stop>\d*)\]|(?P<percent>\d+(?:\.\d+)?)%)$")

@@ -27,7 +27,7 @@ from megatron_sft.data.chat import CHECKED_ROWS, ChatEncoder, check_masks
 from megatron_sft.data.fingerprint import store_fingerprint
 from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.data.store import STORE_VERSION, Document, MemoryStore, TokenStore
-from megatron_sft.data.workers import Chunk, MakeEncoder, Problem, Result, in_order, make_encoder, only_one
+from megatron_sft.data.workers import LONG_TEXT, Chunk, MakeEncoder, Problem, Result, in_order, make_encoder, only_one
 from megatron_sft.errors import DataError
 from megatron_sft.log import logger
 
@@ -382,9 +382,11 @@ def _check_masks(encoder: Any, config: DataConfig, first: Sequence[Chunk], names
 def _good_rows(chunk: Chunk, config: DataConfig) -> Iterator[Row]:
     for where, record in chunk.rows:
         try:
-            yield to_row(record, where, config)
+            row = to_row(record, where, config)
         except RowError:
             continue  # counted and reported by encode_rows
+        if _num_characters(record) < LONG_TEXT:
+            yield row
 
 
 def _num_characters(record: Any) -> int:

@@ -26,11 +26,13 @@ from megatron_sft.errors import DataError, UserError
 from megatron_sft.log import logger
 
 MEMORY_BYTES = 2**30
-BYTES_PER_CHARACTER = 64
+BYTES_PER_CHARACTER = 192
 """What a worker may allocate for a chunk: MEMORY_BYTES, more for rows of many megabytes. A template must not fill the machine."""
 AHEAD_PER_WORKER = 4
 """Finished results that may wait for an earlier one, a worker."""
 WAIT_S = 5.0
+LONG_TEXT = 2**20
+"""Characters; longer ones would take the checks before a build minutes."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def make_encoder(config: DataConfig, sample: Sequence[Chunk]) -> Any:
     tokenizer = load_tokenizer(config)
     encoder = ChatEncoder(tokenizer, config)
     if getattr(tokenizer, "is_fast", False) and hasattr(encoder, "tokenise"):
-        texts = [text for chunk in sample for _, record in chunk.rows[:16] for text in _strings(record)]
+        texts = [text for chunk in sample for _, record in chunk.rows[:16] for text in _strings(record) if len(text) < LONG_TEXT]
         encoder.tokenise = text_tokenizer(tokenizer, texts)
     return encoder
 

@@ -1,10 +1,13 @@
 """finetune.py from the command line: what it writes, resume, several processes, and what goes wrong."""
 
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.functional.conftest import metrics_of
+from tests.functional.conftest import ROOT, metrics_of
 
 KEYS = {"iteration", "sft/loss", "sft/trained_tokens", "sft/tokens_seen", "sft/epoch", "grad_norm", "lr", "perf/tokens_per_s"}
 
@@ -223,3 +226,27 @@ def test_bad_input_is_a_clear_error_and_leaves_nothing(name, finetune, tiny_fold
     assert done.returncode == 2, done.stdout + done.stderr
     assert expected in done.stdout and "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_every_rank_ends_by_itself_within_10_seconds_when_a_row_is_bad(tiny_folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "robot", "content": "a"}]}\n' * 30)
+    flags = ["--load", tiny_folder, "--tokenizer-model", tiny_folder, "--finetune-hf-dataset", tmp_path / "rows.jsonl"]
+    command = [sys.executable, "finetune.py", *flags, "--train-iters", "1", "--data-cache-path", tmp_path / "cache"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    world = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(list(map(str, command)), cwd=ROOT, env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(3)
+    ]  # fmt: skip
+    while all(rank.poll() is None for rank in ranks):
+        time.sleep(0.1)
+    try:
+        said = [rank.communicate(timeout=10)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode not in (0, None) for rank in ranks)
+    assert any("rows.jsonl:1: message 1 has role 'robot'" in text for text in said), said

@@ -66,6 +66,13 @@ def test_ids_and_offsets_equal_the_hugging_face_tokenizer(split, normalizer):
             assert ours.dtype == theirs.dtype and ours.tolist() == theirs.tolist(), text
 
 
+def test_a_text_that_tiktoken_cannot_split_goes_the_slow_way():
+    tokenizer = tokenizer_of("qwen")
+    text = " " * 400_000 + "a"
+    for ours, theirs in zip(text_tokenizer(tokenizer)(text), HFText(tokenizer)(text), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
 def test_offsets_of_a_character_cut_into_bytes():
     tokens = text_tokenizer(tokenizer_of("gpt2"))("h\u00eb")
     assert (tokens.starts.tolist(), tokens.ends.tolist()) == ([0, 1, 1], [1, 2, 2])
