@@ -366,6 +366,14 @@ def _latent(raw: Values, values: Values, found: list[str]) -> None:
     values["model.rope_scaling"] = {"rope_type": "yarn", "factor": given["rotary_scaling_factor"], **scaling}
 
 
+def _hybrid(raw: Values, values: Values, found: list[str]) -> None:
+    """One letter a layer: how many there are, and which have experts."""
+    pattern = values.get("core.hybrid_layer_pattern", "")
+    values.setdefault("model.num_layers", len(pattern))
+    if "E" in pattern:
+        values.setdefault("core.moe_layer_freq", [int(letter == "E") for letter in pattern])
+
+
 def _window(raw: Values, values: Values, found: list[str]) -> None:
     """--window-size LEFT,RIGHT counts neighbours: 127,0 is a window of 128 tokens."""
     try:
@@ -426,6 +434,8 @@ _DERIVED: Mapping[str, _Derive] = {
     "--use-rope-scaling": _rope_scaling,
     "--rope-scaling": _any_rope_scaling,
     "--multi-latent-attention": _latent,
+    "--hybrid-layer-pattern": _hybrid,
+    "--hybrid-override-pattern": _hybrid,
     "--window-size": _window,
     "--window-attn-skip-freq": _window_layers,
     "--num-layers-per-virtual-pipeline-stage": _virtual_layers,

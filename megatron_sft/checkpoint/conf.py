@@ -58,7 +58,7 @@ def _groups(model: ModelConfig) -> Iterator[list[str]]:
     yield _attention(model)
     yield _positions(model)
     core = {name: value for name, value in model.core.items() if value not in (None, False)}
-    if all(core.get("moe_layer_freq", [])):  # megatron-core's default
+    if all(core.get("moe_layer_freq", [])) or "hybrid_layer_pattern" in core:  # megatron-core's default; the pattern says it
         core.pop("moe_layer_freq", None)
     yield [_flag(name, core[name]) for name in LATENT if name in core]
     yield [_flag(name, core[name]) for name in sorted(core.keys() - set(LATENT)) if "moe" not in name]

@@ -190,7 +190,7 @@ def _hybrid(keys: Keys) -> Fields:
     kinds = keys.get("layers_block_type")
     pattern = "".join(LETTERS[kind] for kind in kinds) if kinds else str(keys.get("hybrid_override_pattern", "ME*-"))
     fields: Fields = {"core.hybrid_layer_pattern": pattern, "num_layers": len(pattern)}
-    fields["kv_channels"] = keys.get("head_dim", keys.get("attention_head_dim"))
+    fields["kv_channels"] = keys.get("head_dim") or keys.get("attention_head_dim") or 128
     if "E" not in pattern:
         return fields
     grouped = keys.get("n_group", 1) > 1

@@ -143,12 +143,13 @@ def our_parameters(model: ModelConfig) -> int:
     if not model.core.get("num_moe_experts"):
         counts = built(model)
         return sum(counts.layers) + counts.rest
-    sparse = model.core.get("moe_layer_freq", [1] * model.num_layers)
-    kinds = sorted(set(sparse))
-    core = {**model.core, "moe_layer_freq": kinds}
-    core.pop("no_rope_freq", None)
+    layers = model.core.get("hybrid_layer_pattern") or model.core.get("moe_layer_freq", [1] * model.num_layers)
+    kinds = sorted(set(layers))
+    core = {**model.core, "moe_layer_freq": [int(kind in (1, "E")) for kind in kinds], "no_rope_freq": None}
+    if "hybrid_layer_pattern" in core:
+        core["hybrid_layer_pattern"] = "".join(kinds)
     counts = built(dataclasses.replace(model, num_layers=len(kinds), window_layers=(), core=core))
-    return counts.rest + sum(size * sparse.count(kind) for kind, size in zip(kinds, counts.layers, strict=True))
+    return counts.rest + sum(size * layers.count(kind) for kind, size in zip(kinds, counts.layers, strict=True))
 
 
 @pytest.mark.parametrize("name", CONFS)
@@ -174,3 +175,15 @@ def test_layout_of_the_comment_fits(name):
     dense, experts = (count / 1e9 for count in their_parameters(name))
     states = (6 * dense / tp + 6 * experts / ep) / pp + 12 * (dense + experts) / gpus
     assert states <= STATES_GB, f"{states:.0f} GB of weights, gradients and Adam states a GPU"
+
+
+def test_models_page_lists_every_conf():
+    page = (ROOT / "docs" / "models.md").read_text()
+    rows = {cells[1]: cells[2:5] for cells in (re.split(r"\s*\|\s*", line) for line in page.split("\n")) if len(cells) == 7}
+    assert [name for name in rows if "/" in name] == sorted(CONFS, key=str.lower)
+    for name, path in CONFS.items():
+        found = LAUNCH.search(path.read_text())
+        base = re.search(r"source \"\$\{BASH_SOURCE\[0\]%/\*\}/(.*)\"", path.read_text())
+        found = found or LAUNCH.search((path.parent / base[1]).read_text())
+        billions = sum(their_parameters(name)) / 1e9
+        assert rows[name] == [f"{billions:.3g} B" if billions < 1000 else f"{billions:.0f} B", found[1], found[2].strip()]

@@ -117,11 +117,13 @@ def test_published_configs_read_as_transformers_reads_them(path):
     if keys["model_type"] == "kimi_k2":  # DeepSeek-V3's class under a name of its own
         keys["model_type"] = "deepseek_v3"
     model, theirs = model_config_from_hf(hf), AutoConfig.for_model(**keys)
-    rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
-    heads, eps = theirs.num_attention_heads, "norm_eps" if keys["model_type"] == "nemotron" else "rms_norm_eps"
+    heads = theirs.num_attention_heads
+    eps = {"nemotron": "norm_eps", "nemotron_h": "layer_norm_epsilon"}.get(keys["model_type"], "rms_norm_eps")
     assert (model.num_query_groups, model.norm_epsilon) == (theirs.num_key_value_heads, getattr(theirs, eps))
-    assert model.rotary_base == rope["rope_theta"]
-    assert (model.rope_scaling or {}).get("factor") == rope.get("factor")
+    if model.position_embedding_type != "none":
+        rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+        assert model.rotary_base == rope["rope_theta"]
+        assert (model.rope_scaling or {}).get("factor") == rope.get("factor")
     assert model.share_embeddings_and_output_weights == theirs.tie_word_embeddings
     if not model.core.get("multi_latent_attention"):
         assert model.kv_channels == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
