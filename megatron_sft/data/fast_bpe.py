@@ -110,6 +110,7 @@ class BPEText:
         added = _added_tokens(description["added_tokens"])
         self.special_tokens = tuple(added)
         ranks, ids = _ranks(model)
+        self._unknown = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         specials = {content: len(ids) + i for i, content in enumerate(added)}
         self._ids = np.array([*ids, *added.values()], dtype=np.int32)
         pieces = [*ranks, *(content.encode() for content in added)]
@@ -123,6 +124,11 @@ class BPEText:
 
     def __call__(self, text: str) -> Tokens:
         is_ascii = text.isascii()
+        data = b"" if is_ascii and not self._unknown else text.encode()
+        if self._unknown and len(data.translate(None, self._unknown)) < len(
+            data
+        ):  # SmolLM2's vocabulary leaves out bytes of rare characters
+            return self._slow(text)
         is_changed = self._is_nfc and not is_ascii and not unicodedata.is_normalized("NFC", text)
         if is_changed:
             return self._slow(text)
@@ -134,8 +140,7 @@ class BPEText:
         ends = np.cumsum(num_bytes)
         starts = ends - num_bytes
         if not is_ascii:
-            data = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-            character_of = np.cumsum((data & 0xC0) != 0x80) - 1
+            character_of = np.cumsum((np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80) - 1
             starts, ends = character_of[starts], character_of[ends - 1] + 1
         return Tokens(self._ids[ranks], starts, ends)
 
@@ -190,7 +195,8 @@ def _ranks(model: Mapping[str, Any]) -> tuple[dict[bytes, int], list[int]]:
     ranks: dict[bytes, int] = {}
     ids: list[int] = []
     merged = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
-    for token in (*byte_of, *("".join(pair) for pair in merged)):
+    known = (token for token in byte_of if token in vocabulary)
+    for token in (*known, *("".join(pair) for pair in merged)):
         if token not in vocabulary or not all(character in byte_of for character in token):
             raise UnsupportedTokenizer(f"the token {token!r} is not made of bytes")
         piece = bytes(byte_of[character] for character in token)

@@ -1,3 +1,4 @@
+import json
 import logging
 
 import numpy as np
@@ -7,9 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_sft.data.fast_bpe import HARD_TEXTS, BPEText, HFText, text_tokenizer
 
-QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
     "gpt2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "digits": lambda: pre_tokenizers.Sequence(
@@ -32,9 +31,7 @@ def tokenizer_of(split, normalizer=None, **added):
     tokenizer.decoder = decoders.ByteLevel()
     if normalizer is not None:
         tokenizer.normalizer = normalizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens([AddedToken(text, normalized=False, **added) for text in SPECIALS])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -64,6 +61,23 @@ def test_ids_and_offsets_equal_the_hugging_face_tokenizer(split, normalizer):
     for text in random_texts(2000):
         for ours, theirs in zip(fast(text), slow(text), strict=True):
             assert ours.dtype == theirs.dtype and ours.tolist() == theirs.tolist(), text
+
+
+def test_a_text_with_a_byte_that_the_vocabulary_lacks_goes_the_slow_way():
+    tokenizer = tokenizer_of("digits")
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = description["model"]
+    lost = {"\u00f0", "\u00f1", "\u00ef"}  # GPT-2's stand-ins for bytes that begin rare characters
+    kept = [token for token in model["vocab"] if not lost & set(token)]
+    model["vocab"] = {token: i for i, token in enumerate(kept)}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in kept]
+    for i, token in enumerate(description["added_tokens"]):
+        token["id"] = len(kept) + i
+    smaller = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(description)))
+    fast, slow = text_tokenizer(smaller), HFText(smaller)
+    assert isinstance(fast, BPEText)
+    for text in ["a \U0001f600 b", *random_texts(100)]:
+        assert fast(text).ids.tolist() == slow(text).ids.tolist()
 
 
 def test_a_text_that_tiktoken_cannot_split_goes_the_slow_way():
