@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ from megatron_sft.arguments import parse, read_flags
 from megatron_sft.checkpoint.conf import conf_text
 from megatron_sft.checkpoint.conflicts import ARCHITECTURE, conflicts
 from megatron_sft.checkpoint.hf_config import model_config_from_hf, text_config
-from megatron_sft.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, problems
+from megatron_sft.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.parallel import finalize, initialize
+from megatron_sft.problems import problems
 from tests.unit.checkpoint.tiny_models import KEYS, SIZES
 
 ROOT = Path(__file__).parents[2]
@@ -138,23 +140,67 @@ def built(model: ModelConfig) -> Counts:
     return Counts(layers, sum(parameter.numel() for parameter in chunk.parameters()) - sum(layers))
 
 
+def layer_kinds(model: ModelConfig) -> Sequence[Any]:
+    """Of each layer its letter in a hybrid pattern, or whether it has experts."""
+    return model.core.get("hybrid_layer_pattern") or model.core.get("moe_layer_freq", [1] * model.num_layers)
+
+
+def one_of_each_layer(model: ModelConfig) -> ModelConfig:
+    """The model with one layer of each kind, in the order of sorted(set(layer_kinds))."""
+    kinds = sorted(set(layer_kinds(model)))
+    core = {**model.core, "moe_layer_freq": [int(kind in (1, "E")) for kind in kinds], "no_rope_freq": None}
+    if "hybrid_layer_pattern" in core:
+        core["hybrid_layer_pattern"] = "".join(kinds)
+    return dataclasses.replace(model, num_layers=len(kinds), window_layers=(), core=core)
+
+
 def our_parameters(model: ModelConfig) -> int:
     """Of models with experts one layer of each kind is built, because thousands of them take seconds."""
     if not model.core.get("num_moe_experts"):
         counts = built(model)
         return sum(counts.layers) + counts.rest
-    layers = model.core.get("hybrid_layer_pattern") or model.core.get("moe_layer_freq", [1] * model.num_layers)
+    counts, layers = built(one_of_each_layer(model)), layer_kinds(model)
     kinds = sorted(set(layers))
-    core = {**model.core, "moe_layer_freq": [int(kind in (1, "E")) for kind in kinds], "no_rope_freq": None}
-    if "hybrid_layer_pattern" in core:
-        core["hybrid_layer_pattern"] = "".join(kinds)
-    counts = built(dataclasses.replace(model, num_layers=len(kinds), window_layers=(), core=core))
     return counts.rest + sum(size * layers.count(kind) for kind, size in zip(kinds, counts.layers, strict=True))
 
 
 @pytest.mark.parametrize("name", CONFS)
 def test_model_of_the_flags_alone_has_transformers_parameters(name, world):
     assert our_parameters(flags_of(name)[0]) == sum(their_parameters(name))
+
+
+def tiny(model: ModelConfig) -> ModelConfig:
+    """One layer of each kind, a few units wide; everything else as the conf has it."""
+    small = {"moe_ffn_hidden_size": 32, "moe_shared_expert_intermediate_size": 32, "num_moe_experts": 8, "moe_router_topk": 2}
+    small |= {"moe_router_num_groups": 2, "moe_router_group_topk": 1, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_head_dim": 16}
+    small |= {"qk_pos_emb_head_dim": 8, "v_head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 8, "mamba_num_groups": 2}
+    model = one_of_each_layer(model)
+    core = {name: min(value, small[name]) if value and name in small else value for name, value in model.core.items()}
+    sizes = {"hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16}
+    if core.get("multi_latent_attention"):
+        sizes["num_query_groups"] = 4
+    return dataclasses.replace(model, **sizes, padded_vocab_size=128, vocab_size=120, core=core)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFS if "--num-experts" in CONFS[name].read_text()])
+def test_experts_learn_with_the_flags_of_the_conf(name, world):
+    from megatron_sft.model.attention import packed_seq_params
+    from megatron_sft.model.build import build_model
+
+    torch.manual_seed(1)
+    (chunk,) = build_model(tiny(flags_of(name)[0]), ParallelConfig(), TrainConfig(params_dtype="bf16"))
+    for parameter in chunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tokens = torch.randint(120, (1, 24))
+    lengths = torch.tensor([0, 14, 24], dtype=torch.int32)
+    positions = torch.cat((torch.arange(14), torch.arange(10)))[None]
+    loss = chunk(tokens, positions, None, labels=tokens.roll(-1), packed_seq_params=packed_seq_params(lengths, 14))
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    grads = {key: parameter.grad for key, parameter in chunk.named_parameters()}
+    learnt = {key for key, grad in grads.items() if grad is not None and grad.isfinite().all()}
+    assert [key for key in grads.keys() - learnt if ".local_experts." not in key] == []  # experts that no token chose
+    assert any(".local_experts." in key for key in learnt)
 
 
 @pytest.mark.parametrize("name", CONFS)
