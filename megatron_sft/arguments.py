@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sft import config, flags
-from megatron_sft.config import GenerateConfig, MMLUConfig, RunConfig, ViewConfig, data_problems, problems
+from megatron_sft.config import GenerateConfig, MMLUConfig, RunConfig, ViewConfig
 from megatron_sft.core_compat import transformer_config_fields
 from megatron_sft.errors import ConfigError
 from megatron_sft.log import logger
+from megatron_sft.problems import data_problems, problems
 
 Values = dict[str, Any]
 """Field path ("train.lr") -> value, of the flags that were given."""

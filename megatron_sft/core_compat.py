@@ -187,8 +187,12 @@ def process_environment() -> tuple[int, int, int]:
     return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
 
 
-def provide_apex_adam(fused_adam: type) -> None:
-    """Lets megatron-core take `fused_adam` for its Adam when neither TransformerEngine nor Apex is installed.
+def provide_adam(fused_adam: type, float16_optimizer: type) -> None:
+    """Lets megatron-core build its optimizers from ours.
+
+    Args:
+        fused_adam: taken for its Adam, whatever else is installed.
+        float16_optimizer: a subclass of its Float16OptimizerWithFloat16Params.
 
     megatron/core/optimizer/__init__.py falls back to torch.optim.AdamW, whose per-parameter step tensors its own
     fully_reshardable optimizer checkpoint cannot load (KeyError: 'step', both versions).
@@ -196,8 +200,10 @@ def provide_apex_adam(fused_adam: type) -> None:
     import megatron.core.optimizer as core_optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    if importlib.util.find_spec("transformer_engine") is None and importlib.util.find_spec("apex") is None:
-        core_optimizer.Adam = distrib_optimizer.Adam = fused_adam
-        core_optimizer.USING_PYTORCH_OPTIMIZER = False
-        # state_dict of the distributed optimizer looks for `step` in the groups only when it believes in Apex
-        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    core_optimizer.Float16OptimizerWithFloat16Params = float16_optimizer
+    core_optimizer.Adam = distrib_optimizer.Adam = fused_adam
+    core_optimizer.USING_PYTORCH_OPTIMIZER = False
+    # asked only whether TransformerEngine's Adam takes store_param_remainders; 0.16 fails without TransformerEngine
+    core_optimizer.is_te_min_version = lambda version: False
+    # state_dict of the distributed optimizer looks for `step` in the groups only when it believes in Apex
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

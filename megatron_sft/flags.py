@@ -50,6 +50,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.history_thinking": ("keep", "drop", "mask", "expand"),
     "data.data_schema": ("messages", "alpaca", "pair", "text"),
     "optim.optimizer": ("adam",),
+    "optim.main_grads_dtype": ("fp32", "bf16"),
+    "optim.exp_avg_dtype": ("fp32", "bf16"),
+    "optim.exp_avg_sq_dtype": ("fp32", "bf16"),
     "optim.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     "optim.lr_wsd_decay_style": ("exponential", "linear", "cosine", "minus_sqrt"),
     "parallel.cp_comm_type": ("a2a", "allgather", "p2p"),
@@ -121,14 +124,9 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
 }
 """Accepted flag -> (number of values, why it has no effect here). Each prints one line."""
 
-_STATES = "gradients and optimizer states are always fp32. Leave it out; --use-distributed-optimizer shards them."
 PROBLEMS: Mapping[str, str] = {
     "--fp16": "fp16 needs loss scaling, which this project does not have. Use --bf16.",
     "--fp8-format": "fp8 training needs TransformerEngine kernels that this project does not drive. Use --bf16.",
-    "--use-precision-aware-optimizer": _STATES,
-    "--main-grads-dtype": _STATES,
-    "--main-params-dtype": _STATES,
-    "--exp-avg-dtype": _STATES,
-    "--exp-avg-sq-dtype": _STATES,
+    "--main-params-dtype": "master weights are always fp32. Leave it out.",
 }
 """Known flag that cannot work -> what to do."""

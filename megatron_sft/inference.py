@@ -8,11 +8,12 @@ from megatron_sft import log, parallel
 from megatron_sft.checkpoint.distributed import load_checkpoint
 from megatron_sft.checkpoint.importer import load_weights
 from megatron_sft.checkpoint.source import WeightSource, find_source, resolve_model
-from megatron_sft.config import DataConfig, ModelConfig, RunConfig, problems
+from megatron_sft.config import DataConfig, ModelConfig, RunConfig
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.build import build_model
 from megatron_sft.parallel import Ranks
+from megatron_sft.problems import problems
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _meet_spike(job: Job, state: TrainState, spike: str) -> None:
             job.save(state, None)
     raise TrainingError(
         f"{spike}. Expected at most {factor:g} x the running mean (--loss-spike-factor). Nothing was updated in this step; "
-        f"the state before it, iteration {state.iteration}, is {'saved' if job.run.checkpoint.save else 'not saved (no --save)'}. "
+        f"the state before it, iteration {state.iteration}, is {'' if job.run.checkpoint.save else 'not '}saved. "
         "Look at the rows, lower --lr, or go on with --loss-spike-action skip."
     )
 

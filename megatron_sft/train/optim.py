@@ -1,85 +1,34 @@
-"""megatron-core's optimizer and learning-rate scheduler from our configuration, and the Adam that they run on.
+"""megatron-core's optimizer and learning-rate scheduler from our configuration.
 
-Not here: the step itself (step.py), checkpoints of the states (checkpoint/distributed.py).
+Not here: Adam (adam.py), the step itself (step.py), checkpoints of the states (checkpoint/distributed.py).
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_sft.checkpoint.background import torch_optimizers
 from megatron_sft.config import OptimConfig, ParallelConfig, RunConfig
-from megatron_sft.core_compat import provide_apex_adam
+from megatron_sft.core_compat import provide_adam
 from megatron_sft.model.build import DTYPES
+from megatron_sft.train.adam import FusedAdam, NarrowGradientOptimizer
 
 
-class FusedAdam(torch.optim.Optimizer):
-    """Adam with the interface of apex.optimizers.FusedAdam, on torch's fused kernels for CPU and CUDA.
-
-    The step count lives in the parameter group (not in a tensor a parameter), which is what megatron-core's
-    reshardable optimizer checkpoints expect of an Adam. Kernels: torch._fused_adamw_ and torch._fused_adam_.
+def wrap_ddp(chunks: list[Any], parallel: ParallelConfig, grads_dtype: str = "fp32") -> list[DistributedDataParallel]:
+    """Wraps every model chunk in megatron-core's DDP.
 
     Args:
-        params: parameters or parameter groups.
-        lr: learning rate.
-        betas: decay of the first and the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled (AdamW) when adam_w_mode, else added to the gradient.
-        adam_w_mode: which of the two.
-        capturable: CUDA graphs, which this project does not use; part of apex's interface.
+        chunks: of this rank.
+        parallel: the layout.
+        grads_dtype: gradients are added up and reduced in it: fp32, or the parameters' own (bf16).
     """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        capturable: bool = False,
-    ):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self._kernel: Callable[..., None] = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient. `closure` is not used (the gradients are there)."""
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            group["step"] = group.get("step", 0) + 1
-            if not params:
-                continue
-            for param in params:
-                if not self.state[param]:
-                    self.state[param]["exp_avg"] = torch.zeros_like(param)
-                    self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
-            self._kernel(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                [torch.tensor(float(group["step"]), device=params[0].device)] * len(params),
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-
-
-def wrap_ddp(chunks: list[Any], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Wraps every model chunk in megatron-core's DDP with fp32 gradient buffers."""
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=grads_dtype == "fp32",
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
@@ -114,9 +63,13 @@ def whole_parameters(chunks: list[DistributedDataParallel], parallel: ParallelCo
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> MegatronOptimizer:
-    """megatron-core's optimizer: fp32 master weights for bf16, sharded over data parallel when asked for."""
-    provide_apex_adam(FusedAdam)
-    optim, train = run.optim, run.train
+    """megatron-core's optimizer: fp32 master weights for bf16, sharded over data parallel when asked for.
+
+    Bytes a parameter with --bf16 (weights + gradients + master weights + two moments): 2 + 4 + 4 + 8 = 18; with
+    --use-precision-aware-optimizer and all its dtypes bf16 2 + 2 + 4 + 4 = 12. With --fp32 4 + 4 + 8 = 16.
+    """
+    provide_adam(FusedAdam, NarrowGradientOptimizer)
+    optim, train, sharded = run.optim, run.train, run.parallel.use_distributed_optimizer
     config = OptimizerConfig(
         optimizer=optim.optimizer,
         lr=optim.lr,
@@ -128,10 +81,20 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
         clip_grad=optim.clip_grad,
         bf16=train.params_dtype == "bf16",
         params_dtype=DTYPES[train.params_dtype],
-        use_distributed_optimizer=run.parallel.use_distributed_optimizer,
+        use_distributed_optimizer=sharded,
         overlap_param_gather=run.parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, chunks)
+    if optim.use_precision_aware_optimizer:
+        # Set afterwards: megatron-core's own check wants TransformerEngine's FusedAdam, whose interface ours has.
+        config.use_precision_aware_optimizer = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+        config.store_param_remainders = False
+        config.main_grads_dtype = DTYPES[optim.main_grads_dtype]
+        config.exp_avg_dtype, config.exp_avg_sq_dtype = DTYPES[optim.exp_avg_dtype], DTYPES[optim.exp_avg_sq_dtype]
+    optimizer = get_megatron_optimizer(config, chunks)
+    if not sharded and optim.use_precision_aware_optimizer:
+        for part in torch_optimizers(optimizer):
+            part.master_weights = False  # type: ignore[attr-defined] # its parameters are fp32 master weights already
+    return optimizer
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ import torch
 
 from megatron_sft import parallel
 from megatron_sft.checkpoint.distributed import CheckpointSaver, load_checkpoint
-from megatron_sft.checkpoint.hf import load_hf_weights, save_hf
+from megatron_sft.checkpoint.hf import save_hf
+from megatron_sft.checkpoint.importer import load_weights
 from megatron_sft.checkpoint.resume import FINGERPRINT, refuse_changed
 from megatron_sft.checkpoint.source import WeightSource, find_source, resolve_model
 from megatron_sft.checkpoint.verify import quick_check
-from megatron_sft.config import RunConfig, problems
+from megatron_sft.config import RunConfig
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.data.loader import TrainLoader, ValidLoader
 from megatron_sft.data.prepare import mixture, open_store, pack_documents, train_and_held_out
@@ -28,10 +29,13 @@ from megatron_sft.errors import ConfigError, DataError, TrainingError
 from megatron_sft.log import logger
 from megatron_sft.model.build import build_model
 from megatron_sft.parallel import Ranks
+from megatron_sft.problems import problems
+from megatron_sft.train import memory
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loop import Job, loss_metrics, train
 from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
 from megatron_sft.train.state import TrainState
+from megatron_sft.train.watch import Watch
 
 EXIT_DURATION = 4
 
@@ -62,8 +66,17 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
     source = find_source(run.checkpoint)
     run = with_model(run, explicit, source)
     ranks = parallel.initialize(run.parallel, run.train.seed)
+    with Watch(ranks, run.parallel.stall_timeout_s) as watch, memory.explained(run, ranks):
+        status = _finetune(run, ranks, source, watch)
+    parallel.finalize()
+    return status
+
+
+def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch) -> int:
+    watch.tell("reading the data")
     data = build_data(run)
-    job, state, saver = build_job(run, ranks, source, data)
+    watch.tell("building the model")
+    job, state, saver = build_job(run, ranks, source, data, watch)
     if run.train.skip_train:
         validate_only(job)
         return 0
@@ -72,24 +85,24 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
             f"{source.path}: trained to iteration {state.iteration} already; expected one below {len(job.loader)}. "
             "Ask for more (--num-epoch, --train-iters), or choose another --save for a new run."
         )
+    watch.tell("training")
     state, stopped = train(job, state)
     if saver:
         saver.finish()
     if stopped:
         return 128 + stopped if stopped > 0 else EXIT_DURATION
     if run.checkpoint.save_hf:
+        watch.tell("writing the HF folder")
         with whole_parameters(job.chunks, run.parallel):
             save_hf(job.chunks, run.model, run.checkpoint.save_hf, ranks, run.data.tokenizer_model)
         logger.info("wrote the HF folder %s", run.checkpoint.save_hf)
-    parallel.finalize()
     return 0
 
 
 def with_model(run: RunConfig, explicit: frozenset[str], source: WeightSource) -> RunConfig:
     """The run with the architecture that its weights have, checked against the layout."""
-    model = resolve_model(
-        run.model, explicit, source, run.parallel.tensor_model_parallel_size, run.data.trust_remote_code
-    )
+    size, remote = run.parallel.tensor_model_parallel_size, run.data.trust_remote_code
+    model = resolve_model(run.model, explicit, source, size, remote, run.checkpoint.importer)
     run = dataclasses.replace(run, model=model)
     found = problems(run, parallel.process_environment()[1])
     if found:
@@ -118,7 +131,7 @@ def build_data(run: RunConfig) -> Data:
 
 
 def build_job(
-    run: RunConfig, ranks: Ranks, source: WeightSource, data: Data
+    run: RunConfig, ranks: Ranks, source: WeightSource, data: Data, watch: Watch
 ) -> tuple[Job, TrainState, CheckpointSaver | None]:
     """Model, weights, optimizer and loaders. The state is that of the checkpoint, or a new one."""
     fingerprint = data.store.fingerprint
@@ -126,11 +139,11 @@ def build_job(
         refuse_changed(source.run_config, run, run.checkpoint.allow_changed, fingerprint)
     chunks = build_model(run.model, run.parallel, run.train)
     if source.is_hf:
-        load_hf_weights(chunks, run.model, source.path, ranks)
+        load_weights(chunks, run.model, source.path, ranks, run.checkpoint.importer, run.data.trust_remote_code)
         logger.info("converted the HF weights of %s", source.path)
         if run.checkpoint.verify_conversion:
             quick_check(chunks, run.model, source.path, ranks)
-    wrapped = wrap_ddp(chunks, run.parallel)
+    wrapped = wrap_ddp(chunks, run.parallel, run.optim.main_grads_dtype)
     optimizer = build_optimizer(wrapped, run)
     layout = run.parallel
     multiple = layout.context_parallel_size * (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
@@ -153,8 +166,10 @@ def build_job(
 
     def save(state: TrainState, valid_loss: float | None) -> None:
         assert saver is not None, "the loop saves only with --save"
+        watch.tell(f"saving iteration {state.iteration}")
         values = {**state.to_dict(), "consumed_train_samples": state.consumed_samples, FINGERPRINT: fingerprint}
         saver.save(state.iteration, wrapped, optimizer, scheduler, values)
+        watch.tell("training")
 
     job = Job(
         run, ranks, wrapped, optimizer, scheduler, lengths, loader, valid_loader, data.store.source_names, data.store.where, save

@@ -51,5 +51,5 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainState":
         """Reads to_dict's form; other keys are left alone, and what an older checkpoint lacks begins at 0."""
-        fields = dataclasses.fields(cls)
-        return cls(**{field.name: type(field.default)(values.get(field.name, 0)) for field in fields})
+        begin: dict[str, Any] = cls().to_dict()
+        return cls(**{name: type(begin[name])(values.get(name, 0)) for name in begin})

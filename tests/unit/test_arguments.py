@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sft.arguments import parse, parse_generate, read_flags
-from megatron_sft.config import GenerateConfig, ModelConfig, ParallelConfig, RunConfig, problems
+from megatron_sft.config import GenerateConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_sft.errors import ConfigError
+from megatron_sft.problems import problems
 
 NEEDED = ["--load", "model", "--finetune-hf-dataset", "rows.jsonl"]
 TUTORIAL = """
@@ -147,8 +148,9 @@ def test_a2a_needs_heads_for_every_context_parallel_rank() -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        ["--use-precision-aware-optimizer"],
+        ["--main-params-dtype", "bf16"],
         ["--main-grads-dtype", "bf16"],
+        ["--exp-avg-sq-dtype", "bf16", "--use-precision-aware-optimizer", "--bf16", "--adam-beta2", "0.999"],
         ["--exp-avg-dtype", "fp8"],
         ["--attention-dropout", "0.1"],
         ["--loss-spike-factor", "1"],

@@ -15,6 +15,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "errors": set(),
     "log": set(),
     "config": {"errors"},
+    "problems": {"config"},
     "flags": set(),
     "core_compat": {"errors", "log"},
     "metrics": {"config", "errors", "log"},
@@ -23,12 +24,12 @@ ALLOWED: Mapping[str, set[str]] = {
     "model": EVERY | {"parallel"},
     "checkpoint": EVERY | {"parallel", "model"},
     "conversion": EVERY | {"parallel", "model", "checkpoint"},
-    "inference": EVERY | {"parallel", "model", "checkpoint", "data"},
+    "inference": EVERY | {"problems", "parallel", "model", "checkpoint", "data"},
     "generation": EVERY | {"parallel", "model", "data"},
     "prompts": EVERY | {"parallel", "data", "generation", "inference"},
     "tasks": EVERY | {"parallel", "data", "generation", "inference", "prompts"},
-    "train": EVERY | {"parallel", "data", "model", "checkpoint", "metrics"},
-    "arguments": EVERY | {"flags"},
+    "train": EVERY | {"problems", "parallel", "data", "model", "checkpoint", "metrics"},
+    "arguments": EVERY | {"flags", "problems"},
     "__main__": EVERY
     | {"arguments", "checkpoint", "conversion", "data", "generation", "inference", "parallel", "prompts", "tasks", "train"},
 }

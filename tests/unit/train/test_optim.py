@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron_sft.config import OptimConfig, RunConfig, TrainConfig
-from megatron_sft.train.optim import FusedAdam, ScheduleLengths, schedule_lengths
+from megatron_sft.train.adam import FusedAdam
+from megatron_sft.train.optim import ScheduleLengths, schedule_lengths
 
 
 @pytest.mark.parametrize(("adam_w_mode", "reference"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])

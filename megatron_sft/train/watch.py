@@ -1,0 +1,208 @@
+"""Ends a run of several processes within seconds when one of them dies, stalls or fails, and says which one and why.
+
+A thread on every rank writes a heartbeat to the process group's key-value store once a second, whatever the main thread
+computes, tokenises or waits for: only a process that is stopped, dead or cut off falls silent. Ranks watch the next rank's
+heartbeat, and the processes of their own machine through /proc. The first to notice writes down the failure; everybody
+reads it, gives the main thread GRACE_S to end by itself, and ends.
+
+Not here: what a collective's own time-out does (--distributed-timeout-minutes).
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_sft.errors import TrainingError, UserError
+from megatron_sft.log import logger
+from megatron_sft.parallel import Ranks
+
+POLL_S = 1.0
+GRACE_S = 3.0
+_FAILURE = "watch/failure"
+
+
+@dataclass(frozen=True)
+class Process:
+    """A rank's operating-system process."""
+
+    host: str
+    pid: int
+    identity: str
+    """Start time from /proc, so that another process with the same number is never taken for it."""
+
+    @classmethod
+    def own(cls) -> "Process":
+        return cls(socket.gethostname(), os.getpid(), _identity(os.getpid()) or "")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run ends: what is written into the store."""
+
+    rank: int
+    message: str
+    exit_status: int = TrainingError.exit_status
+    is_stalled: bool = False
+
+
+class Watch:
+    """Context of a run: within it, no rank outlives another's failure by more than seconds.
+
+    Args:
+        ranks: of this process.
+        stall_timeout_s: silence after which a rank counts as stalled; 0: nothing is watched.
+    """
+
+    def __init__(self, ranks: Ranks, stall_timeout_s: float):
+        self._activity = "starting"
+        self._ranks, self._timeout_s = ranks, stall_timeout_s
+        self._active = ranks.world_size > 1 and stall_timeout_s > 0
+        self._stop = threading.Event()
+        self._beats = 0
+
+    def tell(self, activity: str) -> None:
+        """Says what this rank does from now on, for the messages of the others."""
+        self._activity = activity
+        if self._active:
+            with contextlib.suppress(RuntimeError):  # the thread finds out that the store is gone
+                self._beat()
+
+    def __enter__(self) -> "Watch":
+        if self._active:
+            default: Any = dist.distributed_c10d._get_default_store()
+            self._store = default.clone()  # a connection of its own: never waits in turn
+            processes: list[Any] = [None] * self._ranks.world_size
+            dist.all_gather_object(processes, Process.own())
+            self._processes: list[Process] = processes
+            self._local = [rank for rank in range(len(processes)) if self._is_visible(rank)]
+            self._beat()
+            threading.Thread(target=self._run, name="sft-watch", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if not self._active:
+            return
+        if error is None:
+            dist.barrier()  # nobody falls silent before everybody is done
+            self._stop.set()
+            return
+        failure = self._cause(error)
+        if failure is not None:
+            raise TrainingError(failure.message) from None
+        if self._ranks.rank == 0:
+            time.sleep(1.5 * POLL_S)  # this process may hold the store, where the others look for the reason
+
+    def _cause(self, error: BaseException) -> Failure | None:
+        """The failure of another rank that this rank's error follows from; None where it is this rank's own."""
+        may_follow = not isinstance(error, UserError) or "onnection" in str(error)
+        deadline = time.monotonic() + 2 * POLL_S * may_follow
+        while True:
+            with contextlib.suppress(RuntimeError):
+                failure = self._found_dead() or self._published()
+                if failure is not None and failure.rank != self._ranks.rank and may_follow:
+                    return failure
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.1)
+        status = error.exit_status if isinstance(error, UserError) else 1
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(RuntimeError):
+            self._publish(Failure(self._ranks.rank, f"rank {self._ranks.rank} failed while {self._activity}: {text}", status))
+        return None
+
+    def _run(self) -> None:
+        heard, since, last = b"", time.monotonic(), time.monotonic()
+        following = (self._ranks.rank + 1) % self._ranks.world_size
+        while not self._stop.wait(POLL_S):
+            now = time.monotonic()
+            if now - last > 5 * POLL_S:  # this process itself was stopped, perhaps the whole job
+                since = now
+            last = now
+            try:
+                self._beat()
+                beat = self._store.get(_beat_of(following))
+                if beat != heard:
+                    heard, since = beat, now
+                failure = self._published() or self._found_dead()
+                if failure is None and now - since > self._timeout_s:
+                    failure = self._publish(Failure(following, self._stalled(following), is_stalled=True))
+                    logger.error("%s", failure.message)  # now: a launcher may end this process once that one is gone
+            except RuntimeError as error:
+                failure = Failure(0, f"the key-value store of the run (of rank 0 or the launcher) does not answer: {error}")
+            if failure is not None:
+                self._end(failure)
+                return
+
+    def _end(self, failure: Failure) -> None:
+        """Ends this process, unless its main thread ends it first."""
+        if failure.is_stalled and failure.rank in self._local and self._is_visible(failure.rank):
+            os.kill(self._processes[failure.rank].pid, signal.SIGKILL)  # a stopped process does not answer to less
+        if self._stop.wait(GRACE_S):
+            return
+        logger.error("%s", failure.message)
+        sys.stdout.flush()
+        os._exit(failure.exit_status)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(_beat_of(self._ranks.rank), f"{self._beats} {self._activity}")
+
+    def _published(self) -> Failure | None:
+        return Failure(**json.loads(self._store.get(_FAILURE))) if self._store.check([_FAILURE]) else None
+
+    def _publish(self, failure: Failure) -> Failure:
+        """Writes a failure down; returns the first one that anybody wrote."""
+        return Failure(**json.loads(self._store.compare_set(_FAILURE, "", json.dumps(asdict(failure)))))
+
+    def _found_dead(self) -> Failure | None:
+        for rank in self._local:
+            if not self._is_visible(rank):
+                message = (
+                    f"{self._name(rank)} died while {self._activity_of(rank)}. Expected every rank to go on to the end. Look "
+                    "into the launcher's output for its signal, and for the kernel's out-of-memory killer (dmesg). The same "
+                    "command resumes from the last checkpoint."
+                )
+                return self._publish(Failure(rank, message))
+        return None
+
+    def _stalled(self, rank: int) -> str:
+        return (
+            f"{self._name(rank)} has been silent for {self._timeout_s:g} s while {self._activity_of(rank)}, and is ended. "
+            "Expected a sign of life every second, whatever it computes. Look for a stopped process, a frozen machine or a lost "
+            "network. The same command resumes from the last checkpoint; --stall-timeout-s waits longer."
+        )
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} (process {self._processes[rank].pid} on {self._processes[rank].host})"
+
+    def _activity_of(self, rank: int) -> str:
+        return self._store.get(_beat_of(rank)).decode().partition(" ")[2]
+
+    def _is_visible(self, rank: int) -> bool:
+        """Whether a rank's process runs (or is stopped) on this machine, in this container."""
+        process = self._processes[rank]
+        return process.host == socket.gethostname() and bool(process.identity) and _identity(process.pid) == process.identity
+
+
+def _beat_of(rank: int) -> str:
+    return f"watch/beat/{rank}"
+
+
+def _identity(pid: int) -> str | None:
+    """Start time (field 22 of proc_pid_stat(5), after the name in brackets); None when it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
