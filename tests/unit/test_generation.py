@@ -51,7 +51,7 @@ def ranks() -> Any:
     parallel.finalize()
 
 
-@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("name", [name for name in KEYS if not name.startswith("nemotron_h")])  # no state cache
 def test_greedy_tokens_of_every_family_equal_transformers(name: str, tmp_path: Path, ranks: Any) -> None:
     """Answers go past windows, chunks, temperature steps and longrope's original length."""
     reference = tiny_folder(name, tmp_path, num_layers=2)

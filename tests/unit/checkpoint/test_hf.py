@@ -16,7 +16,7 @@ from megatron_sft.checkpoint.verify import changed_tensors, first_difference, qu
 from megatron_sft.config import ParallelConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.model.build import build_model
-from tests.unit.checkpoint.tiny_models import BUILT, EXACT, tiny_folder
+from tests.unit.checkpoint.tiny_models import KEYS, tiny_folder
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def loaded(folder, ranks, dtype="fp32"):
     return chunks, model
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", KEYS)
 def test_every_layer_and_the_logits_equal_transformers(name, tmp_path, ranks):
     tiny_folder(name, tmp_path)
     chunks, model = loaded(tmp_path, ranks)
@@ -42,7 +42,7 @@ def test_every_layer_and_the_logits_equal_transformers(name, tmp_path, ranks):
     quick_check(chunks, model, tmp_path, ranks)
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", KEYS)
 def test_round_trip_is_bit_identical(name, tmp_path, ranks, monkeypatch):
     monkeypatch.setattr(tensors, "MAX_SHARD_BYTES", 100_000)
     tiny_folder(name, tmp_path / "in", torch.bfloat16)

@@ -185,10 +185,6 @@ KEYS: dict[str, dict[str, Any]] = {
         "rope_parameters": LLAMA3_ROPE,
     },
 }
-BUILT = tuple(name for name in KEYS if name not in ("deepseek_v2", "deepseek_v3"))
-"""Those that model/ can build."""
-EXACT = tuple(name for name in BUILT if name != "llama4_text")
-"""Those of them that compute what transformers computes; Llama 4 differs in its layers without RoPE."""
 
 
 def tiny_folder(name: str, folder: Path, dtype: torch.dtype = torch.float32, num_layers: int = 4) -> Any:
