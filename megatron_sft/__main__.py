@@ -3,6 +3,7 @@
 Flags are a training run's, read by arguments.py. Not here: what a command does; each is one function elsewhere.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -93,32 +94,44 @@ def mmlu(argv: Sequence[str], world_size: int) -> int:
 
 
 def convert(argv: Sequence[str], world_size: int) -> int:
-    """HF folder -> Megatron checkpoint: --load FOLDER --save ROOT [--bf16 --no-verify-conversion]."""
-    run = _model_run(argv, world_size, "load", "save")
+    """HF folder, or Megatron checkpoint in any layout -> weights alone: --load PLACE --save ROOT [--no-verify-conversion]."""
+    run, explicit = _model_run(argv, world_size, "load", "save")
+    from megatron_sft.checkpoint.hf import is_megatron_checkpoint
     from megatron_sft.conversion import convert as write
+    from megatron_sft.conversion import reshard
 
-    checkpoint = run.checkpoint
-    dtype, check = run.train.params_dtype, checkpoint.verify_conversion
-    write(str(checkpoint.load), str(checkpoint.save), run.parallel, dtype, check, checkpoint.importer, run.model)
+    checkpoint, dtype = run.checkpoint, run.train.params_dtype
+    if is_megatron_checkpoint(str(checkpoint.load)):
+        reshard(str(checkpoint.load), str(checkpoint.save), run.parallel, _hf_folder(run), dtype, (run.model, explicit))
+        return 0
+    check, described = checkpoint.verify_conversion, (run.model, explicit)
+    write(str(checkpoint.load), str(checkpoint.save), run.parallel, dtype, check, checkpoint.importer, described)
     return 0
 
 
 def export(argv: Sequence[str], world_size: int) -> int:
     """Megatron checkpoint -> HF folder: --load ROOT --save-hf FOLDER [--tokenizer-model HF_FOLDER]."""
-    run = _model_run(argv, world_size, "load", "save_hf")
+    run, explicit = _model_run(argv, world_size, "load", "save_hf")
     from megatron_sft.conversion import export as write
 
-    own = run.data.tokenizer_model if run.data.tokenizer_model != run.checkpoint.load else None
-    write(str(run.checkpoint.load), str(run.checkpoint.save_hf), run.parallel, own)
+    described = (run.model, explicit)
+    write(str(run.checkpoint.load), str(run.checkpoint.save_hf), run.parallel, _hf_folder(run), described=described)
     return 0
 
 
+def _hf_folder(run: RunConfig) -> str | None:
+    """--tokenizer-model where it was given; without it --load stands there."""
+    return run.data.tokenizer_model if run.data.tokenizer_model != run.checkpoint.load else None
+
+
 def verify(argv: Sequence[str], world_size: int) -> int:
-    """Compares with transformers: --tokenizer-model HF_FOLDER [--load MEGATRON_CHECKPOINT]; exit status 1 if they differ."""
-    run = _model_run(argv, world_size)
+    """Compares with transformers: HF_FOLDER [MEGATRON_CHECKPOINT]; exit status 1 if they differ."""
+    places = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    named = [word for pair in zip(("--tokenizer-model", "--load"), places, strict=False) for word in pair]
+    run, _ = _model_run([*named, *argv[len(places) :]], world_size)
     folder, checkpoint = run.data.tokenizer_model, run.checkpoint.load
-    if not folder:
-        raise ConfigError(["--tokenizer-model is missing: expected the HF folder to compare with."])
+    if not folder or len(places) > 2:
+        raise ConfigError([f"verify: {len(places)} places; expected HF_FOLDER and perhaps MEGATRON_CHECKPOINT. See --help."])
     from megatron_sft.conversion import verify as same
 
     return 0 if same(folder, checkpoint if checkpoint != folder else None) else 1
@@ -126,20 +139,20 @@ def verify(argv: Sequence[str], world_size: int) -> int:
 
 def conf(argv: Sequence[str], world_size: int) -> int:
     """Prints a conf/<org>/<model>.sh for an HF folder: --load FOLDER."""
-    run = _model_run(argv, world_size, "load")
+    run, _ = _model_run(argv, world_size, "load")
     from megatron_sft.conversion import conf as text
 
     print(text(str(run.checkpoint.load)), end="")
     return 0
 
 
-def _model_run(argv: Sequence[str], world_size: int, *needed: str) -> RunConfig:
+def _model_run(argv: Sequence[str], world_size: int, *needed: str) -> tuple[RunConfig, frozenset[str]]:
     """The configuration of a command that trains nothing; `needed` fields of its checkpoint section must be given."""
-    run = parse(argv, world_size, training=False)[0]
+    run, explicit = parse(argv, world_size, training=False)
     missing = [f"--{name.replace('_', '-')} is missing: see --help." for name in needed if not getattr(run.checkpoint, name)]
     if missing:
         raise ConfigError(missing)
-    return run
+    return run, explicit
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str], int], int]] = {

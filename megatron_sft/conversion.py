@@ -1,7 +1,6 @@
 """What `megatron-sft convert`, `export`, `verify` and `conf` do, as functions of resolved values. No flags here."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from megatron_sft import parallel
 from megatron_sft.checkpoint.conf import conf_text
 from megatron_sft.checkpoint.distributed import load_checkpoint, read_run_config, save_checkpoint
-from megatron_sft.checkpoint.hf import load_hf_weights, save_hf
+from megatron_sft.checkpoint.hf import is_megatron_checkpoint, load_hf_weights, save_hf
 from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
-from megatron_sft.checkpoint.importer import architecture_of, load_weights
-from megatron_sft.checkpoint.source import model_config_from_json
+from megatron_sft.checkpoint.importer import load_weights
+from megatron_sft.checkpoint.source import WeightSource, resolve_model
 from megatron_sft.checkpoint.verify import changed_tensors, first_difference, quick_check
 from megatron_sft.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
@@ -22,12 +21,15 @@ from megatron_sft.model.build import build_model
 from megatron_sft.parallel import Ranks
 
 SEED = 1234
+Described = tuple[ModelConfig, frozenset[str]]
+"""A model as flags describe it, and the fields that a flag set."""
+NOT_DESCRIBED: Described = (ModelConfig(), frozenset())
 
 
 def padded(model: ModelConfig, tensor_parallel: int) -> ModelConfig:
     """The model with its vocabulary padded to a multiple of the tensor-parallel size."""
-    rows = -(-model.vocab_size // tensor_parallel) * tensor_parallel
-    return dataclasses.replace(model, padded_vocab_size=max(model.padded_vocab_size, rows))
+    rows = max(model.padded_vocab_size, model.vocab_size)
+    return dataclasses.replace(model, padded_vocab_size=-(-rows // tensor_parallel) * tensor_parallel)
 
 
 def built(model: ModelConfig, layout: ParallelConfig, dtype: str) -> tuple[list[Any], Ranks]:
@@ -43,7 +45,7 @@ def convert(
     dtype: str = "bf16",
     verify: bool = True,
     importer: str = "builtin",
-    flags: ModelConfig | None = None,
+    described: Described = NOT_DESCRIBED,
 ) -> None:
     """HF folder -> torch_dist checkpoint in SAVE/release. All ranks call it.
 
@@ -54,17 +56,49 @@ def convert(
         dtype: bf16 or fp32, of the stored weights.
         verify: compare with transformers before writing.
         importer: builtin or modelopt.
-        flags: the architecture as the flags say it, for a model_type that only modelopt reads.
+        described: must not contradict config.json; the whole architecture for a model_type that only modelopt reads.
     """
-    model = padded(architecture_of(hf_folder, flags or ModelConfig(), importer), layout.tensor_model_parallel_size)
+    source = WeightSource(str(hf_folder), True, False, {})
+    model = resolve_model(*described, source, layout.tensor_model_parallel_size, importer=importer)
     chunks, ranks = built(model, layout, dtype)
     load_weights(chunks, model, hf_folder, ranks, importer)
     if verify:
         quick_check(chunks, model, hf_folder, ranks)
+    _save_release(save, chunks, model, layout, ranks)
+    logger.info("converted %s to %s/release", hf_folder, save)
+
+
+def reshard(
+    load: str | Path,
+    save: str | Path,
+    layout: ParallelConfig,
+    hf_folder: str | Path | None,
+    dtype: str = "bf16",
+    described: Described = NOT_DESCRIBED,
+) -> None:
+    """The weights of a Megatron checkpoint in any layout -> SAVE/release. All ranks call it.
+
+    Args:
+        load: root of the checkpoint.
+        save: root of the new one.
+        layout: how the model is cut while it is read and written.
+        hf_folder: says the architecture where the checkpoint does not (Megatron-LM's).
+        dtype: bf16 or fp32, of the stored weights.
+        described: must not contradict the checkpoint; the whole architecture where neither it nor hf_folder says one.
+    """
+    if Path(load).resolve() == Path(save).resolve():
+        raise CheckpointError(f"{save}: --save is --load; expected another folder, which the weights alone go to. Change --save.")
+    model = _architecture(load, hf_folder, described, layout)
+    chunks, ranks = built(model, layout, dtype)
+    load_checkpoint(load, chunks, None, None, ranks, weights_only=True)
+    _save_release(save, chunks, model, layout, ranks)
+    logger.info("wrote the weights of %s to %s/release", load, save)
+
+
+def _save_release(save: str | Path, chunks: list[Any], model: ModelConfig, layout: ParallelConfig, ranks: Ranks) -> None:
     run = RunConfig(model, layout, checkpoint=CheckpointConfig(save=str(save)))
     save_checkpoint(save, "release", chunks, None, None, {}, run, ranks)
     parallel.finalize()
-    logger.info("converted %s to %s/release", hf_folder, save)
 
 
 def export(
@@ -73,6 +107,7 @@ def export(
     layout: ParallelConfig,
     hf_folder: str | Path | None,
     dtype: str | None = None,
+    described: Described = NOT_DESCRIBED,
 ) -> None:
     """Megatron checkpoint -> HF folder. All ranks call it.
 
@@ -83,8 +118,9 @@ def export(
         hf_folder: HF folder that config, tokenizer and dtypes are taken from; also the architecture, when the
             checkpoint does not say it (Megatron-LM's do not).
         dtype: bf16 or fp32; None: that of hf_folder, without one bf16.
+        described: as reshard's.
     """
-    model = padded(_architecture(load, hf_folder), layout.tensor_model_parallel_size)
+    model = _architecture(load, hf_folder, described, layout)
     chunks, ranks = built(model, layout, dtype or "bf16")
     load_checkpoint(load, chunks, None, None, ranks)
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype] if dtype else None
@@ -93,16 +129,22 @@ def export(
     logger.info("exported %s to %s", load, save_folder)
 
 
-def _architecture(root: str | Path, hf_folder: str | Path | None) -> ModelConfig:
-    run: Mapping[str, Any] = read_run_config(root)
-    if "model" in run:
-        return model_config_from_json(run["model"])
-    if hf_folder is None:
+def _architecture(
+    root: str | Path, hf_folder: str | Path | None, described: Described, layout: ParallelConfig
+) -> ModelConfig:
+    if not is_megatron_checkpoint(root):
+        raise CheckpointError(
+            f"{root}: no Megatron checkpoint; expected a folder with latest_checkpointed_iteration.txt. Check --load."
+        )
+    source = WeightSource(str(root), False, False, read_run_config(root))
+    if "model" not in source.run_config and hf_folder is not None:
+        source = WeightSource(str(hf_folder), True, False, {})
+    elif "model" not in source.run_config and "num_layers" not in described[1]:
         raise CheckpointError(
             f"{root}: does not say which architecture it has; expected run_config.json with it. Pass the HF folder "
-            "that the model came from."
+            "that the model came from (--tokenizer-model), or the flags of its conf."
         )
-    return model_config_from_hf(read_hf_config(hf_folder))
+    return padded(resolve_model(*described, source, layout.tensor_model_parallel_size), layout.tensor_model_parallel_size)
 
 
 def verify(hf_folder: str | Path, megatron_checkpoint: str | Path | None = None) -> bool:

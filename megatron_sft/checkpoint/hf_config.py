@@ -16,6 +16,7 @@ from megatron_sft.checkpoint.names import CONFIG, DEFAULTS, FAMILIES, OTHER_SPEL
 from megatron_sft.config import ModelConfig
 from megatron_sft.errors import CheckpointError
 
+INTEGERS = {field.name for field in dataclasses.fields(ModelConfig) if field.type in (int, "int")}
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
     "swish": "silu",
@@ -73,8 +74,8 @@ def check_not_quantised(hf: Keys) -> None:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
         raise CheckpointError(
             f"config.json: quantization_config of method {method!r}; expected bf16, fp16 or fp32 weights. Take the "
-            "unquantised checkpoint, or load it with transformers (dequantize=True in the quantisation config), "
-            "call save_pretrained on a new folder and use that."
+            "unquantised checkpoint; MXFP4 (gpt-oss) and FP8 in blocks (DeepSeek) are read with --importer modelopt; others "
+            "transformers loads (dequantize=True in the quantisation config) and save_pretrained writes to a new folder."
         )
 
 
@@ -133,6 +134,8 @@ def model_config_from_hf(hf: Keys, trust_remote_code: bool = False) -> ModelConf
         value = keys.get(key, keys.get(OTHER_SPELLINGS.get(key, key)))
         if value is None and key not in fallback:
             problems.append(f"{key} is missing")
+        if name in INTEGERS and not isinstance(value, int | None):
+            problems.append(f"{key} is {value!r}; expected a whole number")
         fields[name] = fallback.get(key) if value is None else value
     if problems:
         raise CheckpointError(

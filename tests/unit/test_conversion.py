@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_sft import conversion
-from megatron_sft.config import ParallelConfig
+from megatron_sft.config import ModelConfig, ParallelConfig
+from megatron_sft.errors import CheckpointError, ConfigError
 from tests.unit.checkpoint.tiny_models import tiny_folder
 
 
@@ -30,3 +32,21 @@ def test_conf_takes_the_folder_for_its_default_checkpoint(tmp_path):
         f'HF_MODEL_CKPT="${{HF_MODEL_CKPT:-{tmp_path / "tiny"}}}"',
     ]
     assert "  --num-layers 4 --hidden-size 64 --ffn-hidden-size 96\n" in text
+
+
+def test_wrong_places_and_flags_are_refused(tmp_path):
+    tiny_folder("llama", tmp_path / "hf")
+    nothing = ParallelConfig()
+    with pytest.raises(ConfigError, match="--num-layers: the flags say num_layers = 7, config.json says 4"):
+        described = (ModelConfig(num_layers=7), frozenset({"num_layers"}))
+        conversion.convert(tmp_path / "hf", tmp_path / "out", nothing, described=described)
+    with pytest.raises(CheckpointError, match="no Megatron checkpoint; expected a folder with latest_checkpointed"):
+        conversion.export(tmp_path / "hf", tmp_path / "out", nothing, None)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "latest_checkpointed_iteration.txt").write_text("release")
+    with pytest.raises(CheckpointError, match="does not say which architecture it has"):
+        conversion.export(other, tmp_path / "out", nothing, None)
+    with pytest.raises(CheckpointError, match="--save is --load"):
+        conversion.reshard(other, other, nothing, None)
+    assert not (tmp_path / "out").exists()

@@ -96,6 +96,7 @@ def test_all_conflicts_at_once_with_flag_spellings():
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config of method 'fp8'"),
         ({"attention_bias": True}, "attention_bias is True; expected False"),
         ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "2048"}, "hidden_size is '2048'; expected a whole number"),
         ({"hidden_act": "mish"}, "activation 'mish'; expected one of"),
         ({"model_type": "own", "auto_map": {"AutoModel": "modeling.Own"}}, "--trust-remote-code"),
     ],
