@@ -265,10 +265,10 @@ class CheckpointConfig:
     """HF folder or Megatron checkpoint."""
     save: str | None = None
     save_hf: str | None = None
-    """HF folder written at the end of training."""
+    """HF folder written at the end of training; with {iteration} in its name also with every checkpoint, one folder each."""
     save_interval: int | None = None
     save_retain: int | None = None
-    """Newest checkpoints kept; None: all."""
+    """Newest checkpoints kept, and the one with the least held-out loss (best_checkpoint.json); None: all."""
     async_save: bool = False
     finetune: bool = False
     """Weights only: iteration, optimizer, rng and data order start afresh."""

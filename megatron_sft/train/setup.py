@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from megatron_sft import parallel
-from megatron_sft.checkpoint.distributed import CheckpointSaver, load_checkpoint
-from megatron_sft.checkpoint.hf import save_hf
+from megatron_sft.checkpoint.distributed import load_checkpoint
 from megatron_sft.checkpoint.importer import load_weights
-from megatron_sft.checkpoint.resume import FINGERPRINT, refuse_changed
+from megatron_sft.checkpoint.resume import refuse_changed
 from megatron_sft.checkpoint.source import WeightSource, find_source, resolve_model
 from megatron_sft.checkpoint.verify import quick_check
 from megatron_sft.config import RunConfig
@@ -34,6 +33,7 @@ from megatron_sft.train import memory
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loop import Job, loss_metrics, train
 from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
+from megatron_sft.train.saving import METRIC, Saving
 from megatron_sft.train.state import TrainState
 from megatron_sft.train.watch import Watch
 
@@ -76,7 +76,7 @@ def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch) 
     watch.tell("reading the data")
     data = build_data(run)
     watch.tell("building the model")
-    job, state, saver = build_job(run, ranks, source, data, watch)
+    job, state, saving = build_job(run, ranks, source, data, watch)
     if run.train.skip_train:
         validate_only(job)
         return 0
@@ -87,15 +87,11 @@ def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch) 
         )
     watch.tell("training")
     state, stopped = train(job, state)
-    if saver:
-        saver.finish()
+    saving.finish()
     if stopped:
         return 128 + stopped if stopped > 0 else EXIT_DURATION
-    if run.checkpoint.save_hf:
-        watch.tell("writing the HF folder")
-        with whole_parameters(job.chunks, run.parallel):
-            save_hf(job.chunks, run.model, run.checkpoint.save_hf, ranks, run.data.tokenizer_model)
-        logger.info("wrote the HF folder %s", run.checkpoint.save_hf)
+    with whole_parameters(job.chunks, run.parallel):
+        saving.export(state.iteration)
     return 0
 
 
@@ -132,7 +128,7 @@ def build_data(run: RunConfig) -> Data:
 
 def build_job(
     run: RunConfig, ranks: Ranks, source: WeightSource, data: Data, watch: Watch
-) -> tuple[Job, TrainState, CheckpointSaver | None]:
+) -> tuple[Job, TrainState, Saving]:
     """Model, weights, optimizer and loaders. The state is that of the checkpoint, or a new one."""
     fingerprint = data.store.fingerprint
     if source.resumes:
@@ -158,28 +154,33 @@ def build_job(
     valid_loader = ValidLoader(data.valid, run.train, **dealt) if data.valid else None
     lengths = schedule_lengths(run, len(loader), loader.num_samples)
     scheduler = build_scheduler(optimizer, run.optim, lengths)
+    saving = Saving(run, ranks, wrapped, optimizer, scheduler, fingerprint, watch)
     state = TrainState()
     if not source.is_hf:
-        state = _load(run, ranks, source, wrapped, optimizer, scheduler)
+        state, valid_loss = _load(run, ranks, source, wrapped, optimizer, scheduler)
         loader.consumed_samples = state.consumed_samples
-    saver = CheckpointSaver(run.checkpoint.save, run, ranks) if run.checkpoint.save else None
-
-    def save(state: TrainState, valid_loss: float | None) -> None:
-        assert saver is not None, "the loop saves only with --save"
-        watch.tell(f"saving iteration {state.iteration}")
-        values = {**state.to_dict(), "consumed_train_samples": state.consumed_samples, FINGERPRINT: fingerprint}
-        saver.save(state.iteration, wrapped, optimizer, scheduler, values)
-        watch.tell("training")
-
+        if source.resumes and valid_loss is not None:  # the kill may have come between a save and its mark
+            saving.mark(state.iteration, valid_loss)
     job = Job(
-        run, ranks, wrapped, optimizer, scheduler, lengths, loader, valid_loader, data.store.source_names, data.store.where, save
+        run,
+        ranks,
+        wrapped,
+        optimizer,
+        scheduler,
+        lengths,
+        loader,
+        valid_loader,
+        data.store.source_names,
+        data.store.where,
+        saving.checkpoint,
     )
-    return job, state, saver
+    return job, state, saving
 
 
 def _load(
     run: RunConfig, ranks: Ranks, source: WeightSource, chunks: list[Any], optimizer: Any, scheduler: Any
-) -> TrainState:
+) -> tuple[TrainState, float | None]:
+    """The state of the checkpoint, and the held-out loss at it where that was taken."""
     whole = source.resumes
     values = load_checkpoint(
         source.path,
@@ -192,8 +193,8 @@ def _load(
         verify=run.checkpoint.verify_integrity,
     )
     if not whole or "tokens_seen" not in values:
-        return TrainState(iteration=values["iteration"], consumed_samples=values["consumed_train_samples"])
-    return TrainState.from_dict(values)
+        return TrainState(iteration=values["iteration"], consumed_samples=values["consumed_train_samples"]), None
+    return TrainState.from_dict(values), values.get(METRIC)
 
 
 def validate_only(job: Job) -> None:

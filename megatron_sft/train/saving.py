@@ -1,0 +1,100 @@
+"""What a run writes while it trains: checkpoints, the mark of the best one, HF folders.
+
+Not here: how a checkpoint is written (checkpoint/distributed.py), when (loop.py).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_sft.checkpoint import tracker
+from megatron_sft.checkpoint.distributed import CheckpointSaver
+from megatron_sft.checkpoint.hf import save_hf
+from megatron_sft.checkpoint.resume import FINGERPRINT
+from megatron_sft.config import RunConfig
+from megatron_sft.log import logger
+from megatron_sft.parallel import Ranks
+from megatron_sft.train.state import TrainState
+from megatron_sft.train.watch import Watch
+
+METRIC = "valid/loss"
+"""What the best checkpoint has the least of."""
+
+
+class Saving:
+    """Writes the checkpoints and HF folders of one run.
+
+    Args:
+        run: its `checkpoint` says what and where.
+        ranks: of this process.
+        chunks: the model in DDP, and with it what a checkpoint holds:
+        optimizer: megatron-core's.
+        scheduler: megatron-core's.
+        fingerprint: of the data.
+        watch: is told what this rank does.
+    """
+
+    def __init__(
+        self, run: RunConfig, ranks: Ranks, chunks: list[Any], optimizer: Any, scheduler: Any, fingerprint: str, watch: Watch
+    ):
+        self._run, self._ranks, self._chunks, self._watch = run, ranks, chunks, watch
+        self._optimizer, self._scheduler, self._fingerprint = optimizer, scheduler, fingerprint
+        self._saver = CheckpointSaver(run.checkpoint.save, run, ranks) if run.checkpoint.save else None
+        self._unmarked: tuple[int, float] | None = None
+        self._exported: int | None = None
+
+    def checkpoint(self, state: TrainState, valid_loss: float | None) -> None:
+        """Collective: writes a checkpoint, and an HF folder where --save-hf names one an iteration.
+
+        Args:
+            state: after a step.
+            valid_loss: the held-out loss at it, where it was taken.
+        """
+        assert self._saver is not None, "the loop saves only with --save"
+        self._watch.tell(f"saving iteration {state.iteration}")
+        self.finish()
+        values = {**state.to_dict(), "consumed_train_samples": state.consumed_samples, FINGERPRINT: self._fingerprint}
+        if valid_loss is not None:
+            values[METRIC] = valid_loss
+            self._unmarked = (state.iteration, valid_loss)
+        self._saver.save(state.iteration, self._chunks, self._optimizer, self._scheduler, values)
+        if not self._run.checkpoint.async_save:
+            self.finish()
+        if self._is_by_iteration():
+            self.export(state.iteration)
+        self._watch.tell("training")
+
+    def finish(self) -> None:
+        """Collective: waits for a save in the background; its checkpoint may be the best one."""
+        if self._saver is None:
+            return
+        self._saver.finish()
+        if self._unmarked is not None:
+            self.mark(*self._unmarked)
+            self._unmarked = None
+
+    def mark(self, iteration: int, valid_loss: float) -> None:
+        """Marks a whole checkpoint as the best one if it is: --save-retain keeps it, best_checkpoint.json names it."""
+        if self._saver is None or self._ranks.rank != 0:
+            return
+        root = Path(str(self._run.checkpoint.save))
+        best = tracker.read_best(root) or {"iteration": -1, "value": float("inf")}
+        exists = tracker.checkpoint_folder(root, int(best["iteration"])).is_dir()
+        if exists and float(best["value"]) <= valid_loss:
+            return
+        self._saver.mark_best(iteration, METRIC, valid_loss)
+        logger.info("best checkpoint so far: iteration %d, %s %.6f", iteration, METRIC, valid_loss)
+
+    def export(self, iteration: int) -> None:
+        """Collective, within whole_parameters: writes the HF folder of --save-hf, which appears whole."""
+        if not self._run.checkpoint.save_hf or self._exported == iteration:
+            return
+        self._watch.tell("writing the HF folder")
+        folder = self._run.checkpoint.save_hf
+        for name in ("{iteration}", "{rollout_id}"):
+            folder = folder.replace(name, str(iteration))
+        save_hf(self._chunks, self._run.model, folder, self._ranks, self._run.data.tokenizer_model)
+        self._exported = iteration
+        logger.info("wrote the HF folder %s", folder)
+
+    def _is_by_iteration(self) -> bool:
+        return any(name in (self._run.checkpoint.save_hf or "") for name in ("{iteration}", "{rollout_id}"))

@@ -1,0 +1,40 @@
+"""The checkpoint with the least held-out loss is named and kept; HF folders appear with the checkpoints."""
+
+import json
+import shutil
+
+import torch
+from safetensors.torch import load_file
+
+from tests.functional.conftest import metrics_of
+
+
+def test_the_best_checkpoint_is_kept_and_hf_folders_follow_the_saves(finetune, tmp_path):
+    """Held-out rows of which the model forgets more and more make an early checkpoint the best one."""
+    save, other = tmp_path / "out", tmp_path / "other.jsonl"
+    messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "XYZ#@&" * 9}]
+    other.write_text(json.dumps({"messages": messages}) + "\n")
+    flags = ["--train-iters", "8", "--global-batch-size", "4", "--lr-decay-style", "constant", "--lr", "1e-2"]
+    flags += ["--valid-data", other, "--eval-iters", "-1", "--eval-interval", "2", "--save-interval", "2", "--save-retain", "1"]
+    flags += ["--save", save, "--save-hf", tmp_path / "hf-{iteration}", "--async-save"]
+    done = finetune(*flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    valid = {line["iteration"]: line["valid/loss"] for line in metrics_of(save) if "valid/loss" in line}
+    best = min(valid, key=valid.get)
+    assert sorted(valid) == [2, 4, 6, 8] and best != 8, "this test needs a run that gets worse"
+    assert json.loads((save / "best_checkpoint.json").read_text()) == {
+        "iteration": best, "metric": "valid/loss", "value": valid[best],
+    }  # fmt: skip
+    assert sorted(path.name for path in save.glob("iter_*")) == [f"iter_{number:07d}" for number in (best, 8)]
+    assert f"best checkpoint so far: iteration {best}, valid/loss {valid[best]:.6f}" in done.stdout
+    folders = {number: load_file(tmp_path / f"hf-{number}" / "model.safetensors") for number in (2, 4, 6, 8)}
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(folders[2][name], folders[8][name])
+    assert not list(tmp_path.glob(".*")), "no half-written folder is left"
+
+    (save / "best_checkpoint.json").unlink()  # as a kill between the save and the mark leaves it
+    shutil.rmtree(save / f"iter_{best:07d}")
+    again = finetune(*flags, "--train-iters", "10", "--eval-interval", "100")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"best checkpoint so far: iteration 8, valid/loss {valid[8]:.6f}" in again.stdout
+    assert json.loads((save / "best_checkpoint.json").read_text())["value"] == valid[8]
