@@ -1,6 +1,5 @@
 """What `megatron-sft convert`, `export`, `verify` and `conf` do, as functions of resolved values. No flags here."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from megatron_sft.checkpoint.distributed import load_checkpoint, read_run_config
 from megatron_sft.checkpoint.hf import is_megatron_checkpoint, load_hf_weights, save_hf
 from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
 from megatron_sft.checkpoint.importer import load_weights
-from megatron_sft.checkpoint.source import WeightSource, resolve_model
+from megatron_sft.checkpoint.source import WeightSource, padded, resolve_model
 from megatron_sft.checkpoint.verify import changed_tensors, first_difference, quick_check
 from megatron_sft.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
@@ -24,12 +23,6 @@ SEED = 1234
 Described = tuple[ModelConfig, frozenset[str]]
 """A model as flags describe it, and the fields that a flag set."""
 NOT_DESCRIBED: Described = (ModelConfig(), frozenset())
-
-
-def padded(model: ModelConfig, tensor_parallel: int) -> ModelConfig:
-    """The model with its vocabulary padded to a multiple of the tensor-parallel size."""
-    rows = max(model.padded_vocab_size, model.vocab_size)
-    return dataclasses.replace(model, padded_vocab_size=-(-rows // tensor_parallel) * tensor_parallel)
 
 
 def built(model: ModelConfig, layout: ParallelConfig, dtype: str) -> tuple[list[Any], Ranks]:
@@ -144,7 +137,7 @@ def _architecture(
             f"{root}: does not say which architecture it has; expected run_config.json with it. Pass the HF folder "
             "that the model came from (--tokenizer-model), or the flags of its conf."
         )
-    return padded(resolve_model(*described, source, layout.tensor_model_parallel_size), layout.tensor_model_parallel_size)
+    return resolve_model(*described, source, layout.tensor_model_parallel_size)
 
 
 def verify(hf_folder: str | Path, megatron_checkpoint: str | Path | None = None) -> bool:

@@ -84,10 +84,14 @@ def resolve_model(
     if problems:
         raise ConfigError([f"{source.path}: {problem}" for problem in problems])
     model = merged(flags, explicit, model)
-    multiple = tensor_parallel if model.padded_vocab_size else model.make_vocab_size_divisible_by * tensor_parallel
+    return padded(model, tensor_parallel if model.padded_vocab_size else model.make_vocab_size_divisible_by * tensor_parallel)
+
+
+def padded(model: ModelConfig, multiple: int) -> ModelConfig:
+    """The model with its vocabulary rounded up to a multiple: 5 tokens, 4 -> 8 rows; 7 rows of a checkpoint, 2 -> 8."""
     rows = max(model.padded_vocab_size, model.vocab_size)  # the tokenizer may have grown since the conf was written
-    padded = -(-rows // multiple) * multiple
-    return dataclasses.replace(model, padded_vocab_size=padded, vocab_size=model.vocab_size or padded)
+    rows = -(-rows // multiple) * multiple
+    return dataclasses.replace(model, padded_vocab_size=rows, vocab_size=model.vocab_size or rows)
 
 
 def model_config_from_json(values: Mapping[str, Any]) -> ModelConfig:
