@@ -181,6 +181,20 @@ def apply_gathered_rope(rotate: Callable[[Any, Any, bool], Any]) -> None:
     rope_utils._apply_rotary_pos_emb_thd = apply
 
 
+def provide_latent_projections(linear: type) -> None:
+    """Lets megatron-core build experts in a latent space (Nemotron 3 Super), for which it asks for TransformerEngine's TELinear.
+
+    Args:
+        linear: model/layers.py:WholeLinear.
+
+    megatron/core/transformer/moe/moe_layer.py:MoELayer.__init__, both versions.
+    """
+    from megatron.core.transformer.moe import moe_layer
+
+    if importlib.util.find_spec("transformer_engine") is None:
+        moe_layer.HAVE_TE, moe_layer.TELinear = True, linear
+
+
 def process_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher set them; (0, 1, 0) without a launcher."""
     env = os.environ

@@ -1,7 +1,7 @@
 #!/bin/bash
 # nvidia/Nemotron-H-47B-Reasoning-128K: the values of its config.json.
 # Mamba layers in plain torch, slower than the CUDA kernels of mamba-ssm, which are not used; no CP.
-# 32 GPUs of 80 GB: TP=8 PP=2 ./finetune.sh nvidia/Nemotron-H-47B-Reasoning-128K
+# 32 GPUs of 80 GB: TP=8 PP=2 DP=2 ./finetune.sh nvidia/Nemotron-H-47B-Reasoning-128K
 HF_MODEL_CKPT="${HF_MODEL_CKPT:-nvidia/Nemotron-H-47B-Reasoning-128K}"
 # shellcheck disable=SC2034  # read by arguments.sh
 MODEL_ARGS=(

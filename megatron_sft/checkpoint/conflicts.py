@@ -32,6 +32,7 @@ ARCHITECTURE = frozenset(
         "num_moe_experts",
         "moe_ffn_hidden_size",
         "moe_layer_freq",
+        "moe_latent_size",
         "moe_router_topk",
         "moe_router_score_function",
         "moe_router_pre_softmax",

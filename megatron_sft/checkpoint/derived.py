@@ -198,6 +198,7 @@ def _hybrid(keys: Keys) -> Fields:
         "core.num_moe_experts": keys["n_routed_experts"],
         "core.moe_layer_freq": [int(letter == "E") for letter in pattern],
         "core.moe_ffn_hidden_size": keys["moe_intermediate_size"],
+        "core.moe_latent_size": keys.get("moe_latent_size"),
         "core.moe_shared_expert_intermediate_size": keys["moe_shared_expert_intermediate_size"],
         "core.moe_router_topk": keys["num_experts_per_tok"],
         "core.moe_router_topk_scaling_factor": keys["routed_scaling_factor"],
@@ -215,6 +216,7 @@ def _hybrid_keys(model: ModelConfig) -> Fields:
         keys |= {
             "n_routed_experts": core["num_moe_experts"],
             "moe_intermediate_size": core["moe_ffn_hidden_size"],
+            "moe_latent_size": core.get("moe_latent_size"),
             "moe_shared_expert_intermediate_size": core["moe_shared_expert_intermediate_size"],
             "num_experts_per_tok": core["moe_router_topk"],
             "routed_scaling_factor": core["moe_router_topk_scaling_factor"],

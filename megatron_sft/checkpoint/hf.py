@@ -212,9 +212,9 @@ def _check_names(
         ignored.add(family.tensors[TIED][1])
     missing = sorted(wanted.keys() - stored.keys())
     extra = sorted(name for name in stored.keys() - wanted.keys() if not name.endswith(tuple(ignored)))
-    predicting = [name for name in extra if _layer(name) >= model.num_layers]
+    predicting = [name for name in extra if _layer(name) >= model.num_layers or name.startswith("mtp.")]
     if predicting:
-        logger.info("left out: %d tensors of multi-token prediction (layer %d)", len(predicting), model.num_layers)
+        logger.info("left out: %d tensors of multi-token prediction", len(predicting))
         extra = sorted(set(extra) - set(predicting))
     faults = []
     if missing:

@@ -19,12 +19,12 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_sft.config import ModelConfig, ParallelConfig, TrainConfig
-from megatron_sft.core_compat import apply_gathered_rope, device
+from megatron_sft.core_compat import apply_gathered_rope, device, provide_latent_projections
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.attention import PackedAttention
 from megatron_sft.model.cache import CachedSeqParams
 from megatron_sft.model.context import token_lengths
-from megatron_sft.model.layers import HeadsNorm
+from megatron_sft.model.layers import HeadsNorm, WholeLinear
 from megatron_sft.model.loss import linear_cross_entropy
 from megatron_sft.model.rope import RotaryTable, rotate
 from megatron_sft.model.specs import block_spec
@@ -189,6 +189,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
         One chunk, or one a virtual pipeline stage.
     """
     apply_gathered_rope(rotate)
+    provide_latent_projections(WholeLinear)
     config = transformer_config(model, parallel, train)
     stages = parallel.virtual_pipeline_model_parallel_size
     return [_chunk(model, config, stage) for stage in (range(stages) if stages else [None])]

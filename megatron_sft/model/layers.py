@@ -116,6 +116,20 @@ class NormedRowParallelLinear(RowParallelLinear):
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 1}, sharded_offsets)
 
 
+class WholeLinear(torch.nn.Module):
+    """A projection that every tensor-parallel rank holds whole: TransformerEngine's with parallel_mode="duplicated"."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, bias: bool, **unused: Any):
+        super().__init__()
+        assert not bias, "no family has a bias here"
+        self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[..., input_size] -> [..., output_size] and no bias."""
+        return F.linear(hidden, self.weight), None
+
+
 class BiasedRowParallelLinear(RowParallelLinear):
     """An expert's second projection when it has a bias.
 

@@ -177,19 +177,19 @@ def _documents(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.searchsorted(cu_seqlens[1:], torch.arange(tokens, device=cu_seqlens.device), right=True)
 
 
-def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, documents: torch.Tensor) -> torch.Tensor:
     """Causal convolution of each channel within its document.
 
     Args:
         x: [tokens, channels].
         weight: [channels, KERNEL]; the last column is the token's own.
-        bias: [channels].
+        bias: [channels], or none.
         documents: [tokens].
 
     Returns:
         [tokens, channels].
     """
-    out = bias + x * weight[:, -1]
+    out = x * weight[:, -1] if bias is None else bias + x * weight[:, -1]
     for back in range(1, min(KERNEL, x.shape[0])):
         same = (documents[back:] == documents[:-back])[:, None]
         out = out + F.pad(torch.where(same, x[:-back], 0) * weight[:, -1 - back], (0, 0, back, 0))

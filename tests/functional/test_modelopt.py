@@ -82,6 +82,17 @@ def test_parameters_of_llama_4_are_identical(tmp_path, ranks, monkeypatch):
     assert_same_parameters(tmp_path, tmp_path, ranks)
 
 
+@pytest.mark.parametrize("name", ["nemotron_h", "nemotron_h-moe"])
+def test_parameters_of_nemotron_h_are_identical(name, tmp_path, ranks, monkeypatch):
+    """Its rules expect megatron-core's MambaModel, whose last norm is called final_norm; ours is a GPTModel."""
+    from modelopt.torch.export.plugins.mcore_common import all_mcore_hf_import_mapping
+
+    rules = all_mcore_hf_import_mapping["NemotronHForCausalLM"]
+    monkeypatch.setitem(rules, "final_layernorm", rules["final_norm"])
+    tiny_folder(name, tmp_path)
+    assert_same_parameters(tmp_path, tmp_path, ranks)
+
+
 def as_mxfp4(weights):
     """Every expert weight replaced by values that MXFP4 has, in place; returns the tensors of an MXFP4 checkpoint.
 

@@ -211,15 +211,18 @@ def test_layout_of_the_comment_fits(name):
         return
     gpus, sizes = int(found[1]), dict(item.split("=") for item in found[2].split())
     tp, pp, ep = (int(sizes.get(key, "1")) for key in ("TP", "PP", "EP"))
+    etp = int(sizes.get("ETP", str(tp)))
+    started = (tp if ep == 1 else etp * ep) * pp * int(sizes.get("DP", "1"))
+    assert gpus == started, "conf/arguments.sh starts another number"
     assert found[3] == name
     extra = read_flags(shlex.split(found[4] or ""), [])[0] if found[4] else {}
     first, last = (extra.get(f"parallel.decoder_{end}_pipeline_num_layers", 0) for end in ("first", "last"))
-    layout = ParallelConfig(tp, pp, expert_model_parallel_size=ep)
+    layout = ParallelConfig(tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
     model, _ = flags_of(name)
     assert problems(RunConfig(model, layout), gpus, training=False) == []
     assert (model.num_layers - first - last) % (pp - (first > 0) - (last > 0)) == 0
     dense, experts = (count / 1e9 for count in their_parameters(name))
-    states = (6 * dense / tp + 6 * experts / ep) / pp + 12 * (dense + experts) / gpus
+    states = (6 * dense / tp + 6 * experts / (ep * etp)) / pp + 12 * (dense + experts) / gpus
     assert states <= STATES_GB, f"{states:.0f} GB of weights, gradients and Adam states a GPU"
 
 

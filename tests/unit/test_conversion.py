@@ -37,7 +37,7 @@ def test_conf_takes_the_folder_for_its_default_checkpoint(tmp_path):
 def test_wrong_places_and_flags_are_refused(tmp_path):
     tiny_folder("llama", tmp_path / "hf")
     nothing = ParallelConfig()
-    with pytest.raises(ConfigError, match="--num-layers: the flags say num_layers = 7, config.json says 4"):
+    with pytest.raises(ConfigError, match=r"--num-layers: the flags say num_layers = 7, config\.json says 4"):
         described = (ModelConfig(num_layers=7), frozenset({"num_layers"}))
         conversion.convert(tmp_path / "hf", tmp_path / "out", nothing, described=described)
     with pytest.raises(CheckpointError, match="no Megatron checkpoint; expected a folder with latest_checkpointed"):

@@ -169,6 +169,15 @@ KEYS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "routed_scaling_factor": 1.5,
     },
+    "nemotron_h-latent": {
+        **HYBRID,
+        "layers_block_type": ["moe", "linear_attention", "moe", "full_attention"],
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 48,
+        "moe_shared_expert_intermediate_size": 40,
+        "moe_latent_size": 24,
+        "routed_scaling_factor": 2.0,
+    },
     "llama4_text": {
         "model_type": "llama4_text",
         "head_dim": 16,
