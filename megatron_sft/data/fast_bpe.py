@@ -22,6 +22,7 @@ from megatron_sft.log import logger
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits(individual) before GPT-2's pattern: each number character alone, and white space before one stays in one piece.
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+NO_BYTE = "\uffff"
 HARD_TEXTS = (
     "",
     "I'll  say\r\n\r\n   it's 12345 tokens\t\tand\u00a0more ... ",
@@ -125,10 +126,8 @@ class BPEText:
     def __call__(self, text: str) -> Tokens:
         is_ascii = text.isascii()
         data = b"" if is_ascii and not self._unknown else text.encode()
-        if self._unknown and len(data.translate(None, self._unknown)) < len(
-            data
-        ):  # SmolLM2's vocabulary leaves out bytes of rare characters
-            return self._slow(text)
+        if self._unknown and len(data.translate(None, self._unknown)) < len(data):
+            return self._slow(text)  # SmolLM2's vocabulary leaves out bytes of rare characters
         is_changed = self._is_nfc and not is_ascii and not unicodedata.is_normalized("NFC", text)
         if is_changed:
             return self._slow(text)
@@ -191,18 +190,21 @@ def _pattern(pre_tokenizer: Mapping[str, Any] | None) -> str:
 def _ranks(model: Mapping[str, Any]) -> tuple[dict[bytes, int], list[int]]:
     """tiktoken's table (bytes -> rank, in the order of the merges) and the id of each rank."""
     byte_of = _byte_of_character()
+    table = dict.fromkeys(range(256), NO_BYTE) | {ord(shown): byte for shown, byte in byte_of.items()}
     vocabulary: Mapping[str, int] = model["vocab"]
     ranks: dict[bytes, int] = {}
     ids: list[int] = []
     merged = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
     known = (token for token in byte_of if token in vocabulary)
-    for token in (*known, *("".join(pair) for pair in merged)):
-        if token not in vocabulary or not all(character in byte_of for character in token):
-            raise UnsupportedTokenizer(f"the token {token!r} is not made of bytes")
-        piece = bytes(byte_of[character] for character in token)
+    for token in (*known, *map("".join, merged)):
+        try:
+            piece = token.translate(table).encode("latin-1")
+            identity = vocabulary[token]
+        except (UnicodeEncodeError, KeyError):
+            raise UnsupportedTokenizer(f"the token {token!r} is not made of bytes") from None
         if piece not in ranks:
             ranks[piece] = len(ids)
-            ids.append(vocabulary[token])
+            ids.append(identity)
     return ranks, ids
 
 

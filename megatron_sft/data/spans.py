@@ -153,8 +153,10 @@ def _first_special(text: str, special: Sequence[str]) -> str:
 
 
 def _prefix(template: Template, conversation: Conversation, turn: _Turn, text: str) -> list[Span]:
-    if turn.header.strip() and (exact := _exact_answers(conversation, turn, text)):
-        return exact
+    if turn.header.strip() and (exact := _exact_answers(conversation, turn, text, turn.thought)):
+        if all(text.startswith(turn.thought, first) for first, _ in exact):
+            return exact
+        raise Undecided("an answer is rendered otherwise when others follow it")
     spans, messages = [], list(conversation.messages)
     for index in conversation.assistants():
         try:
