@@ -38,7 +38,7 @@ bench-data: $(MODEL)/config.json
 	$(BIN)/python bench/data.py --rows $(ROWS) --tokenizer $(TOKENIZER)
 
 soak: $(READY)
-	for test in tests/soak/*.py; do $(BIN)/python $$test || exit 1; done
+	for test in tests/soak/*.py; do PYTHONPATH=. $(BIN)/python $$test || exit 1; done
 
 model: $(MODEL)/config.json
 
