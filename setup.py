@@ -26,6 +26,7 @@ setup(
         "sentencepiece>=0.2.3",
         "protobuf",
         "tiktoken",
+        "tqdm",
         "jinja2>=3.1",
         "tensorboard",
         "zstandard",

@@ -118,7 +118,7 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
     "--use-remove-padding": (0, "rows are always packed without padding"),
     "--rotary-seq-len-interpolation-factor": (1, "RoPE scaling follows from the checkpoint's config.json"),
     "--moe-layer-recompute": (0, "see --recompute-granularity"),
-    "--disable-tqdm": (0, "progress is plain lines"),
+    "--disable-tqdm": (0, "the bar shows only in a terminal"),
     "--init-model-with-meta-device": (0, "weights are never initialised twice"),
     "--distributed-timeout-seconds-after-init": (1, "see --distributed-timeout-minutes"),
 }

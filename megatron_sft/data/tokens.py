@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron_sft.config import DataConfig
 from megatron_sft.data.chat import CHECKED_ROWS, ChatEncoder, check_masks
@@ -304,13 +305,16 @@ def _build(config: DataConfig, sources: Sequence[Any], fingerprint: str, folder:
         first = _first_rows(sources)
         encoder = make(config, first)
         _check_masks(encoder, config, first, list(collector.ledger))
-        for result in in_order(_chunks(sources), config, encoder, encode_rows):
-            if result is not None:
-                collector.add(result)
-                writer.write(result)
-            if time.monotonic() - last >= PROGRESS_S:
-                last = time.monotonic()
-                _log_progress(collector, total_rows, last - start)
+        # disable=None: in a terminal a bar, elsewhere a line every PROGRESS_S
+        with tqdm(desc="tokens", total=total_rows, unit=" rows", unit_scale=True, disable=None, leave=False) as bar:
+            for result in in_order(_chunks(sources), config, encoder, encode_rows):
+                if result is not None:
+                    collector.add(result)
+                    writer.write(result)
+                    bar.update(result.num_rows)
+                if bar.disable and time.monotonic() - last >= PROGRESS_S:
+                    last = time.monotonic()
+                    _log_progress(collector, total_rows, last - start)
         collector.check(is_end=True)
         writer.finish(collector, fingerprint)
     finally:
