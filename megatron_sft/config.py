@@ -255,6 +255,7 @@ class TrainConfig:
     exit_duration_in_mins: int | None = None
     exit_signal_handler: bool = True
     deterministic_mode: bool = False
+    """On CUDA: torch's and megatron-core's repeatable kernels; a resumed run is then bit-identical, as on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -348,6 +349,18 @@ class ViewConfig:
     """File of the page, which needs no other."""
     json: str | None = None
     """File of report's figures."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `megatron-sft plan` plans for."""
+
+    gpus: int = 1
+    """GPUs, one process each."""
+    gpu_memory: float = 80.0
+    """GB (10^9 bytes) of one GPU."""
+    json: str | None = None
+    """File of all layouts."""
 
 
 @dataclass(frozen=True)

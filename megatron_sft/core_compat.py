@@ -8,7 +8,10 @@ import ast
 import contextlib
 import functools
 import importlib.util
+import inspect
 import os
+import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +77,27 @@ def silence_missing_kernels() -> None:
     warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|transformer_engine|fused_layer_norm).*")
 
 
+def leave_out_compiler() -> None:
+    """Lets torch.compile return its function as it is, on a CPU and where there is no compiler for Triton's launchers.
+
+    megatron/core/jit.py compiles small functions at import: on a CPU that is minutes of C++ compiler for nothing, and
+    torch._dynamo and torch._inductor take 2.5 s to import. Call it before the first import of megatron.core.
+    """
+    import torch
+
+    compilers = ("cc", "gcc", "clang", os.environ.get("CC", ""))
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") and any(map(shutil.which, compilers)):
+        return
+    if "torch._dynamo" in sys.modules:  # megatron.core was imported before
+        sys.modules["torch._dynamo"].config.disable = True  # type: ignore[attr-defined]
+    torch.compile = lambda model=None, **kwargs: model or (lambda function: function)  # type: ignore[assignment]
+    # torch/_compile.py:_disable_dynamo keeps here what it imports torch._dynamo for at the first call
+    for method in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        function = getattr(getattr(torch.optim.Optimizer, method), "__wrapped__", None)
+        if function is not None:
+            setattr(function, "__dynamo_disable", function)
+
+
 def install_cpu_mode() -> None:
     """Makes megatron-core run on the CPU; does nothing where CUDA is available or when it was called before.
 
@@ -85,6 +109,8 @@ def install_cpu_mode() -> None:
     import torch
 
     silence_missing_kernels()
+    leave_out_compiler()
+    _patch_core_without_kernels()
     if torch.cuda.is_available() or (isinstance(torch.cuda.Stream, type) and issubclass(torch.cuda.Stream, _NoStream)):
         return
     cpu = torch.device("cpu")
@@ -131,22 +157,25 @@ def _cpu_function_mode() -> Any:
 def _patch_core_for_cpu() -> None:
     """The places of megatron-core that keep their own reference to a CUDA function."""
     import torch
-    import torch._dynamo
     from megatron.core.tensor_parallel import random as core_random
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
-    # megatron/core/jit.py compiles small functions: minutes of C++ compiler on a CPU for nothing.
-    torch._dynamo.config.disable = True
+    core_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    core_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    token_dispatcher.maybe_move_tensor_to_cpu = _move_tensor_to_cpu
+
+
+def _patch_core_without_kernels() -> None:
+    """What megatron-core lacks where TransformerEngine is missing, on any platform."""
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
     # 0.16.1 multi_latent_attention.py:66 says HAVE_TE without it, and then asks isinstance of a mock.
     if importlib.util.find_spec("transformer_engine") is None:
         multi_latent_attention.HAVE_TE = False
-    core_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    core_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     # 0.16.1 uses te_general_gemm in moe_utils.py without defining it when TransformerEngine is missing.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-    token_dispatcher.maybe_move_tensor_to_cpu = _move_tensor_to_cpu
 
 
 def _move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -154,6 +183,33 @@ def _move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool
     import torch
 
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def varlen_attention() -> Callable[..., Any]:
+    """torch's varlen flash attention, called as torch 2.12 and later have it.
+
+    torch 2.11 (torch/nn/attention/varlen.py) has no `enable_gqa`: its kernel shares keys among heads unasked.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        return functools.partial(varlen_attn, enable_gqa=True)
+    return varlen_attn
+
+
+def use_deterministic_algorithms() -> None:
+    """--deterministic-mode on CUDA: flash attention's backward and the sums of index_add_ repeat bit by bit.
+
+    Call it before the first matrix product: cuBLAS reads its workspace from the environment then.
+    https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # we read none
+    torch.use_deterministic_algorithms(True)
 
 
 def apply_gathered_rope(rotate: Callable[[Any, Any, bool], Any]) -> None:
@@ -199,6 +255,29 @@ def process_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher set them; (0, 1, 0) without a launcher."""
     env = os.environ
     return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+
+
+def fuse_gradient_norm() -> None:
+    """Norm and scaling of all gradients in a few kernels, in fp32.
+
+    megatron/core/utils.py:local_multi_tensor_l2_norm, which megatron-core takes without TransformerEngine and Apex,
+    waits for the device once a parameter and rounds each norm to the gradient's dtype.
+    """
+    import torch
+    from megatron.core.optimizer import clip_grads
+
+    if not clip_grads.l2_norm_impl.__module__.startswith("megatron.core"):
+        return
+
+    def norm(size: int, flag: Any, lists: Any, *args: Any) -> tuple[Any, None]:
+        norms = torch._foreach_norm(lists[0], 2, dtype=torch.float32)
+        return torch.stack(norms).norm().reshape(1), None
+
+    def scale(size: int, flag: Any, lists: Any, factor: float) -> None:
+        assert all(source is target for source, target in zip(*lists, strict=True)), "gradients are clipped in place"
+        torch._foreach_mul_(lists[1], factor)
+
+    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm, scale
 
 
 def provide_adam(fused_adam: type, float16_optimizer: type) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_sft.config import ModelConfig
+from megatron_sft.core_compat import varlen_attention
 from megatron_sft.model.cache import CachedSeqParams
 from megatron_sft.model.context import Span, gather_keys, heads_to_tokens, spans_of, tokens_to_heads
 
@@ -19,19 +20,50 @@ QUERY_BLOCK = 512
 """Queries that share a mask of [QUERY_BLOCK, keys]."""
 
 
-def packed_seq_params(cu_seqlens: torch.Tensor, max_seqlen: int) -> PackedSeqParams:
+def packed_seq_params(cu_seqlens: torch.Tensor, max_seqlen: int, where: torch.device | None = None) -> PackedSeqParams:
     """megatron-core's description of a packed row.
 
     Args:
         cu_seqlens: [documents + 1] int32; lengths [3, 2] -> [0, 3, 5].
         max_seqlen: longest document, in tokens.
+        where: device that cu_seqlens is moved to; None: it is where it is wanted. From page-locked host memory nothing waits.
     """
-    return PackedSeqParams(
+    moved = cu_seqlens if where is None else cu_seqlens.to(where, non_blocking=True)
+    packed = PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=moved,
+        cu_seqlens_kv=moved,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
+    )
+    if not cu_seqlens.is_cuda:
+        packed.sft_ends = moved, cu_seqlens.tolist()  # type: ignore[attr-defined]
+    return packed
+
+
+def _ends(packed: PackedSeqParams) -> list[int]:
+    """cu_seqlens_q on the host; a device is waited for once a row, not once a layer."""
+    cached = getattr(packed, "sft_ends", None)
+    if cached is None or cached[0] is not packed.cu_seqlens_q:
+        assert packed.cu_seqlens_q is not None, "a packed row has cu_seqlens_q"
+        cached = packed.cu_seqlens_q, packed.cu_seqlens_q.tolist()
+        packed.sft_ends = cached  # type: ignore[attr-defined]
+    return cast(list[int], cached[1])
+
+
+def fits_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's flash attention takes these heads: bf16 or fp16, Ampere or newer, at most 256 channels.
+
+    The limits: pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_varlen_fwd.
+    """
+    dim = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and dim == value.shape[-1]
+        and dim <= 256
+        and dim % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
 
@@ -126,7 +158,7 @@ class PackedAttention(torch.nn.Module):
             return heads_to_tokens(output, self.cp_group).flatten(1)
         first = self.cp_group.rank() * query.shape[0]
         key, value = gather_keys(key, value, self.cp_group)
-        spans = spans_of(packed_seq_params.cu_seqlens_q.tolist(), self.chunk, first, first + query.shape[0])
+        spans = spans_of(_ends(packed_seq_params), self.chunk, first, first + query.shape[0])
         return self._by_span(query, key, value, spans, sinks).flatten(1)
 
     def _decode(self, query: Any, key: Any, value: Any, cache: CachedSeqParams) -> torch.Tensor:
@@ -144,15 +176,13 @@ class PackedAttention(torch.nn.Module):
     def _attend(self, query: Any, key: Any, value: Any, packed: PackedSeqParams, sinks: Any) -> torch.Tensor:
         """Whole documents -> [tokens, heads, head_dim]."""
         plain = sinks is None and self.softcap is None and self.chunk is None
-        if query.is_cuda and plain and query.dtype != torch.float32 and query.shape[-1] == value.shape[-1]:
+        if plain and fits_flash(query, value):
             return self._flash(query, key, value, packed)
-        spans = spans_of(packed.cu_seqlens_q.tolist(), self.chunk, 0, query.shape[0])
+        spans = spans_of(_ends(packed), self.chunk, 0, query.shape[0])
         return self._by_span(query, key, value, spans, sinks)
 
     def _flash(self, query: Any, key: Any, value: Any, packed: PackedSeqParams) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        output = varlen_attn(
+        output = varlen_attention()(
             query,
             key,
             value,
@@ -162,7 +192,6 @@ class PackedAttention(torch.nn.Module):
             packed.max_seqlen_kv,
             scale=self.softmax_scale,
             window_size=(-1 if self.window is None else self.window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
         )
         return cast(torch.Tensor, output)  # a pair only where the log-sum-exp is asked for
 

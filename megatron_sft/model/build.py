@@ -56,7 +56,7 @@ class SFTModel(GPTModel):
         """As GPTModel's, with the rotary table gathered by position: [T, kinds, 2, dim]."""
         hidden, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         if self.embedding_scale is not None and hidden is not None:  # rounded to the dtype, as transformers has it
-            hidden = hidden * torch.tensor(self.embedding_scale, dtype=hidden.dtype, device=hidden.device)
+            hidden = hidden * torch.full((), self.embedding_scale, dtype=hidden.dtype, device=hidden.device)
         table = None
         if self.rotary_table is not None:
             lengths = None
@@ -114,7 +114,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         bf16=train.params_dtype == "bf16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=not torch.cuda.is_available() or torch.get_default_device().type == "meta",
         perform_initialization=False,
         calculate_per_token_loss=True,
         moe_token_dispatcher_type="alltoall",

@@ -32,6 +32,7 @@ class RotaryTable:
         if scaling.get("rope_type") == "longrope":
             self.original_positions = scaling.get("original_max_position_embeddings") or model.max_position_embeddings
         self.inverse_frequencies(max_seqlen=1)  # an unknown kind of scaling fails here, not in the first step
+        self._moved: dict[tuple[int, torch.device], list[tuple[torch.Tensor, float]]] = {}
 
     def inverse_frequencies(self, max_seqlen: int) -> list[tuple[torch.Tensor, float]]:
         """Of the layers with full attention, then, where they differ, of those with a window: ([dim / 2], factor)."""
@@ -69,9 +70,11 @@ class RotaryTable:
 
     def _rows(self, positions: torch.Tensor, max_seqlen: int) -> list[torch.Tensor]:
         """[T, 2, dim] a kind."""
-        rows = []
-        for frequencies, factor in self.inverse_frequencies(max_seqlen):
-            angles = torch.outer(positions, frequencies.to(positions.device))
+        rows, where = [], (max_seqlen, positions.device)
+        if where not in self._moved:  # once: a copy from the host waits for the device
+            self._moved[where] = [(f.to(positions.device), factor) for f, factor in self.inverse_frequencies(max_seqlen)]
+        for frequencies, factor in self._moved[where]:
+            angles = torch.outer(positions, frequencies)
             angles = angles.repeat_interleave(2, dim=1) if self._interleaved else torch.cat((angles, angles), dim=1)
             rows.append(torch.stack((angles.cos() * factor, angles.sin() * factor), dim=1))
         return rows

@@ -122,7 +122,7 @@ class FusedAdam(torch.optim.Optimizer):
             firsts,
             seconds,
             [],
-            [torch.tensor(float(group["step"]), device=weights[0].device)] * len(weights),
+            [torch.full((), float(group["step"]), device=weights[0].device)] * len(weights),  # torch.tensor would wait
             lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sft.checkpoint.background import torch_optimizers
 from megatron_sft.config import OptimConfig, ParallelConfig, RunConfig
-from megatron_sft.core_compat import provide_adam
+from megatron_sft.core_compat import fuse_gradient_norm, provide_adam
 from megatron_sft.model.build import DTYPES
 from megatron_sft.train.adam import FusedAdam, NarrowGradientOptimizer
 
@@ -69,6 +69,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
     --use-precision-aware-optimizer and all its dtypes bf16 2 + 2 + 4 + 4 = 12. With --fp32 4 + 4 + 8 = 16.
     """
     provide_adam(FusedAdam, NarrowGradientOptimizer)
+    fuse_gradient_norm()
     optim, train, sharded = run.optim, run.train, run.parallel.use_distributed_optimizer
     config = OptimizerConfig(
         optimizer=optim.optimizer,

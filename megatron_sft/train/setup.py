@@ -18,6 +18,7 @@ from megatron_sft.checkpoint.resume import refuse_changed
 from megatron_sft.checkpoint.source import WeightSource, find_source, resolve_model
 from megatron_sft.checkpoint.verify import quick_check
 from megatron_sft.config import RunConfig
+from megatron_sft.core_compat import use_deterministic_algorithms
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.data.loader import TrainLoader, ValidLoader
 from megatron_sft.data.prepare import mixture, open_store, pack_documents, train_and_held_out
@@ -63,8 +64,10 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
     Raises:
         UserError: anything that the user can mend; the message says what.
     """
-    source = find_source(run.checkpoint)
+    source = find_source(run.checkpoint, run.data.trust_remote_code)
     run = with_model(run, explicit, source)
+    if run.train.deterministic_mode:
+        use_deterministic_algorithms()
     ranks = parallel.initialize(run.parallel, run.train.seed)
     with Watch(ranks, run.parallel.stall_timeout_s) as watch, memory.explained(run, ranks):
         status = _finetune(run, ranks, source, watch)

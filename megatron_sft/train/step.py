@@ -197,19 +197,19 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, An
     """
     batch = next(batches)
     here = device()
-    counts = batch.document_offsets.diff().long()
-    documents = torch.repeat_interleave(torch.arange(len(counts)), counts)[None]
-    tokens, labels, loss_mask, position_ids, documents = (
-        shard_tokens(x).to(here, non_blocking=True)
-        for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids, documents)
+    tokens, labels, loss_mask, position_ids = (
+        shard_tokens(x).to(here, non_blocking=True) for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
     )
+    offsets = batch.document_offsets.to(here, non_blocking=True).long()
+    counts, length = offsets.diff(), batch.tokens.shape[1]
+    documents = shard_tokens(torch.repeat_interleave(counts, output_size=length)[None])
     output = model(
         tokens,
         position_ids,
         None,
         labels=labels,
         loss_mask=loss_mask,
-        packed_seq_params=packed_seq_params(batch.cu_seqlens.to(here), batch.max_seqlen),
+        packed_seq_params=packed_seq_params(batch.cu_seqlens, batch.max_seqlen, here),
     )
     return output, partial(_loss, loss_mask, documents[0], len(counts))
 
