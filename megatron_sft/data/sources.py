@@ -10,12 +10,15 @@ Endings: .jsonl .ndjson .json .parquet .arrow, the JSON ones also with .gz or .z
 import glob
 import gzip
 import importlib.util
+import io
 import itertools
 import json
 import os
 import re
+import stat
+import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -49,14 +52,19 @@ class Source:
         self._base = found["path"] if found else path
         self._slice = (found["start"], found["stop"], found["percent"]) if found else None
         self.name = name or _stem(self._base)
-        self.files = _local_files(self._base)
+        self.files = _local_files(self._base, config.data_split)
         self.num_rows: int | None = None
+        if found and float(found["percent"] or 0) > 100:
+            raise DataError(f"{path}: the slice is above 100 %; expected at most all rows. See --prompt-data-epochs for more.")
 
     def __iter__(self) -> Iterator[Item]:
         count = 0
         for count, item in enumerate(self._sliced(), start=1):  # noqa: B007
             yield item
         self.num_rows = count
+        if not count:
+            raise DataError(f"{self.path}: no row is there; expected at least one. Correct the path or its slice, or leave the "
+                            "source out.")  # fmt: skip
 
     def __len__(self) -> int:
         """Rows; makes one pass when none was made before."""
@@ -86,16 +94,30 @@ class CustomSource(Source):
     def __init__(self, path: str, config: DataConfig, name: str | None = None):
         self.path, self.config, self.files, self.num_rows, self._slice = path, config, [], None, None
         self.name = name or _stem(path)
-        self._rows = _custom_class(str(config.custom_dataset))(path)
+        self._spec = str(config.custom_dataset)
+        with _users_code(self._spec):
+            self._class = _custom_class(self._spec)
 
     def _all(self) -> Iterator[Item]:
-        for index, record in enumerate(self._rows, start=1):
+        with _users_code(self._spec):
+            rows = iter(self._class(self.path))  # anew for each pass: a class may hold a generator
+        for index in itertools.count(1):
+            with _users_code(self._spec):
+                record = next(rows, rows)
+            if record is rows:
+                return
             where = f"{self.path}:{index}"
+            try:
+                text = json.dumps(record)  # a copy, of what JSON has alone: it must reach another process and the quarantine
+            except (TypeError, ValueError, RecursionError) as error:
+                yield where, RowError(where, "not JSON", f"{self._spec} gave a value that JSON has not ({error}); expected "
+                                      "text, numbers, lists and dicts. Correct the class.")  # fmt: skip
+                continue
             if isinstance(record, dict):
-                yield where, record
+                yield where, json.loads(text)
             else:
-                yield where, RowError(where, "not an object", f"{self.config.custom_dataset} gave a "
-                                      f"{type(record).__name__}; expected a dict. Correct the class.")  # fmt: skip
+                yield where, RowError(where, "not an object", f"{self._spec} gave a {type(record).__name__}; expected a dict. "
+                                      "Correct the class.")  # fmt: skip
 
 
 def open_source(path: str, config: DataConfig, name: str | None = None) -> Source:
@@ -128,31 +150,51 @@ def _ending(path: str) -> str | None:
     return next((e for e in ENDINGS if path.lower().endswith(tuple(e + c for c in COMPRESSIONS))), None)
 
 
-def _local_files(path: str) -> list[str]:
-    """The data files below a path; [] when it can only be a hub name."""
-    try:
-        mode_is_folder, exists = os.path.isdir(path), os.path.lexists(path)
-        if exists:
-            os.stat(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}); expected a data file or folder. "
-                        "Correct the path.") from None  # fmt: skip
-    if mode_is_folder:
-        found = sorted(os.path.join(top, f) for top, _, names in os.walk(path) for f in names)
-        files = [f for f in found if _ending(f) and not os.path.basename(f).startswith((".", "dataset_info", "state."))]
+def _local_files(path: str, split: str) -> list[str]:
+    """The data files below a path, each a file that can be read to an end; [] when it can only be a hub name."""
+    if os.path.isdir(path):
+        if os.path.isfile(os.path.join(path, "dataset_dict.json")):  # written by datasets.DatasetDict.save_to_disk
+            return _local_files(os.path.join(path, split), split)
+        files = sorted(file for file in _files_below(path) if _ending(file))
         if not files:
             raise DataError(f"{path}: the folder has no data file; expected {', '.join(ENDINGS)} (also .gz, .zst). "
                             "Correct the path.")  # fmt: skip
-        return files
-    if exists:
-        if _ending(path) is None:
-            raise DataError(f"{path}: unknown ending; expected {', '.join(ENDINGS)} (also .gz, .zst). Rename the file.")
-        return [path]
-    files = sorted(f for f in glob.glob(path, recursive=True) if _ending(f))
+    elif os.path.lexists(path):
+        files = [path]
+    else:
+        files = sorted(f for f in glob.glob(path, recursive=True) if _ending(f))
     if not files and (_ending(path) or path.startswith((".", "/", "~")) or path.count("/") > 1 or glob.has_magic(path)):
-        raise DataError(f"{path}: no such file or folder; expected a data file, a folder, a glob or a hub name. "
-                        "Correct the path.")  # fmt: skip
+        raise DataError(f"{path}: no such file or folder; expected a data file, a folder, a glob or a hub name, and @[a:b] or "
+                        "@N% for a part of it. Correct the path.")  # fmt: skip
+    for file in files:
+        try:
+            mode = os.stat(file).st_mode
+        except OSError as error:
+            raise DataError(f"{file}: cannot be opened ({error.strerror}); expected a data file or folder. "
+                            "Correct the path.") from None  # fmt: skip
+        if _ending(file) is None:
+            raise DataError(f"{file}: unknown ending; expected {', '.join(ENDINGS)} (also .gz, .zst). Rename the file.")
+        if not stat.S_ISREG(mode):
+            raise DataError(f"{file}: a pipe, device or folder; expected a file, which can be read more than once. "
+                            "Write the rows into a file.")  # fmt: skip
     return files
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """Files of a folder and its subfolders, linked ones too, each folder once; not hidden ones, nor what datasets writes."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be opened ({error.strerror}); expected a folder that can be read. "
+                        "Correct its rights, or the path.")  # fmt: skip
+
+    seen = set()
+    for top, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (identity := os.path.realpath(top)) in seen:
+            folders.clear()
+            continue
+        seen.add(identity)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(top, name) for name in names if not name.startswith((".", "dataset_info", "state.")))
 
 
 @contextmanager
@@ -176,16 +218,41 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
 @contextmanager
 def _zstandard_reader(raw: IO[bytes]) -> Iterator[IO[bytes]]:
     try:
-        import io
-
         import zstandard
     except ImportError:
         raise DataError(f"{raw.name}: .zst needs the zstandard package. pip install zstandard") from None
     try:
-        with zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            yield io.BufferedReader(stream)
+        yield io.BufferedReader(_ZstandardFrames(raw, zstandard.ZstdDecompressor().decompressobj))
     except zstandard.ZstdError as error:
         raise OSError(str(error)) from None
+
+
+class _ZstandardFrames(io.RawIOBase):
+    """The bytes of all frames. Unlike zstandard's own reader, which ends silently, it refuses a last frame that is cut off."""
+
+    def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any]):
+        self._raw, self._new_frame = raw, new_frame
+        self._frame: Any = None
+        self._rest = self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._rest or self._raw.read(2**14)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the last frame is cut off")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            self._ready, self._rest = self._frame.decompress(data), b""
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
 
 
 def parse_line(line: bytes, where: str) -> Record | RowError:
@@ -388,6 +455,23 @@ def _hub_rows(name: str, config: DataConfig) -> Iterator[Item]:
                         "hub name with that split. Correct the name, or --finetune-data-split.") from None  # fmt: skip
     for index, record in enumerate(rows, start=1):
         yield f"{name}:{index}", _without_nulls(record)
+
+
+USER_FAULTS = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NameError, OSError,
+               RuntimeError, SyntaxError, TypeError, ValueError)  # fmt: skip
+
+
+@contextmanager
+def _users_code(spec: str) -> Iterator[None]:
+    """What the user's own class raises becomes a DataError with file and line."""
+    try:
+        yield
+    except USER_FAULTS as error:
+        file = spec.rpartition(":")[0]
+        places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        line = error.lineno if isinstance(error, SyntaxError) else places[-1] if places else None
+        raise DataError(f"{file}:{line or 1}: {type(error).__name__}: {error}. Expected a class whose CLASS(path) yields "
+                        "dicts. Correct the class.") from error  # fmt: skip
 
 
 def _custom_class(spec: str) -> type:

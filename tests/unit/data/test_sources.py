@@ -49,7 +49,7 @@ def test_every_format_yields_the_same_rows_in_order(tmp_path: Path, ending: str)
     assert source.num_rows == len(source) == 11
 
 
-CUTS = {"[2:5]": [2, 3, 4], "[:2]": [0, 1], "[8:]": [8, 9], "30%": [0, 1, 2], "0%": []}
+CUTS = {"[2:5]": [2, 3, 4], "[:2]": [0, 1], "[8:]": [8, 9], "30%": [0, 1, 2], "100%": list(range(10))}
 
 
 @pytest.mark.parametrize(("cut", "expected"), CUTS.items())
@@ -95,12 +95,43 @@ def test_a_custom_class_gives_rows(tmp_path: Path) -> None:
         open_source("p", DataConfig(custom_dataset=f"{file}:Other"))
 
 
+CLASSES = {
+    "def __init__(self, path): self.path = nothing": r"mine.py:2: NameError: name 'nothing'",
+    "def __iter__(self):\n  yield {}\n  raise RuntimeError('x')": r"mine.py:4: RuntimeError: x",
+    "def __iter__(self) return 3": r"mine.py:2: SyntaxError",
+    "import nowhere": r"mine.py:2: ModuleNotFoundError",
+    "pass": r"mine.py:1: TypeError: Mine\(\) takes no arguments",
+}
+
+
+@pytest.mark.parametrize("body", CLASSES)
+def test_a_fault_in_a_custom_class_names_file_and_line(tmp_path: Path, body: str) -> None:
+    text = f"class Mine:\n {body}\n"
+    (tmp_path / "mine.py").write_text(
+        text if "__init__" in body or body == "pass" else f"{text} def __init__(self, path): pass\n"
+    )
+    with pytest.raises(DataError, match=CLASSES[body]):
+        list(open_source("p", DataConfig(custom_dataset=f"{tmp_path}/mine.py:Mine")))
+
+
+def test_a_custom_class_may_hold_a_generator_and_reuse_its_dict(tmp_path: Path) -> None:
+    lines = ["class Mine:", " def __init__(self, path): self.rows = self.made()", " def __iter__(self): return self.rows"]
+    lines += [" def made(self):", "  row = {}", "  for i in (1, 2, {3}):", "   row['text'] = i", "   yield row"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    source = open_source("p", DataConfig(custom_dataset=f"{tmp_path}/mine.py:Mine"))
+    for _ in range(2):
+        (_, first), (_, second), (_, third) = source
+        assert (first, second) == ({"text": 1}, {"text": 2}) and "a value that JSON has not" in str(third)
+
+
 def _chat(content: object, role: object = "assistant", **more: object) -> bytes:
     message = {"role": role, "content": content, **more}
     return json.dumps({"messages": [{"role": "user", "content": "a"}, message]}).encode() + b"\n"
 
 
 PARQUET = b"PAR1" + bytes(40) + b"PAR1"
+FRAME = zstandard.ZstdCompressor().compressobj()
+UNFINISHED = FRAME.compress(GOOD) + FRAME.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
 LINES = {
     "bad UTF-8": (b'{"text": "\xff"}\n', "not UTF-8"),
     "Latin-1": ('{"text": "\u00e9"}\n'.encode("latin-1"), "not UTF-8"),
@@ -188,6 +219,9 @@ FILES = {
     "no.jsonl.gz": (GOOD, "cannot be read to its end"),
     "crc.jsonl.gz": (gzip.compress(GOOD)[:-8] + bytes(8), "cannot be read to its end"),
     "no.jsonl.zst": (GOOD, "cannot be read to its end"),
+    "frame.jsonl.zst": (zstandard.ZstdCompressor().compress(GOOD) + UNFINISHED, "the last frame is cut off"),
+    "blank.jsonl": (b"\n \n", "no row is there"),
+    "list.json": (b"[]", "no row is there"),
     "magic.parquet": (b"PAR0junk", "not a Parquet file"),
     "footer.parquet": (PARQUET, "not a Parquet file"),
     "no.arrow": (b"ARROW1 junk junk", "not an Arrow file"),
@@ -214,16 +248,37 @@ def test_paths_that_hold_nothing_are_errors(tmp_path: Path) -> None:
     (tmp_path / "dangling.jsonl").symlink_to("gone")
     (tmp_path / "empty").mkdir()
     closed = "cannot be opened"
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "endless.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "gone.jsonl").symlink_to("gone")
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["test"]}')
+    _write(tmp_path / "rows.jsonl", _numbered(1))
     wrong = {"loop": closed, "dangling.jsonl": closed, "empty": "no data file", "none.jsonl": "no such file"}
+    wrong |= {"pipe.jsonl": "a pipe", "endless.jsonl": "a pipe", "folder": "gone.jsonl: cannot", "splits": "splits/train"}
+    wrong |= {"rows.jsonl@101%": "above 100 %", "rows.jsonl@[-1:]": "no such file"}
     for name, reason in wrong.items():
         with pytest.raises(DataError, match=reason):
             open_source(str(tmp_path / name), DataConfig())
 
 
-def test_a_folder_that_links_to_itself_is_read_once(tmp_path: Path) -> None:
-    _write(tmp_path / "a.jsonl", _numbered(1))
-    (tmp_path / "again").symlink_to(tmp_path)
-    assert len(open_source(str(tmp_path), DataConfig())) == 1
+def test_linked_folders_are_read_once_and_hidden_ones_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "top" / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("top/a.jsonl", "top/.ipynb_checkpoints/a.jsonl", "elsewhere/b.jsonl"):
+        _write(tmp_path / name, _numbered(1))
+    (tmp_path / "top" / "again").symlink_to(tmp_path / "top")
+    (tmp_path / "top" / "linked").symlink_to(tmp_path / "elsewhere")
+    files = open_source(str(tmp_path / "top"), DataConfig()).files
+    assert files == [str(tmp_path / "top" / "a.jsonl"), str(tmp_path / "top" / "linked" / "b.jsonl")]
+
+
+@pytest.mark.parametrize("slice_", ["[5:2]", "[9:]", "[0:0]", "0%", "1%"])
+def test_a_slice_without_rows_is_an_error(tmp_path: Path, slice_: str) -> None:
+    path = _write(tmp_path / "rows.jsonl", _numbered(3))
+    with pytest.raises(DataError, match="no row is there"):
+        list(open_source(f"{path}@{slice_}", DataConfig()))
 
 
 HARMLESS = [b"\xef\xbb\xbf" + GOOD + GOOD, (GOOD + GOOD).replace(b"\n", b"\r\n"), GOOD + b"\n \n" + GOOD.strip()]
