@@ -11,7 +11,7 @@ from megatron_sft.checkpoint.distributed import load_checkpoint, read_run_config
 from megatron_sft.checkpoint.hf import is_megatron_checkpoint, load_hf_weights, save_hf
 from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
 from megatron_sft.checkpoint.importer import load_weights
-from megatron_sft.checkpoint.source import WeightSource, padded, resolve_model
+from megatron_sft.checkpoint.source import WeightSource, hf_source, padded, resolve_model
 from megatron_sft.checkpoint.verify import changed_tensors, first_difference, quick_check
 from megatron_sft.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
@@ -39,6 +39,7 @@ def convert(
     verify: bool = True,
     importer: str = "builtin",
     described: Described = NOT_DESCRIBED,
+    trust_remote_code: bool = False,
 ) -> None:
     """HF folder -> torch_dist checkpoint in SAVE/release. All ranks call it.
 
@@ -50,11 +51,12 @@ def convert(
         verify: compare with transformers before writing.
         importer: builtin or modelopt.
         described: must not contradict config.json; the whole architecture for a model_type that only modelopt reads.
+        trust_remote_code: modelopt may run Python code that came with the model.
     """
-    source = WeightSource(str(hf_folder), True, False, {})
-    model = resolve_model(*described, source, layout.tensor_model_parallel_size, importer=importer)
+    source = hf_source(str(hf_folder), importer, trust_remote_code)
+    model = resolve_model(*described, source, layout.tensor_model_parallel_size, trust_remote_code, importer)
     chunks, ranks = built(model, layout, dtype)
-    load_weights(chunks, model, hf_folder, ranks, importer)
+    load_weights(chunks, model, hf_folder, ranks, importer, trust_remote_code)
     if verify:
         quick_check(chunks, model, hf_folder, ranks)
     _save_release(save, chunks, model, layout, ranks)
@@ -122,9 +124,7 @@ def export(
     logger.info("exported %s to %s", load, save_folder)
 
 
-def _architecture(
-    root: str | Path, hf_folder: str | Path | None, described: Described, layout: ParallelConfig
-) -> ModelConfig:
+def _architecture(root: str | Path, hf_folder: str | Path | None, described: Described, layout: ParallelConfig) -> ModelConfig:
     if not is_megatron_checkpoint(root):
         raise CheckpointError(
             f"{root}: no Megatron checkpoint; expected a folder with latest_checkpointed_iteration.txt. Check --load."
@@ -146,6 +146,7 @@ def verify(hf_folder: str | Path, megatron_checkpoint: str | Path | None = None)
     Returns:
         Whether logits and every tensor agree; what differs is logged, the first layer first.
     """
+    hf_source(str(hf_folder))
     model = padded(model_config_from_hf(read_hf_config(hf_folder)), 1)
     chunks, ranks = built(model, ParallelConfig(), "fp32")
     if megatron_checkpoint is None:

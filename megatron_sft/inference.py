@@ -39,7 +39,7 @@ def load_for_inference(run: RunConfig, explicit: frozenset[str]) -> Inference:
         run.parallel, sequence_parallel=False, context_parallel_size=1, virtual_pipeline_model_parallel_size=None
     )
     checkpoint = dataclasses.replace(run.checkpoint, save=None, finetune=True)
-    source = find_source(checkpoint)
+    source = find_source(checkpoint, run.data.trust_remote_code)
     data = _tokenizer_config(run.data, source)
     size, remote = layout.tensor_model_parallel_size, data.trust_remote_code
     model = resolve_model(run.model, explicit, source, size, remote, checkpoint.importer)

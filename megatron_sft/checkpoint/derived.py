@@ -61,6 +61,9 @@ def _window_gemma3_keys(model: ModelConfig) -> Fields:
 
 def _windowed(keys: Keys, default: Callable[[int], bool]) -> tuple[bool, ...]:
     if keys.get("layer_types"):
+        odd = set(keys["layer_types"]) - {"sliding_attention", "full_attention"}
+        if odd:
+            raise ValueError(f"layer_types has {', '.join(map(str, odd))}; expected sliding_attention and full_attention")
         return tuple(kind == "sliding_attention" for kind in keys["layer_types"])
     return tuple(default(layer) for layer in range(keys["num_hidden_layers"]))
 

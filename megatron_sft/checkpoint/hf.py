@@ -45,6 +45,8 @@ from megatron_sft.parallel import Ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TIED = "output_layer.weight"
+LAYER_NUMBER = re.compile(r"\w+\.layers\.(\d+)\.")
+"""How the names of a layer's HF tensors begin."""
 OPEN_BYTES = 2**28
 """Read from one opening of a file."""
 
@@ -212,7 +214,7 @@ def _check_names(
         ignored.add(family.tensors[TIED][1])
     missing = sorted(wanted.keys() - stored.keys())
     extra = sorted(name for name in stored.keys() - wanted.keys() if not name.endswith(tuple(ignored)))
-    predicting = [name for name in extra if _layer(name) >= model.num_layers or name.startswith("mtp.")]
+    predicting = [name for name in extra if predicts(name, stored)]
     if predicting:
         logger.info("left out: %d tensors of multi-token prediction", len(predicting))
         extra = sorted(set(extra) - set(predicting))
@@ -232,10 +234,10 @@ def _check_names(
         )
 
 
-def _layer(name: str) -> int:
-    """Layer number in an HF name; -1 without one."""
-    match = re.search(r"layers\.(\d+)\.", name)
-    return int(match[1]) if match else -1
+def predicts(name: str, stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether a tensor belongs to multi-token prediction: mtp.*, or DeepSeek's layers behind the last one (eh_proj)."""
+    match = LAYER_NUMBER.match(name)
+    return name.startswith("mtp.") or (match is not None and f"{match[0]}eh_proj.weight" in stored)
 
 
 def _gather_objects(value: Any) -> list[Any]:
@@ -462,7 +464,7 @@ def _shards(plan: Plan, held: Shards) -> Iterator[tuple[_Offer, torch.Tensor]]:
 
 
 def _copy_companions(source_folder: str | Path | None, target: Path) -> None:
-    """Tokenizer, chat template, generation settings and licence: every file that is neither weights nor code."""
+    """Tokenizer, chat template, generation settings, code that auto_map names, licence: every file without weights."""
     if not source_folder:
         return
     if not Path(source_folder).is_dir():  # a hub name
@@ -470,7 +472,7 @@ def _copy_companions(source_folder: str | Path | None, target: Path) -> None:
 
         AutoTokenizer.from_pretrained(str(source_folder)).save_pretrained(target)
         return
-    skipped = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".py"}
+    skipped = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
     for path in sorted(Path(source_folder).iterdir()):
         if path.is_file() and path.suffix not in skipped and path.name not in {"config.json", INDEX, TRACKER}:
             shutil.copyfile(path, target / path.name)

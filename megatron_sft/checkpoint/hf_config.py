@@ -6,6 +6,7 @@ in derived.py: from config.json's keys to fields, and back.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,21 @@ from megatron_sft.checkpoint.names import CONFIG, DEFAULTS, FAMILIES, OTHER_SPEL
 from megatron_sft.config import ModelConfig
 from megatron_sft.errors import CheckpointError
 
-INTEGERS = {field.name for field in dataclasses.fields(ModelConfig) if field.type in (int, "int")}
+FIELDS = {field.name: str(getattr(field.type, "__name__", field.type)) for field in dataclasses.fields(ModelConfig)}
+EXPECTED = {"int": "a whole number above 0", "float": "a number of at least 0", "bool": "true or false", "str": "a name"}
+NULLABLE = ("attn_logit_softcapping", "final_logit_softcapping")
+"""Keys whose null says "none" where the family's default is a value."""
+ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""Kinds of RoPE scaling that the model has, and what config.json must then say."""
+ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What the functions of derived.py raise on keys of the wrong kind."""
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
     "swish": "silu",
@@ -34,11 +49,17 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError as error:
+        if path.with_name("adapter_config.json").exists():
+            raise CheckpointError(
+                f"{folder}: an adapter (LoRA) alone; expected the weights of a whole model. Merge it into its base model "
+                "(peft: merge_and_unload, then save_pretrained)."
+            ) from None
         raise CheckpointError(
-            f"{folder}: no config.json; expected a Hugging Face model folder. Check the path, or download the model."
+            f"{folder}: no config.json ({error.strerror}); expected a Hugging Face model folder. Check the path, or download "
+            "the model."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); expected a model's config.json. Copy it again.") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(config).__name__}; expected an object. Copy it again.")
@@ -123,31 +144,84 @@ def model_config_from_hf(hf: Keys, trust_remote_code: bool = False) -> ModelConf
     """
     family, keys = family_of(hf, trust_remote_code), text_config(hf)
     check_not_quantised(hf)
-    fallback = {**DEFAULTS, **family.defaults}
+    nulls = {key: None for key in NULLABLE if key in keys and keys[key] is None}
+    fallback = {**DEFAULTS, **family.defaults, **nulls}
     problems = [
-        f"{key} is {keys[key]!r}; expected {value!r}"
-        for key, value in family.required.items()
-        if keys.get(key, value) != value
+        f"{key} is {keys[key]!r}; expected {value!r}" for key, value in family.required.items() if keys.get(key, value) != value
     ]
     fields: Fields = dict(family.fixed)
     for name, key in {**CONFIG, **family.config}.items():
         value = keys.get(key, keys.get(OTHER_SPELLINGS.get(key, key)))
         if value is None and key not in fallback:
             problems.append(f"{key} is missing")
-        if name in INTEGERS and not isinstance(value, int | None):
-            problems.append(f"{key} is {value!r}; expected a whole number")
+        kind = FIELDS.get(name, "core").removesuffix(" | None")
+        if value is not None and not _fits(kind, value):
+            problems.append(f"{key} is {value!r}; expected {EXPECTED.get(kind, 'a number')}")
         fields[name] = fallback.get(key) if value is None else value
+    problems = problems or _derived_problems(fields, family, keys, fallback)
     if problems:
         raise CheckpointError(
             f"config.json of model_type {keys['model_type']}: {'; '.join(problems)}. Take a complete config.json of a "
             "model without these settings, or add them to megatron_sft/checkpoint/names.py."
         )
-    fields.update(_rope(keys, family))
-    for name in family.derived:
-        fields.update(
-            DERIVED[name][0]({**fallback, **{key: value for key, value in keys.items() if value is not None}})
-        )
     return _model_config(fields)
+
+
+def _fits(kind: str, value: Any) -> bool:
+    """Whether a value of config.json can be that of a field; counts are above 0."""
+    if kind in ("bool", "str"):
+        return type(value).__name__ == kind
+    number = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    if kind == "core":
+        return number
+    return number and not isinstance(value, bool) and (kind == "float" or (isinstance(value, int) and value > 0))
+
+
+def _derived_problems(fields: Fields, family: Family, keys: Keys, fallback: Keys) -> list[str]:
+    """Adds to `fields` what several keys say together; what is wrong with it, one sentence each."""
+    known = {**fallback, **{key: value for key, value in keys.items() if value is not None}}
+    problems = []
+    for name, read in {"rope": lambda values: _rope(values, family), **{n: DERIVED[n][0] for n in family.derived}}.items():
+        try:
+            fields.update(read(known if name != "rope" else keys))
+        except MALFORMED as error:
+            problems.append(f"{name.replace('_', ' ')} settings cannot be read ({type(error).__name__}: {error})")
+    return problems or _rope_problems(fields) + _count_problems(fields)
+
+
+def _rope_problems(fields: Fields) -> list[str]:
+    scaling = fields["rope_scaling"] or {}
+    kind = scaling.get("rope_type", "default")
+    if kind not in ROPE_NEEDS:
+        return [f"rope_scaling: unknown rope_type {kind!r}; expected one of {', '.join(ROPE_NEEDS)}"]
+    found = [f"rope_scaling of type {kind}: {key} is missing" for key in ROPE_NEEDS[kind] if key not in scaling]
+    for key in ROPE_NUMBERS:
+        if scaling.get(key) is not None and not (_fits("float", scaling[key]) and scaling[key]):
+            found.append(f"rope_scaling: {key} is {scaling[key]!r}; expected a number above 0")
+    if not fields["rotary_base"] > 0:
+        found.append(f"rope_theta is {fields['rotary_base']:g}; expected a number above 0")
+    return found
+
+
+def _count_problems(fields: Fields) -> list[str]:
+    """Counts that do not go together."""
+    heads, groups, layers = fields["num_attention_heads"], fields["num_query_groups"], fields["num_layers"]
+    experts, chosen = fields.get("core.num_moe_experts"), fields.get("core.moe_router_topk", 0)
+    softmax = fields.get("core.moe_router_score_function", "softmax") == "softmax"
+    window = fields.get("window_size")
+    lists = {"window_layers": "layer_types", "core.no_rope_freq": "no_rope_layers"}
+    wrong = {
+        f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}": groups and heads % groups,
+        f"sliding_window is {window!r}; expected {EXPECTED['int']}": window is not None and not _fits("int", window),
+        f"num_experts_per_tok {chosen} of {experts} experts": experts and not 0 < chosen <= experts,
+        "num_experts_per_tok 1 with norm_topk_prob: the expert would always count 1; megatron-core refuses it": (
+            chosen == 1 and softmax and not fields.get("core.moe_router_pre_softmax")
+        ),
+        f"num_experts_per_tok {chosen}; expected 1 in this family": chosen > 1 and fields.get("core.moe_apply_probs_on_input"),
+    }
+    for name, key in lists.items():
+        wrong[f"{key} does not name {layers} layers"] = fields.get(name) and len(fields[name]) != layers
+    return [sentence for sentence, found in wrong.items() if found]
 
 
 def _model_config(fields: Fields) -> ModelConfig:
@@ -187,9 +261,7 @@ def hf_config_from_model(model: ModelConfig, like: Keys | None) -> dict[str, Any
         written = _try_write(model, model_type)
         if written is not None:
             return written
-    raise CheckpointError(
-        f"no family of names.py can express this model ({model}). Pass the HF folder that the model came from."
-    )
+    raise CheckpointError(f"no family of names.py can express this model ({model}). Pass the HF folder that the model came from.")
 
 
 def _try_write(model: ModelConfig, model_type: str) -> dict[str, Any] | None:

@@ -259,6 +259,7 @@ NEMOTRON_H = Family(
         "sliding_window": None,
         "norm_topk_prob": True,
         "residual_in_fp32": False,
+        "tie_word_embeddings": False,
     },
     derived=("hybrid",),
 )
@@ -355,7 +356,7 @@ FAMILIES: Mapping[str, Family] = {
             "vocab_size": 262208,
             "max_position_embeddings": 131072,
         },
-        required={**NO_BIASES, "use_bidirectional_attention": False},
+        required={**NO_BIASES, "use_bidirectional_attention": False, "attn_logit_softcapping": None},
         derived=("window_gemma3", "gemma_scales"),
     ),
     "olmo2": Family(

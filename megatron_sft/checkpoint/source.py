@@ -6,14 +6,17 @@
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_sft.checkpoint.conflicts import conflicts, merged
 from megatron_sft.checkpoint.distributed import latest_iteration, read_run_config
-from megatron_sft.checkpoint.hf import is_hf_folder, is_megatron_checkpoint
+from megatron_sft.checkpoint.hf import LAYER_NUMBER, is_megatron_checkpoint, predicts
+from megatron_sft.checkpoint.hf_config import family_of, model_config_from_hf, read_hf_config
 from megatron_sft.checkpoint.importer import architecture_of
+from megatron_sft.checkpoint.tensors import stored_tensors
 from megatron_sft.config import CheckpointConfig, ModelConfig
 from megatron_sft.errors import CheckpointError, ConfigError
 
@@ -30,7 +33,7 @@ class WeightSource:
     """The configuration that the checkpoint was written with; empty for HF folders and Megatron-LM's checkpoints."""
 
 
-def find_source(checkpoint: CheckpointConfig) -> WeightSource:
+def find_source(checkpoint: CheckpointConfig, trust_remote_code: bool = False) -> WeightSource:
     """Looks at --save and --load.
 
     Raises:
@@ -45,12 +48,40 @@ def find_source(checkpoint: CheckpointConfig) -> WeightSource:
         )
     if is_megatron_checkpoint(checkpoint.load):
         return WeightSource(checkpoint.load, False, not checkpoint.finetune, read_run_config(checkpoint.load))
-    if is_hf_folder(checkpoint.load):
-        return WeightSource(checkpoint.load, True, False, {})
+    if os.path.isfile(os.path.join(checkpoint.load, "config.json")):
+        return hf_source(checkpoint.load, checkpoint.importer, trust_remote_code)
     raise CheckpointError(
         f"{checkpoint.load}: neither an HF folder (config.json and *.safetensors) nor a Megatron checkpoint "
         "(latest_checkpointed_iteration.txt). Check the path given to --load."
     )
+
+
+def hf_source(folder: str, importer: str = "builtin", trust_remote_code: bool = False) -> WeightSource:
+    """The weights of an HF folder, after a look at its config.json and at the files' headers, which costs milliseconds.
+
+    Raises:
+        CheckpointError: unknown family; files that are missing, damaged or quantised; another vocabulary, width or number
+            of layers than config.json describes.
+    """
+    source = WeightSource(folder, True, False, {})
+    if importer != "builtin":
+        return source
+    hf = read_hf_config(folder)
+    model, family, stored = model_config_from_hf(hf, trust_remote_code), family_of(hf, trust_remote_code), stored_tensors(folder)
+    layers = {int(match[1]) for name in stored if (match := LAYER_NUMBER.match(name)) and not predicts(name, stored)}
+    name = family.tensors["embedding.word_embeddings.weight"][1]
+    faults = []
+    if name in stored and stored[name].shape != (model.vocab_size, model.hidden_size):
+        faults.append(f"{name} has shape {list(stored[name].shape)}, not {[model.vocab_size, model.hidden_size]}")
+    if layers != set(range(model.num_layers)):
+        span = f"numbered {min(layers, default=0)} to {max(layers, default=0)}"
+        faults.append(f"{len(layers)} layers, {span}, not {model.num_layers}")
+    if faults:
+        raise CheckpointError(
+            f"{folder}: {'; '.join(faults)}; expected what config.json describes. Check that config.json and the weights "
+            "belong together, or download the folder again."
+        )
+    return source
 
 
 def resolve_model(

@@ -56,8 +56,10 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
             "done here: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) on a machine where "
             "you trust the file converts it."
         )
+    others = [path.name for path in sorted(folder.glob("*")) if path.suffix in (".gguf", ".safetensors", ".h5", ".msgpack")]
+    held = f" (there is {', '.join(others[:3])})" if others else ""
     raise CheckpointError(
-        f"{folder}: no {SINGLE} and no {INDEX}; expected the weights of a Hugging Face model. Download it again."
+        f"{folder}: no {SINGLE} and no {INDEX}{held}; expected the weights of a Hugging Face model. Download it again."
     )
 
 
@@ -67,11 +69,19 @@ def _indexed_files(folder: Path, index: Path) -> dict[Path, list[str] | None]:
         names: dict[str, list[str]] = {}
         for tensor, file in weight_map.items():
             names.setdefault(str(file), []).append(tensor)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{index}: not a safetensors index ({error!r}); expected an object with weight_map. Copy it again."
         ) from None
-    return {_inside(folder, file): tensors for file, tensors in names.items()}
+    files: dict[Path, list[str] | None] = {_inside(folder, file): tensors for file, tensors in names.items()}
+    missing = sorted(path.name for path in files if not os.path.isfile(path))
+    if missing:
+        shown = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(files)} weight files are missing ({shown}); expected all that {INDEX} names. "
+            "Finish the download."
+        )
+    return files
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -80,17 +90,16 @@ def _inside(folder: Path, name: str) -> Path:
     A link is followed: the hub's cache keeps its files as links to ../../blobs, so links are accepted to files below
     the models--* folder of the cache and refused to any other place.
     """
-    path = folder / name
+    plain = Path(name).name == name and "\0" not in name
+    path = folder / (name if plain else ".")
     root = folder.resolve()
     allowed = [root, *(root.parents[1:2] if root.parent.name == "snapshots" else [])]
     target = path.resolve()
-    if Path(name).name != name or not any(target.is_relative_to(place) for place in allowed):
+    if not plain or not any(target.is_relative_to(place) for place in allowed):
         raise CheckpointError(
-            f"{folder}: weight file {name!r} lies at {target}, outside the folder; expected a plain file name of this "
-            "folder. Copy the file into the folder, or do not use this checkpoint."
+            f"{folder}: weight file {name[:200]!r} lies outside the folder; expected a plain file name of this folder. "
+            "Copy the file into the folder, or do not use this checkpoint."
         )
-    if not target.is_file():
-        raise CheckpointError(f"{path}: missing; {INDEX} names it. Finish the download.")
     return path
 
 
@@ -100,7 +109,7 @@ def open_file(path: Path) -> Iterator[Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: damaged or cut off ({error}); expected a complete safetensors file. Download it again."
         ) from None
@@ -114,27 +123,42 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
             a tensor in two files, a dtype other than fp32, bf16 and fp16.
     """
     found: dict[str, StoredTensor] = {}
+    faults = []
     for path, expected in _files(Path(folder)).items():
-        with open_file(path) as file:
-            names = list(file.keys())
-            if expected is not None and set(expected) != set(names):
-                odd = sorted(set(expected) ^ set(names))
-                raise CheckpointError(
-                    f"{path}: {len(odd)} tensors (first: {odd[0]}) are in only one of the file and {INDEX}; expected "
-                    "the same names in both. Download both again."
-                )
-            for name in names:
-                view = file.get_slice(name)
-                dtype = DTYPES.get(view.get_dtype())
-                if dtype is None or name in found:
-                    fault = "is in two files" if name in found else f"has dtype {view.get_dtype()}"
-                    raise CheckpointError(
-                        f"{path}: {name} {fault}; expected one tensor of {', '.join(DTYPES)}. Save the model again "
-                        "with transformers, unquantised."
-                    )
-                found[name] = StoredTensor(name, path, tuple(view.get_shape()), dtype)
+        try:
+            for tensor in _tensors_of(path, expected):
+                if tensor.name in found:
+                    faults.append(f"{path}: {tensor.name} is in two files; expected it in one. Download the folder again.")
+                found[tensor.name] = tensor
+        except CheckpointError as error:
+            faults.append(str(error))
+    if faults:
+        raise CheckpointError("\n".join(faults[:8] + ([f"and {len(faults) - 8} more files"] if len(faults) > 8 else [])))
     text = {name.removeprefix(TEXT_PREFIX): value for name, value in found.items() if name.startswith(TEXT_PREFIX)}
     return text or found
+
+
+def _tensors_of(path: Path, expected: list[str] | None) -> list[StoredTensor]:
+    """The tensors of one file; `expected` are the names that the index has there."""
+    with open_file(path) as file:
+        names = list(file.keys())
+        if expected is not None and set(expected) != set(names):
+            odd = sorted(set(expected) ^ set(names))
+            raise CheckpointError(
+                f"{path}: {len(odd)} tensors (first: {odd[0]}) are in only one of the file and {INDEX}; expected "
+                "the same names in both. Download both again."
+            )
+        tensors = []
+        for name in names:
+            view = file.get_slice(name)
+            dtype = DTYPES.get(view.get_dtype())
+            if dtype is None:
+                raise CheckpointError(
+                    f"{path}: {name} has dtype {view.get_dtype()}; expected one tensor of {', '.join(DTYPES)}. Save the "
+                    "model again with transformers, unquantised."
+                )
+            tensors.append(StoredTensor(name, path, tuple(view.get_shape()), dtype))
+    return tensors
 
 
 class TensorWriter:

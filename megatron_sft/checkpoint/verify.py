@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from megatron_sft.checkpoint.conflicts import conflicts
-from megatron_sft.checkpoint.hf import core_module, exported_tensors
+from megatron_sft.checkpoint.hf import agreed, core_module, exported_tensors
 from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
 from megatron_sft.checkpoint.importer import architecture_of
 from megatron_sft.checkpoint.tensors import open_file, stored_tensors
@@ -25,6 +25,8 @@ from megatron_sft.errors import CheckpointError
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
 
+THEIR_NAMES = {"kimi_k2": "deepseek_v3"}
+"""A model_type that transformers knows under another name."""
 QUICK_LAYERS = 2
 PROBE_TOKENS = 48
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
@@ -80,23 +82,42 @@ def _run(chunk: nn.Module, tokens: torch.Tensor, last: int | None) -> dict[str, 
     return {name: value.reshape(-1, value.shape[-1]) for name, value in outputs.items()}
 
 
+def _their_model(folder: Path, num_layers: int | None, dtype: torch.dtype) -> Any:
+    """transformers' own class of the model, on the CPU, with all layers and a head or with the first layers alone.
+
+    Code that came with the checkpoint is never run, even where config.json's auto_map names some.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+    name = str(read_hf_config(folder).get("model_type"))
+    kind = AutoModelForCausalLM if num_layers is None else AutoModel
+    refusals = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError)
+    try:
+        config: Any = CONFIG_MAPPING[THEIR_NAMES.get(name, name)].from_pretrained(str(folder))
+        config.model_type = type(config).model_type  # transformers merges the experts' tensors by it
+        if num_layers is not None:
+            config.get_text_config().num_hidden_layers = num_layers
+        if config.model_type == "nemotron_h":  # its layers are a list; steps have no lower limit where it was trained
+            config.layers_block_type, config.time_step_min = config.layers_block_type[:num_layers], 1e-30
+        settings: dict[str, Any] = dict(config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
+        with _quiet_transformers():
+            return kind.from_pretrained(str(folder), **settings).eval()
+    except refusals as error:
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it ({type(error).__name__}: {error}); expected a model that it knows. Correct "
+            "config.json, or go on without the comparison: --no-verify-conversion."
+        ) from None
+
+
 def _reference(
     folder: Path, tokens: torch.Tensor, num_layers: int | None, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, torch.Tensor], Any]:
     """The same from transformers on the CPU, and its model; num_layers None: all, with logits."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(str(folder))
-    kind = AutoModelForCausalLM if num_layers is None else AutoModel
-    if num_layers is not None:
-        config.get_text_config().num_hidden_layers = num_layers
-    if config.model_type == "nemotron_h":  # its layers are a list; steps have no lower limit where it was trained
-        config.layers_block_type, config.time_step_min = config.layers_block_type[:num_layers], 1e-30
-    with _quiet_transformers():
-        model = kind.from_pretrained(
-            str(folder), config=config, dtype=dtype, attn_implementation="eager"
-        ).eval()
-    body = model.model if num_layers is None else model
+    model = _their_model(folder, num_layers, dtype)
+    body = getattr(model, "language_model", model)
+    body = body if hasattr(body, "layers") else body.model
+    body = getattr(body, "language_model", body)
     outputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -105,7 +126,6 @@ def _reference(
 
         return hook
 
-    body = getattr(body, "language_model", body)
     body.get_input_embeddings().register_forward_hook(keep("embedding"))
     for number, layer in enumerate(body.layers):
         layer.register_forward_hook(keep(f"layer {number}"))
@@ -143,9 +163,7 @@ def _probe_tokens(model: ModelConfig, length: int = PROBE_TOKENS) -> torch.Tenso
     return torch.randint(min(model.vocab_size, 2**31), (1, length), generator=generator).to(device())
 
 
-def first_difference(
-    chunk: nn.Module, folder: str | Path, tokens: torch.Tensor | None = None
-) -> tuple[str | None, float]:
+def first_difference(chunk: nn.Module, folder: str | Path, tokens: torch.Tensor | None = None) -> tuple[str | None, float]:
     """Runs the whole model on one process beside transformers.
 
     Args:
@@ -193,6 +211,17 @@ def _setting_faults(module: Any, model: ModelConfig, hf: ModelConfig) -> list[st
     return faults
 
 
+def _refuse_infinite(chunks: Sequence[nn.Module], folder: str | Path) -> None:
+    """Raises CheckpointError for the first parameter with a NaN or an infinity; its sum is then one too."""
+    for chunk in chunks:
+        for name, parameter in core_module(chunk).named_parameters():
+            if not bool(parameter.detach().sum().isfinite()):
+                raise CheckpointError(
+                    f"{folder}: {name} holds NaN or infinite values; expected numbers. Download the folder again, or take an "
+                    "earlier checkpoint; --no-verify-conversion trains on regardless."
+                )
+
+
 def quick_check(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> None:
     """Compares a freshly converted model with the first layers of transformers'. All ranks call it.
 
@@ -204,6 +233,7 @@ def quick_check(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | P
     """
     module = core_module(chunks[0])
     faults = _setting_faults(module, model, architecture_of(folder, model, "modelopt"))
+    agreed(lambda: _refuse_infinite(chunks, folder))
     if read_hf_config(folder).get("quantization_config"):
         logger.info("layers not compared with transformers, which needs GPU kernels for quantised weights")
     elif ranks.is_first_stage and ranks.cp_size == 1 and not faults:
@@ -247,9 +277,7 @@ def _layer_faults(
     return []
 
 
-def changed_tensors(
-    chunks: list[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks
-) -> list[tuple[str, str, str]]:
+def changed_tensors(chunks: list[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> list[tuple[str, str, str]]:
     """Writes every HF tensor back in memory and compares it with the folder's. All ranks call it.
 
     Returns:
@@ -259,11 +287,16 @@ def changed_tensors(
     for name, tensor in exported_tensors(chunks, model, folder, ranks):
         with open_file(stored[name].file) as file:
             theirs = file.get_tensor(stored[name].name)
-            if not torch.equal(tensor, theirs):
+            if not torch.equal(_bytes(tensor), _bytes(theirs)):
                 changed.append((name, checksum(tensor), checksum(theirs)))
     return changed
 
 
 def checksum(tensor: torch.Tensor) -> str:
     """sha256 of the tensor's bytes in row order, the first 16 digits."""
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(_bytes(tensor).numpy().tobytes()).hexdigest()[:16]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes in row order [n] uint8; as numbers a NaN would differ from itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
