@@ -145,7 +145,7 @@ class ChatEncoder:
             raise RowError(row.where, "mask undecided", f"which tokens the assistant wrote cannot be decided exactly ({error}). "
                            "Put {% generation %} blocks into the template and pass it with --chat-template, or correct the "
                            f"row. The template begins {self.template.text[:80]!r}.") from None  # fmt: skip
-        _check_tool_calls(messages, spans, text, row.where)
+        _check_left_out(messages, spans, text, row.where)
         self.routes[route] += 1
         return Rendered(text, tuple(self._weighted(text, spans, messages, last_turn)), route)
 
@@ -172,19 +172,26 @@ def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key not in ("train", "weight")}
 
 
-def _check_tool_calls(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span], text: str, where: str) -> None:
-    """Refuses a row of which the template leaves tool calls out, as templates without tools do, silently."""
-    assistants = [message for message in messages if message["role"] == "assistant"]
-    for message, (first, last) in zip(assistants, spans, strict=True):
+def _check_left_out(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span], text: str, where: str) -> None:
+    """Refuses a row of which the template leaves out tool calls, or the last turn's reasoning, as some do, silently."""
+    turn = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    assistants = [(i, message) for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for (index, message), (first, last) in zip(assistants, spans, strict=True):
         for call in message.get("tool_calls") or []:
             name = call.get("function", call).get("name")
             if str(name) not in text[first:last]:
                 raise RowError(where, "tool call left out", f"the chat template leaves out the tool call {name}; expected it in "
                                "the text. Take a template that knows tools, or write the call into the content.")  # fmt: skip
+        for key in ("reasoning_content", "thinking"):
+            thought = message.get(key)
+            if index > turn and isinstance(thought, str) and thought.strip() not in text[first:last]:
+                raise RowError(where, "reasoning left out", f"the chat template leaves out {key} of message {index + 1}; "
+                               "expected it in the text. Take a template that knows it, or remove or move it into the content.")  # fmt: skip
 
 
 def _thinks(message: Mapping[str, Any]) -> bool:
-    return message["role"] == "assistant" and bool(message.get("reasoning_content") or "<think>" in str(message.get("content")))
+    thinks = message.get("reasoning_content") or message.get("thinking") or "<think>" in str(message.get("content"))
+    return message["role"] == "assistant" and bool(thinks)
 
 
 def _turn_ends(messages: Sequence[Mapping[str, Any]], end: int) -> bool:
@@ -197,6 +204,7 @@ def _without_history_thinking(messages: list[dict[str, Any]]) -> list[dict[str, 
     for message in messages[: max(turn, 0)]:
         if message["role"] == "assistant":
             message.pop("reasoning_content", None)
+            message.pop("thinking", None)
             message["content"] = THINKING.sub("", str(message.get("content") or ""))
     return messages
 

@@ -41,6 +41,11 @@ PAIRS = (
     ("input", "ideal"),
 )
 """Columns taken for prompt and response when neither --prompt-key nor --response-key is given, first match wins."""
+TEMPLATE_ARGUMENTS = frozenset(
+    "self messages conversation conversations tools documents chat_template add_generation_prompt continue_final_message "
+    "tokenize padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
+)
+"""What a row's chat_template_kwargs cannot say: the arguments of transformers' apply_chat_template and its renderer."""
 WEIGHT_ALIASES = {"training": "train", "loss": "train", "loss_weight": "weight", "loss_scale": "weight"}
 
 
@@ -113,7 +118,7 @@ def schema_of(record: Mapping[str, Any], config: DataConfig) -> str | None:
         return "messages" if config.input_key in record else None
     fits = {
         "messages": any(record.get(key) is not None for key in MESSAGE_KEYS),
-        "alpaca": record.get("instruction") is not None and "output" in record,
+        "alpaca": record.get("instruction") is not None and ("output" in record or "response" in record),
         "pair": any(a in record and b in record for a, b in PAIRS),
         "text": "text" in record,
     }
@@ -131,25 +136,26 @@ def _messages(record: Mapping[str, Any], where: str, config: DataConfig) -> list
         what = "an empty list" if found == [] else _kind(found)
         raise RowError(where, "no messages", f"column {key} is {what}; expected a list of messages "
                        '[{"role": ..., "content": ...}, ...]. Remove or rewrite the row.')  # fmt: skip
-    system = record.get("system", record.get("system_prompt"))
-    messages = [_message(m, i, where, config) for i, m in enumerate(found)]
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(system, where, "column system")})
-    return messages
+    return _with_system(record, [_message(m, i, where, config) for i, m in enumerate(found)], where)
 
 
 def _alpaca(record: Mapping[str, Any], where: str, config: DataConfig) -> list[Message]:
-    """instruction, input (may be empty), output, with optional `system` and `history` (list of [prompt, response])."""
+    """instruction, input (may be empty), output, with optional `system` and `history` (list of [prompt, response]).
+
+    Dolly calls the last two of these three context and response.
+    """
     prompt = _text(record["instruction"], where, "column instruction")
-    if record.get("input"):
-        prompt += "\n" + _text(record["input"], where, "column input")
+    answer = "output" if "output" in record else "response"
+    for key in ("input", "context"):
+        if record.get(key):
+            prompt += "\n" + _text(record[key], where, f"column {key}")
     turns = _maybe_json(record.get("history")) or []
     if not isinstance(turns, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in turns):
         raise RowError(where, "bad history", f"column history is {_shorten(turns)}; expected a list of [prompt, response]. "
                        "Correct the row.")  # fmt: skip
     history = [part for turn in turns for part in turn]
     texts = [_text(part, where, "column history") for part in history]
-    texts += [prompt, _text(record["output"], where, "column output")]
+    texts += [prompt, _text(record[answer], where, f"column {answer}")]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return _with_system(record, messages, where)
 
@@ -174,7 +180,7 @@ SCHEMAS: dict[str, Callable[[Mapping[str, Any], str, DataConfig], list[Message]]
 
 def _with_system(record: Mapping[str, Any], messages: list[Message], where: str) -> list[Message]:
     system = record.get("system") or record.get("system_prompt")
-    if not system or messages[0]["role"] == "system":
+    if not system or (messages and messages[0]["role"] == "system"):
         return messages
     return [{"role": "system", "content": _text(system, where, "column system")}, *messages]
 
@@ -240,8 +246,9 @@ def _check_weight(message: Message, here: str, where: str) -> None:
         message["train"] = train = bool(train)
     if train is not None and not isinstance(train, bool):
         raise RowError(where, "bad train flag", f"{here} has train {train!r}; expected true or false. Correct the row.")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6):
-        raise RowError(where, "bad weight", f"{here} has weight {weight!r}; expected a number of at least 0. "
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (is_number and (weight == 0 or 1e-6 <= weight <= 1e6)):
+        raise RowError(where, "bad weight", f"{here} has weight {_shorten(weight)}; expected 0 or a number from 1e-6 to 1e6. "
                        "Correct the row.")  # fmt: skip
 
 
@@ -265,9 +272,9 @@ def _tools(record: Mapping[str, Any], where: str, config: DataConfig) -> list[di
     if tools in (None, "", []):
         return None
     tools = [_maybe_json(tool) for tool in tools] if isinstance(tools, list) else [tools]
-    bad = next((tool for tool in tools if not isinstance(tool, Mapping)), None)
-    if bad is not None:
-        raise RowError(where, "bad tools", f"column {config.tool_key} holds {_shorten(bad)}; expected a list of "
+    bad = [tool for tool in tools if not isinstance(tool, Mapping)]
+    if bad:
+        raise RowError(where, "bad tools", f"column {config.tool_key} holds {_shorten(bad[0])}; expected a list of "
                        "function schemas. Correct the row, or name the column with --tool-key.")  # fmt: skip
     return [dict(tool) for tool in tools]
 
@@ -277,6 +284,9 @@ def _template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(kwargs, Mapping):
         raise RowError(where, "bad chat_template_kwargs", f"chat_template_kwargs is {_kind(kwargs)}; expected an "
                        'object such as {"enable_thinking": false}. Correct the row.')  # fmt: skip
+    if taken := sorted(TEMPLATE_ARGUMENTS & kwargs.keys()):
+        raise RowError(where, "bad chat_template_kwargs", f"chat_template_kwargs sets {', '.join(taken)}; expected names that "
+                       "the template itself knows, such as enable_thinking. Correct the row.")  # fmt: skip
     return dict(kwargs)
 
 

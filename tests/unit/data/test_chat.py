@@ -101,6 +101,13 @@ def test_history_thinking_where_the_template_keeps_it(thinking: str, expected: s
     assert ("old" in whole) == (thinking != "drop"), "mask keeps the text, drop removes it"
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_reasoning_that_the_template_leaves_out_is_refused(key: str) -> None:
+    messages = [CHAT[0], {"role": "assistant", "content": "b", key: "why"}]
+    with pytest.raises(RowError, match=rf"a:1: the chat template leaves out {key} of message 2"):
+        encoder_of("qwen2_5").encode(Row(messages, where="a:1"))
+
+
 def test_train_on_all_trains_every_token() -> None:
     (encoded,) = encoder_of("qwen3", train_on="all").encode(Row(CHAT[:2], where="a:1"))
     assert encoded.loss_mask.all()

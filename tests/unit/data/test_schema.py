@@ -30,6 +30,9 @@ ANTEATER = [{"from": "User", "value": "a"}, {"from": "Assistant", "value": "b"}]
         ({"instruction": "a", "input": "", "output": "b"}, ASKED),
         ({"instruction": "a", "input": "c", "output": "b"}, [{"role": "user", "content": "a\nc"}, ASKED[1]]),
         ({"instruction": "a", "output": "b", "system": "s", "history": []}, SYSTEM),
+        ({"instruction": "a", "context": "c", "response": "b"}, [{"role": "user", "content": "a\nc"}, ASKED[1]]),  # Dolly
+        ({"instruction": "a", "input": "c", "response": "b"}, [{"role": "user", "content": "a\nc"}, ASKED[1]]),
+        ({"messages": ASKED, "system": [{"type": "text", "text": "s"}]}, SYSTEM),
         ({"prompt": "a", "completion": "b"}, ASKED),
         ({"prompt": ASKED[:1], "completion": ASKED[1:]}, ASKED),
         ({"problem": "a", "solution": "b"}, ASKED),
