@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import logging
 import os
 import shutil
 import sys
@@ -72,7 +73,8 @@ class _NoStream:
 
 
 def silence_missing_kernels() -> None:
-    """Hides the import-time warnings about TransformerEngine and Apex, which this project does not need."""
+    """Hides warnings about TransformerEngine, Apex and HybridModel (0.19), none of which this project needs."""
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|transformer_engine|fused_layer_norm).*")
 
@@ -255,6 +257,44 @@ def process_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher set them; (0, 1, 0) without a launcher."""
     env = os.environ
     return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+
+
+def balance_experts_by_row() -> None:
+    """Makes the router's own losses the same in every layout, with padding left out (train/step.py: padding_mask).
+
+    They are multiplied by the tokens of their row, because all gradients are divided by the step's trained tokens later.
+    0.16.1 (megatron/core/transformer/moe/router.py:attach_and_log_load_balancing_loss and apply_z_loss) takes those of
+    one rank in place of the row's: tensor and context parallelism make the losses that much weaker. 0.19.2 multiplies
+    by the number of ranks, which is right where all have as much padding. Both divide by 0 in a row of padding alone.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe import router
+
+    count, z_loss = router.get_tokens_per_expert_and_token_count, router.z_loss_func
+    if getattr(count, "is_by_row", False):
+        return
+    by_rank = "needs_dp_avg" not in inspect.signature(router.TopKRouter.attach_and_log_load_balancing_loss).parameters
+
+    def row_ranks() -> int:
+        return int(parallel_state.get_tensor_and_context_parallel_group().size())
+
+    def counted(*args: Any, reduce_group: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """(tokens an expert, tokens that the loss is multiplied by, tokens that it is a mean of)."""
+        by_expert, _, total = count(*args, reduce_group=reduce_group, **kwargs)
+        total = total.clamp(min=1) if hasattr(total, "clamp") else total
+        row = total * row_ranks() / reduce_group.size()  # global_aux_loss: the group holds a row a data-parallel rank
+        return by_expert, row if by_rank else row / row_ranks(), total
+
+    counted.is_by_row = True  # type: ignore[attr-defined]
+    router.get_tokens_per_expert_and_token_count = counted
+    if by_rank:
+        router.z_loss_func = lambda logits, coeff, **kwargs: z_loss(logits, coeff * row_ranks(), **kwargs)
+    count_bias = router.TopKRouter._apply_expert_bias  # both versions: routing_map [tokens, experts] & ~mask [tokens]
+
+    def counted_bias(self: Any, routing_map: Any, padding_mask: Any = None) -> None:
+        count_bias(self, routing_map, None if padding_mask is None else padding_mask.reshape(-1, 1))
+
+    router.TopKRouter._apply_expert_bias = counted_bias
 
 
 def fuse_gradient_norm() -> None:

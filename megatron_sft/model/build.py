@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -19,7 +23,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_sft.config import ModelConfig, ParallelConfig, TrainConfig
-from megatron_sft.core_compat import apply_gathered_rope, device, provide_latent_projections
+from megatron_sft.core_compat import apply_gathered_rope, balance_experts_by_row, device, provide_latent_projections
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.attention import PackedAttention
 from megatron_sft.model.cache import CachedSeqParams
@@ -55,6 +59,9 @@ class SFTModel(GPTModel):
     def _preprocess(self, input_ids: Any, position_ids: Any, *args: Any, **kwargs: Any) -> tuple:
         """As GPTModel's, with the rotary table gathered by position: [T, kinds, 2, dim]."""
         hidden, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if kwargs.get("padding_mask") is not None and self.config.sequence_parallel and not self.pre_process:
+            # megatron-core cuts it on the first stage only: models/gpt/gpt_model.py:_preprocess, both versions
+            rest[3] = scatter_to_sequence_parallel_region(rest[3].transpose(0, 1).contiguous()).transpose(0, 1)
         if self.embedding_scale is not None and hidden is not None:  # rounded to the dtype, as transformers has it
             hidden = hidden * torch.full((), self.embedding_scale, dtype=hidden.dtype, device=hidden.device)
         table = None
@@ -189,6 +196,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
         One chunk, or one a virtual pipeline stage.
     """
     apply_gathered_rope(rotate)
+    balance_experts_by_row()
     provide_latent_projections(WholeLinear)
     config = transformer_config(model, parallel, train)
     stages = parallel.virtual_pipeline_model_parallel_size
@@ -220,8 +228,11 @@ def _chunk(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) 
 def _mark_tensor_parallel(chunk: SFTModel) -> None:
     """Says which weights are cut over tensor-parallel ranks; the gradient norm counts the others once only.
 
-    megatron/core/tensor_parallel/layers.py does it while it draws fresh weights, which are not drawn here.
+    megatron/core/tensor_parallel/layers.py does it while it draws fresh weights, which are not drawn here. It takes experts
+    for dense weights where ETP is not TP and EP is 1, and leaves the gradients of the other ranks' tokens out.
     """
+    config = chunk.config
+    is_cut_alike = config.expert_tensor_parallel_size == config.tensor_model_parallel_size
     for module in chunk.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
             cut = {"weight": 0}  # their biases are marked
@@ -235,3 +246,5 @@ def _mark_tensor_parallel(chunk: SFTModel) -> None:
             parameter = getattr(module, name, None)
             if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+            if parameter is not None and getattr(module, "is_expert", False) and not is_cut_alike:
+                parameter.allreduce = False  # its gradient is added up over the expert data-parallel ranks

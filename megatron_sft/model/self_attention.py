@@ -3,6 +3,11 @@
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
@@ -44,6 +49,23 @@ class PackedMLASelfAttention(MLASelfAttention):
 
     modelopt's importer knows latent attention by these letters of the name.
     """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        if self.tp_group.size() > 1:
+            self.linear_kv_down_proj.register_forward_hook(self._gather_latents)
+
+    def _gather_latents(self, module: Any, inputs: Any, output: tuple) -> tuple:
+        """The down projection whole on every rank: [T, 1, latent], or [T / tp, 1, latent] with sequence parallelism.
+
+        megatron/core/transformer/multi_latent_attention.py:get_query_key_value_tensors gathers it too, but the gradient
+        of the rotary part is then that of this rank's heads alone (0.16.1 and 0.19.2).
+        """
+        latents = gather_from_tensor_model_parallel_region(output[0], group=self.tp_group)
+        if self.config.sequence_parallel:  # gathered again with a gradient that is added up
+            return scatter_to_sequence_parallel_region(latents, group=self.tp_group), output[1]
+        latent, rotary = latents.split([self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim], dim=-1)
+        return torch.cat((latent, copy_to_tensor_model_parallel_region(rotary, group=self.tp_group)), dim=-1), output[1]
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         """The modules of the spec as they are.

@@ -102,6 +102,9 @@ def train_step(
         rows = _rows_where(lambda loss: loss > loss_limit, reports, batches, name_document)
         where = f", most of it in the rows {', '.join(rows[:8])}" if rows else ""
         return StepResult(totals, 0.0, f"iteration {iteration}: loss {totals.loss:.4f} is above {loss_limit:.4f}{where}")
+    if not totals.trained_tokens:  # experts' own losses would go in undivided
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
     _, grad_norm, _ = optimizer.step()
     return StepResult(totals, float(grad_norm))
 
@@ -209,9 +212,16 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, An
         None,
         labels=labels,
         loss_mask=loss_mask,
+        padding_mask=_padding_mask(batch) if model.config.num_moe_experts else None,
         packed_seq_params=packed_seq_params(batch.cu_seqlens, batch.max_seqlen, here),
     )
     return output, partial(_loss, loss_mask, documents[0], len(counts))
+
+
+def _padding_mask(batch: Batch) -> torch.Tensor:
+    """[1, tokens / cp_size] bool, True where experts need no balance."""
+    padding = torch.tensor(batch.document_ids) < 0
+    return shard_tokens(padding.repeat_interleave(batch.document_offsets.diff())[None]).to(device())
 
 
 def _loss(loss_mask: torch.Tensor, documents: torch.Tensor, count: int, token_loss: torch.Tensor) -> tuple:

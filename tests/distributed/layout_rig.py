@@ -1,0 +1,213 @@
+"""Trains tiny models in any layout on rows whose trained tokens are ragged, and compares with one process.
+
+36 packs of 12 to 32 tokens in 1 to 4 documents; 8 packs a step, 4 in the last step of an epoch, 10 steps: two epochs.
+Packs at even places of a rank's hand are nearly all trained, others have one trained token or none, and one step of an
+epoch has none at all: data-parallel ranks differ by far more than 10x, and micro-batches, context-parallel ranks and
+a global batch without any trained token are met. Used by test_layouts.py and by tests/soak/layouts.py.
+"""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megatron_sft.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from tests.unit.checkpoint.tiny_models import tiny_folder
+
+STEPS, STEP_PACKS, NUM_PACKS, SEQ_LENGTH = 10, 8, 36, 32
+LOSS_BAR, NORM_BAR, PARAMETER_BAR = 1e-6, 1e-5, 1e-5
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-tied": {},
+    "qwen3": {},
+    "qwen3_moe": {"moe_aux_loss_coeff": 0.05, "moe_z_loss_coeff": 0.01},
+    "deepseek_v3": {},
+}
+"""Families of tiny_models.py and fields of megatron-core's configuration: dense, tied and not; experts with a loss of
+their own; latent attention with shared experts, groups of experts and expert biases."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layout to train in."""
+
+    model: str
+    parallel: ParallelConfig = ParallelConfig()
+    micro_batch_size: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a rank has after STEPS steps."""
+
+    losses: list[float]
+    norms: list[float]
+    parameters: dict[str, torch.Tensor] | None
+    """Under their HF names, on rank 0."""
+    trained: list[int]
+    """Trained tokens of this data-parallel rank, a step."""
+    empty_parts: int
+    """Micro-batches of which this context-parallel rank trains no token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """How far a layout is from one process."""
+
+    loss: float
+    """Greatest relative difference of a step's loss, over ranks."""
+    norm: float
+    """Greatest relative difference of a step's gradient norm, over ranks."""
+    parameter: float
+    """Greatest difference of an element after STEPS steps, relative to the greatest element of its tensor."""
+    parameter_name: str
+    spread: float
+    """Most trained tokens of a data-parallel rank in a step / fewest (at least 1) of another."""
+    empty_parts: int
+
+    @property
+    def within(self) -> bool:
+        return self.loss <= LOSS_BAR and self.norm <= NORM_BAR and self.parameter <= PARAMETER_BAR
+
+
+def packs() -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """NUM_PACKS lists of documents (tokens, mask)."""
+    random = np.random.default_rng(0)
+    made = []
+    for number in range(NUM_PACKS):
+        ends = np.sort(random.choice(np.arange(1, 12), random.integers(0, 4), replace=False))
+        lengths = np.diff([0, *ends, random.integers(12, 33)])
+        place, step = number % STEP_PACKS, number // STEP_PACKS
+        kind = "none" if step == 2 else "all" if place in (0, 3, 4, 7) else "none" if place == 5 else "one"
+        tokens = [random.integers(3, 131, length).astype(np.int32) for length in lengths]
+        masks = [(random.random(length) < (0.95 if kind == "all" else 0.0)).astype(np.uint8) for length in lengths]
+        if kind == "one":
+            masks[-1][-1] = 1
+        made.append(list(zip(tokens, masks, strict=True)))
+    return made
+
+
+def folders(root: Path) -> dict[str, str]:
+    """HF folders of MODELS below root."""
+    for name in MODELS:
+        tiny_folder(name, root / name)
+    return {name: str(root / name) for name in MODELS}
+
+
+def train_cases(cases: dict[str, Case], hf: dict[str, str]) -> dict[str, Outcome]:
+    """Every case, one after another, in this process group."""
+    from megatron.core import parallel_state
+
+    from megatron_sft.parallel import finalize, initialize
+
+    outcomes = {}
+    for name, case in cases.items():
+        ranks = initialize(case.parallel, 1)
+        outcomes[name] = train(case, ranks, hf[case.model])
+        parallel_state.destroy_model_parallel()
+    finalize()
+    return outcomes
+
+
+def train(case: Case, ranks: Any, folder: str) -> Outcome:
+    """STEPS steps from the weights of `folder`."""
+    from megatron_sft.checkpoint.hf import load_hf_weights
+    from megatron_sft.model.build import build_model
+    from megatron_sft.model.context import shard_tokens
+    from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
+    from megatron_sft.train.step import train_step
+
+    model, parallel = model_of(case.model, folder), case.parallel
+    run = RunConfig(
+        model=model,
+        parallel=parallel,
+        train=TrainConfig(micro_batch_size=case.micro_batch_size, global_batch_size=STEP_PACKS, train_iters=STEPS),
+        optim=OptimConfig(lr=1e-3, min_lr=1e-4, lr_warmup_iters=2, clip_grad=1.0),
+    )
+    loader = loader_of(run, ranks)
+    chunks = build_model(model, parallel, run.train)
+    load_hf_weights(chunks, model, folder, ranks)
+    wrapped = wrap_ddp(chunks, parallel)
+    optimizer = build_optimizer(wrapped, run)
+    scheduler = build_scheduler(optimizer, run.optim, schedule_lengths(run, len(loader), loader.num_samples))
+    outcome = Outcome([], [], None, [], 0)
+    for step in loader:
+        result = train_step(wrapped, optimizer, step.micro_batches, 1, str)
+        scheduler.step(1)
+        outcome.losses.append(result.totals.loss)
+        outcome.norms.append(result.grad_norm)
+        outcome.trained.append(int(sum(batch.loss_mask.sum() for batch in step.micro_batches)))
+        empty = sum(not shard_tokens(batch.loss_mask).any() for batch in step.micro_batches)
+        outcome = dataclasses.replace(outcome, empty_parts=outcome.empty_parts + empty)
+    with whole_parameters(wrapped, parallel):
+        return dataclasses.replace(outcome, parameters=exported(wrapped, model, ranks, folder))
+
+
+def model_of(name: str, folder: str) -> ModelConfig:
+    from megatron_sft import conversion
+    from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
+
+    model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 8)
+    return dataclasses.replace(model, core={**model.core, **MODELS[name]})
+
+
+def loader_of(run: RunConfig, ranks: Any) -> Any:
+    """The packs of this data-parallel rank, in their order."""
+    from megatron_sft.data.loader import TrainLoader
+    from megatron_sft.data.packing import PackPlan
+    from megatron_sft.data.sft_dataset import SFTDataset
+    from megatron_sft.data.store import MemoryStore
+
+    rows, layout = packs(), run.parallel
+    documents = [document for row in rows for document in row]
+    plan = PackPlan(np.arange(len(documents)), np.cumsum([0, *map(len, rows)]))
+    multiple = layout.context_parallel_size * (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
+    return TrainLoader(
+        SFTDataset(MemoryStore(documents), plan, SEQ_LENGTH, 0), run.train, shuffle=False, prefetch=0,
+        dp_rank=ranks.dp_rank, dp_size=ranks.dp_size, multiple=multiple,
+    )  # fmt: skip
+
+
+def exported(chunks: list[Any], model: ModelConfig, ranks: Any, folder: str) -> dict[str, torch.Tensor] | None:
+    """All parameters under their HF names, on rank 0."""
+    from megatron_sft.checkpoint.hf import save_hf
+
+    with tempfile.TemporaryDirectory() as root:
+        shared = [root]
+        dist.broadcast_object_list(shared, src=0)
+        save_hf(chunks, model, f"{shared[0]}/hf", ranks, folder)
+        found = load_file(f"{shared[0]}/hf/model.safetensors") if ranks.rank == 0 else None
+        found = found and {name: tensor.clone() for name, tensor in found.items()}
+        dist.barrier()
+    return found
+
+
+def compared(outcomes: list[Outcome], reference: Outcome) -> Figures:
+    """A layout's ranks beside one process."""
+    parameters = outcomes[0].parameters
+    assert parameters is not None and reference.parameters is not None
+    assert parameters.keys() == reference.parameters.keys()
+    apart = {
+        name: float((parameters[name].double() - tensor.double()).abs().max() / tensor.double().abs().max())
+        for name, tensor in reference.parameters.items()
+    }
+    worst = max(apart, key=lambda name: apart[name])
+    by_step = list(zip(*(outcome.trained for outcome in outcomes), strict=True))
+    return Figures(
+        max(relative(outcome.losses, reference.losses) for outcome in outcomes),
+        max(relative(outcome.norms, reference.norms) for outcome in outcomes),
+        apart[worst],
+        worst,
+        max(max(step) / max(min(step), 1) for step in by_step),
+        sum(outcome.empty_parts for outcome in outcomes),
+    )
+
+
+def relative(found: list[float], wanted: list[float]) -> float:
+    """Greatest relative difference; NaN counts as infinite."""
+    apart = [abs(a - b) / abs(b) if b else abs(a) for a, b in zip(found, wanted, strict=True)]
+    return max(value if value == value else float("inf") for value in apart)
