@@ -4,8 +4,10 @@ Everybody else receives `Ranks`, frozen integers; code that needs a group asks m
 """
 
 import datetime
+import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -100,9 +102,11 @@ def _ranks(rank: int, world_size: int, local_rank: int) -> Ranks:
 
 
 def _seed(seed: int, ranks: Ranks) -> None:
-    """Seeds torch and megatron-core's model-parallel generators (megatron/training/initialize.py: +100 a stage)."""
+    """Seeds Python, numpy, torch and megatron-core (megatron/training/initialize.py: +100 a stage)."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    random.seed(seed + 100 * ranks.pp_rank)
+    np.random.seed(seed + 100 * ranks.pp_rank)
     torch.manual_seed(seed + 100 * ranks.pp_rank)
     model_parallel_cuda_manual_seed(seed + 100 * ranks.pp_rank)
 
