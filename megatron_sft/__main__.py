@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_sft import log
-from megatron_sft.arguments import parse, parse_generate, parse_mmlu, parse_view
+from megatron_sft.arguments import parse, parse_generate, parse_mmlu, parse_plan, parse_view
 from megatron_sft.config import RunConfig
 from megatron_sft.core_compat import process_environment
 from megatron_sft.errors import ConfigError, UserError
@@ -149,6 +149,21 @@ def conf(argv: Sequence[str], world_size: int) -> int:
 def _model_run(argv: Sequence[str], world_size: int, *needed: str) -> tuple[RunConfig, frozenset[str]]:
     """The configuration of a command that trains nothing; `needed` fields of its checkpoint section must be given."""
     run, explicit = parse(argv, world_size, training=False)
+def plan(argv: Sequence[str], world_size: int) -> int:
+    """Which layouts fit, with memory and traffic: CONF --gpus N --gpu-memory GB [--json FILE] [flags of finetune.py]."""
+    if not argv or argv[0].startswith("-"):
+        raise ConfigError(["plan: no model named; expected a conf such as Qwen/Qwen3-8B, or an HF folder, before the flags."])
+    from megatron_sft import plan as planning
+
+    run, given, options = parse_plan(["--use-distributed-optimizer", *planning.conf_flags(argv[0]), *argv[1:]])
+    rows = planning.plan(run, given, options, argv[0], planning.run_flags(argv[1:]))
+    print(planning.as_table(rows, options))
+    if options.json:
+        _write(options.json, planning.as_json(rows))
+    planning.refuse_if_none_fits(rows, options)
+    return 0
+
+
     missing = [f"--{name.replace('_', '-')} is missing: see --help." for name in needed if not getattr(run.checkpoint, name)]
     if missing:
         raise ConfigError(missing)
@@ -170,6 +185,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str], int], int]] = {
 
 
 def main(argv: Sequence[str]) -> int:
+    "plan": plan,
     """Runs one command; returns the exit status."""
     rank, world_size, _ = process_environment()
     log.configure(rank)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sft import config, flags
-from megatron_sft.config import GenerateConfig, MMLUConfig, RunConfig, ViewConfig
+from megatron_sft.config import GenerateConfig, MMLUConfig, ParallelConfig, PlanConfig, RunConfig, ViewConfig
 from megatron_sft.core_compat import transformer_config_fields
 from megatron_sft.errors import ConfigError
 from megatron_sft.log import logger
@@ -80,6 +80,24 @@ def parse_view(argv: Sequence[str], world_size: int) -> tuple[RunConfig, ViewCon
     if found := data_problems(run.data):
         raise ConfigError(found)
     return run, options
+
+
+def parse_plan(argv: Sequence[str]) -> tuple[RunConfig, frozenset[str], PlanConfig]:
+    """Reads the flags of `megatron-sft plan`: a run's, which needs no data here, and those of PlanConfig.
+
+    Returns:
+        The run, the names of the ParallelConfig fields that a flag set, and what is planned for.
+    """
+    values, found = read_flags(argv, _own_flags(PlanConfig, {}))
+    options = PlanConfig(**{path.removeprefix("own."): value for path, value in values.items() if path.startswith("own.")})
+    run = _run({path: value for path, value in values.items() if not path.startswith("own.")})
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, train_data=("any",), tokenizer_model="any"))
+    if options.gpus < 1 or options.gpu_memory <= 0:
+        found.append(f"--gpus {options.gpus} --gpu-memory {options.gpu_memory:g}: expected positive numbers. Correct them.")
+    whole = dataclasses.replace(run, parallel=ParallelConfig())
+    if found := [*found, *problems(whole, 1)]:
+        raise ConfigError(found)
+    return run, frozenset(path.split(".")[1] for path in values if path.startswith("parallel.")), options
 
 
 def _parse_with(

@@ -3,8 +3,10 @@
 Everybody else receives `Ranks`, frozen integers; code that needs a group asks megatron-core for it by name.
 """
 
+import contextlib
 import datetime
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +69,27 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     return ranks
 
 
-def _make_groups(parallel: ParallelConfig) -> None:
+@contextlib.contextmanager
+def imagined(parallel: ParallelConfig, world_size: int, rank: int = 0) -> Iterator[None]:
+    """The groups of one rank among processes that are not there: for models on the meta device. Nothing can be sent.
+
+    Args:
+        parallel: the layout.
+        world_size: processes that it is cut over.
+        rank: which of them.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    install_cpu_mode()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        _make_groups(parallel, gloo=False)
+        yield
+    finally:
+        finalize()
+
+
+def _make_groups(parallel: ParallelConfig, gloo: bool = True) -> None:
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
@@ -78,6 +100,7 @@ def _make_groups(parallel: ParallelConfig) -> None:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        create_gloo_process_groups=gloo,
     )
 
 

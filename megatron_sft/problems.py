@@ -39,6 +39,7 @@ def _layout_problems(run: RunConfig, world_size: int) -> list[str]:
             f"{parallel.expert_tensor_parallel_size}. Change --expert-model-parallel-size."
         )
     for name, value in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.num_query_groups)):
+    found += _division_problems(run)
         if value % tp and not (name == "num_query_groups" and tp % value == 0):
             flag = f"--{name.replace('_', '-')}"
             found.append(f"--tensor-model-parallel-size {tp} does not divide {flag} {value}. Choose one that does.")
@@ -59,6 +60,33 @@ def _layout_problems(run: RunConfig, world_size: int) -> list[str]:
 
 
 def _head_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+def _division_problems(run: RunConfig) -> list[str]:
+    """Layers over pipeline stages, experts over EP, the MLP over TP: what megatron-core only asserts."""
+    parallel, model = run.parallel, run.model
+    found = []
+    ends = (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers)
+    stages = parallel.pipeline_model_parallel_size - sum(1 for layers in ends if layers is not None)
+    layers = model.num_layers - sum(layers or 0 for layers in ends)
+    chunks = stages * (parallel.virtual_pipeline_model_parallel_size or 1)
+    if model.num_layers and (layers < 0 or (layers % chunks if stages else layers)):
+        found.append(
+            f"{layers} layers cannot be cut into {chunks} equal pipeline stages. Change --pipeline-model-parallel-size, or use "
+            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
+        )
+    experts, ep = model.core.get("num_moe_experts") or 0, parallel.expert_model_parallel_size
+    if experts % ep:
+        found.append(f"--expert-model-parallel-size {ep} does not divide --num-experts {experts}. Choose one that does.")
+    tp = parallel.tensor_model_parallel_size
+    widths = {"--ffn-hidden-size": model.ffn_hidden_size}
+    if model.core.get("multi_latent_attention"):
+        widths["--kv-lora-rank + --qk-pos-emb-head-dim"] = sum(model.core.get(n, 0) for n in ("kv_lora_rank", "qk_pos_emb_head_dim"))
+        widths["--q-lora-rank"] = model.core.get("q_lora_rank") or 0
+    for flag, width in widths.items():
+        if width % tp:
+            found.append(f"--tensor-model-parallel-size {tp} does not divide {flag} {width}. Choose one that does.")
+    return found
+
+
     """What --cp-comm-type a2a asks of the heads: each context-parallel rank takes some of those of its TP rank."""
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if cp == 1 or parallel.cp_comm_type != "a2a" or not model.num_attention_heads:

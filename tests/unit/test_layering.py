@@ -29,11 +29,12 @@ ALLOWED: Mapping[str, set[str]] = {
     "prompts": EVERY | {"parallel", "data", "generation", "inference"},
     "tasks": EVERY | {"parallel", "data", "generation", "inference", "prompts"},
     "train": EVERY | {"problems", "parallel", "data", "model", "checkpoint", "metrics"},
+    "plan": EVERY | {"problems", "parallel", "model", "checkpoint", "conversion", "train"},
     "arguments": EVERY | {"flags", "problems"},
     "__main__": EVERY
-    | {"arguments", "checkpoint", "conversion", "data", "generation", "inference", "parallel", "prompts", "tasks", "train"},
+    | {"arguments", "checkpoint", "conversion", "data", "generation", "inference", "parallel", "plan", "prompts", "tasks", "train"},
 }
-USES_CORE = {"core_compat", "parallel", "model", "checkpoint", "conversion", "generation", "inference", "tasks", "train"}
+USES_CORE = {"core_compat", "parallel", "model", "checkpoint", "conversion", "generation", "inference", "plan", "tasks", "train"}
 
 
 def imported_modules(tree: ast.AST, dotted: str) -> Iterator[str]:
