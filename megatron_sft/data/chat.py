@@ -134,13 +134,18 @@ class ChatEncoder:
         try:
             if self.config.train_on == "all":
                 text, _ = self.template.render(conversation.messages, row.tools, row.template_kwargs)
+                text.encode()
                 return Rendered(text, ((0, len(text), 1.0),), "all")
             text, spans, route = assistant_spans(self.template, conversation, self.special)
+            text.encode()
         except TemplateError as error:
             if error.is_fatal:  # not this row's fault, and each one like it would take seconds
                 raise DataError(f"{row.where}: the chat template {error}. Correct it, or pass another --chat-template.") from None
             raise RowError(row.where, "refused by the template", f"the chat template {error}. Expected a conversation that it "
                            "renders; correct the row or pass another --chat-template.") from None  # fmt: skip
+        except UnicodeEncodeError as error:  # schema.py sees to the contents; tools and arguments are left
+            raise RowError(row.where, "lone surrogate", f"the text has a lone surrogate at character {error.start}; expected "
+                           "valid Unicode. Correct the escape \\ud800-\\udfff in the row.") from None  # fmt: skip
         except Undecided as error:
             raise RowError(row.where, "mask undecided", f"which tokens the assistant wrote cannot be decided exactly ({error}). "
                            "Put {% generation %} blocks into the template and pass it with --chat-template, or correct the "
@@ -186,8 +191,8 @@ def _check_left_out(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span]
             thought = message.get(key)
             is_last = index == assistants[-1][0] > turn  # gpt-oss drops the reasoning before a tool call once there is an answer
             if is_last and isinstance(thought, str) and thought.strip() not in text[first:last]:
-                raise RowError(where, "reasoning left out", f"the chat template leaves out {key} of message {index + 1}; expected "
-                               "it in the text. Take a template that knows it, remove it, or move it into the content.")  # fmt: skip
+                raise RowError(where, "reasoning left out", f"the chat template leaves out {key} of message {index + 1}; "
+                               "expected it. Take a template that knows it, remove it, or move it into the content.")  # fmt: skip
 
 
 def _thinks(message: Mapping[str, Any]) -> bool:

@@ -8,29 +8,24 @@ Endings: .jsonl .ndjson .json .parquet .arrow, the JSON ones also with .gz or .z
 """
 
 import glob
-import gzip
 import importlib.util
-import io
 import itertools
 import json
 import os
 import re
 import stat
 import traceback
-import zlib
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_sft.config import DataConfig
+from megatron_sft.data.json_rows import Item, json_rows, jsonl_rows, parse_line
 from megatron_sft.data.schema import RowError
 from megatron_sft.errors import DataError
 
-Record = dict[str, Any]
-Item = tuple[str, Record | RowError]
-
-MAX_LINE_BYTES = 16 * 2**20
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 COMPRESSIONS = ("", ".gz", ".zst")
 _SLICE = re.compile(r"^(?P<path>.+)@(?:\[(?P<start>\d*):(?P<stop>\d*)\]|(?P<percent>\d+(?:\.\d+)?)%)$")
@@ -114,7 +109,7 @@ class CustomSource(Source):
                                       "text, numbers, lists and dicts. Correct the class.")  # fmt: skip
                 continue
             if isinstance(record, dict):
-                yield where, json.loads(text)
+                yield where, parse_line(text.encode(), where)
             else:
                 yield where, RowError(where, "not an object", f"{self._spec} gave a {type(record).__name__}; expected a dict. "
                                       "Correct the class.")  # fmt: skip
@@ -138,7 +133,7 @@ def read_file(path: str) -> Iterator[Item]:
         return _parquet_rows(path)
     if ending == ".arrow":
         return _arrow_rows(path)
-    return _json_rows(path) if ending == ".json" else _jsonl_rows(path)
+    return json_rows(path) if ending == ".json" else jsonl_rows(path)
 
 
 def _stem(path: str) -> str:
@@ -172,6 +167,9 @@ def _local_files(path: str, split: str) -> list[str]:
         except OSError as error:
             raise DataError(f"{file}: cannot be opened ({error.strerror}); expected a data file or folder. "
                             "Correct the path.") from None  # fmt: skip
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in file):
+            raise DataError(f"{file!a}: control characters in the name, or it is not UTF-8; expected a name that can be printed. "
+                            "Rename the file.")  # fmt: skip
         if _ending(file) is None:
             raise DataError(f"{file}: unknown ending; expected {', '.join(ENDINGS)} (also .gz, .zst). Rename the file.")
         if not stat.S_ISREG(mode):
@@ -195,205 +193,6 @@ def _files_below(folder: str) -> Iterator[str]:
         seen.add(identity)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(top, name) for name in names if not name.startswith((".", "dataset_info", "state.")))
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed; damage that ends the file becomes a DataError."""
-    try:
-        with open(path, "rb") as raw:
-            if path.lower().endswith(".gz"):
-                with gzip.open(raw) as stream:
-                    yield stream  # type: ignore[misc]
-            elif path.lower().endswith(".zst"):
-                with _zstandard_reader(raw) as stream:
-                    yield stream
-            else:
-                yield raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read to its end ({error}); expected a whole file. "
-                        "Copy or compress it again.") from None  # fmt: skip
-
-
-@contextmanager
-def _zstandard_reader(raw: IO[bytes]) -> Iterator[IO[bytes]]:
-    try:
-        import zstandard
-    except ImportError:
-        raise DataError(f"{raw.name}: .zst needs the zstandard package. pip install zstandard") from None
-    try:
-        yield io.BufferedReader(_ZstandardFrames(raw, zstandard.ZstdDecompressor().decompressobj))
-    except zstandard.ZstdError as error:
-        raise OSError(str(error)) from None
-
-
-class _ZstandardFrames(io.RawIOBase):
-    """The bytes of all frames. Unlike zstandard's own reader, which ends silently, it refuses a last frame that is cut off."""
-
-    def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any]):
-        self._raw, self._new_frame = raw, new_frame
-        self._frame: Any = None
-        self._rest = self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            data = self._rest or self._raw.read(2**14)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the last frame is cut off")
-                return 0
-            self._frame = self._frame or self._new_frame()
-            self._ready, self._rest = self._frame.decompress(data), b""
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
-def parse_line(line: bytes, where: str) -> Record | RowError:
-    """One JSON object; a RowError says why it is none."""
-    try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        return RowError(where, "bad UTF-8", f"byte {error.start} of the line is not UTF-8 ({error.reason}); expected "
-                        "UTF-8 text. Convert the file with iconv.")  # fmt: skip
-    except RecursionError:
-        return RowError(where, "nested too deep", "the JSON is nested too deep; expected a flat record of messages. "
-                        "Remove the row.")  # fmt: skip
-    except ValueError as error:
-        return RowError(where, "bad JSON", f"not valid JSON ({error}); expected one JSON object a line. "
-                        "Correct or remove the line.")  # fmt: skip
-    if isinstance(record, dict):
-        return record
-    return RowError(where, "not an object", f"the line holds a JSON {type(record).__name__}; expected an object such as "
-                    '{"messages": [...]}. Correct or remove the line.')  # fmt: skip
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice in one object")
-    return record
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
-
-
-def _jsonl_rows(path: str) -> Iterator[Item]:
-    with _opened(path) as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            where = f"{path}:{number}"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if len(line) > MAX_LINE_BYTES:
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(2**20)
-                yield where, RowError(where, "line too long", f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB; "
-                                      "expected one conversation a line. Split or remove it.")  # fmt: skip
-            elif line.strip():
-                yield where, parse_line(line, where)
-
-
-def _json_rows(path: str) -> Iterator[Item]:
-    """Objects of a JSON list, or objects one after the other (JSON lines under the name .json), one at a time."""
-    with _opened(path) as stream:
-        first = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if first != b"[":
-        yield from _jsonl_rows(path)
-        return
-    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    with _opened(path) as stream:
-        text = _TextBuffer(stream, path)
-        text.skip("[")
-        while (following := text.peek()) not in ("]", ""):
-            where = f"{path}:{text.line}"
-            record = text.value(decoder, where)
-            if isinstance(record, dict):
-                yield where, record
-            elif isinstance(record, RowError):
-                raise DataError(f"{record}")
-            else:
-                yield where, RowError(where, "not an object", f"the list holds a {type(record).__name__}; expected "
-                                      'objects such as {"messages": [...]}. Correct or remove it.')  # fmt: skip
-            following = text.peek()
-            if following == ",":
-                text.skip(",")
-            elif following != "]":
-                break
-        if following != "]":
-            raise DataError(
-                f"{path}:{text.line}: the JSON list is not closed; expected , or ] and found "
-                f"{following or 'the end of the file'!r}. The file is cut off or damaged: write it again."
-            )
-
-
-class _TextBuffer:
-    """A window on a JSON text that grows only to the longest value. `line`: 1-based line of the next character."""
-
-    def __init__(self, stream: IO[bytes], path: str):
-        self._stream, self._path = stream, path
-        self._text, self._rest, self.line, self._is_first = "", b"", 1, True
-
-    def _more(self, num_bytes: int) -> bool:
-        data = self._stream.read(num_bytes)
-        if self._is_first:
-            data, self._is_first = data.removeprefix(b"\xef\xbb\xbf"), False
-        block = self._rest + data
-        try:
-            self._text, self._rest = self._text + block.decode("utf-8"), b""
-        except UnicodeDecodeError as error:
-            # A character cut by the end of the block waits for the next one.
-            if not data or len(block) - error.start > 3:
-                raise DataError(
-                    f"{self._path}:{self.line}: bytes that are not UTF-8 ({error.reason}) in or after the value that "
-                    "starts here; expected UTF-8 text. Convert the file with iconv."
-                ) from None
-            self._text, self._rest = self._text + block[: error.start].decode("utf-8"), block[error.start :]
-        return bool(data)
-
-    def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
-        while True:
-            bare = self._text.lstrip(" \t\r\n")
-            self.line += self._text.count("\n", 0, len(self._text) - len(bare))
-            self._text = bare
-            if bare or not self._more(2**20):
-                return bare[:1]
-
-    def skip(self, character: str) -> None:
-        if self.peek() == character:
-            self._text = self._text[1:]
-
-    def value(self, decoder: json.JSONDecoder, where: str) -> Any:
-        """The next JSON value; a RowError when there is none."""
-        block = 2**20
-        while True:
-            try:
-                value, end = decoder.raw_decode(self._text)
-            except RecursionError:
-                detail = "the JSON is nested too deep; expected flat records. Remove the row."
-                return RowError(where, "nested too deep", detail)
-            except ValueError as error:
-                # Read on only when the text may have ended in the middle of the value.
-                if len(self._text) <= MAX_LINE_BYTES and self._more(block):
-                    block *= 2
-                    continue
-                detail = f"not valid JSON ({error}); expected a list of objects. Correct the file."
-                return RowError(where, "bad JSON", detail)
-            if end == len(self._text) and self._more(block):
-                continue
-            self.line += self._text.count("\n", 0, end)
-            self._text = self._text[end:]
-            return value
 
 
 def _without_nulls(value: Any) -> Any:
@@ -439,6 +238,7 @@ def _arrow_rows(path: str) -> Iterator[Item]:
 
 
 def _parts(batch: Any) -> Iterator[Any]:
+    batch.validate(full=True)  # pyarrow reads damaged offsets without a check, and beyond the memory
     return (batch.slice(start, 512) for start in range(0, batch.num_rows, 512))
 
 

@@ -279,7 +279,7 @@ class _Writer:
         np.save(self.folder / "source_ids.npy", np.concatenate(collector.source_ids))
         np.save(self.folder / "where_offsets.npy", where_offsets)
         if collector.problems:
-            lines = [json.dumps(dataclasses.asdict(problem), ensure_ascii=True) for problem in collector.problems]
+            lines = [json.dumps(dataclasses.asdict(problem), default=str) for problem in collector.problems]
             (self.folder / "bad_rows.jsonl").write_text("\n".join(lines) + "\n", encoding="ascii")
         meta = {
             "version": STORE_VERSION,

@@ -108,6 +108,13 @@ def test_reasoning_that_the_template_leaves_out_is_refused(key: str) -> None:
         encoder_of("qwen2_5").encode(Row(messages, where="a:1"))
 
 
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_a_lone_surrogate_in_the_tools_is_refused(train_on: str) -> None:
+    row = Row([CHAT[0], {"role": "assistant", "content": "b"}], [{"name": "\ud800"}], where="a:1")
+    with pytest.raises(RowError, match=r"a:1: the text has a lone surrogate at character \d+"):
+        encoder_of("qwen2_5", train_on=train_on).encode(row)
+
+
 def test_train_on_all_trains_every_token() -> None:
     (encoded,) = encoder_of("qwen3", train_on="all").encode(Row(CHAT[:2], where="a:1"))
     assert encoded.loss_mask.all()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_sft.config import DataConfig
+from megatron_sft.data.json_rows import parse_line
 from megatron_sft.data.schema import RowError, schema_of, to_row
-from megatron_sft.data.sources import parse_line
 
 ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SYSTEM = [{"role": "system", "content": "s"}, *ASKED]

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from megatron_sft.config import DataConfig
-from megatron_sft.data import sources
+from megatron_sft.data import json_rows
 from megatron_sft.data.schema import RowError, to_row
 from megatron_sft.data.sources import open_source
 from megatron_sft.errors import DataError
@@ -73,7 +73,7 @@ def test_folders_and_globs_read_all_files_in_name_order(tmp_path: Path) -> None:
 
 def test_json_lists_know_the_line_of_each_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    path.write_text('\ufeff[\n {"text": "x\\n"},\n\n {"text":\n  "\u00e9"}\n]\n', encoding="utf-8")
+    path.write_text("\ufeff" + " " * 99 + '[\n {"text": "x\\n"},\n\n {"text":\n  "\u00e9"}\n]\n', encoding="utf-8")
     assert list(open_source(str(path), DataConfig())) == [(f"{path}:2", {"text": "x\n"}), (f"{path}:4", {"text": "\u00e9"})]
 
 
@@ -148,6 +148,7 @@ LINES = {
     "huge number": (b'{"text": ' + b"9" * 5000 + b"}\n", "not valid JSON"),
     "duplicate keys": (b'{"text": "a", "text": "b"}\n', "key 'text' occurs twice"),
     "deep list": (b"[" * 100_000 + b"]" * 100_000 + b"\n", "nested too deep"),
+    "a little deep": (b'{"a":' * 65 + b"1" + b"}" * 65 + b"\n", "nested too deep; expected at most 64 levels"),
     "deep objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"\n", "nested too deep"),
     "a list": (b"[1]\n", "JSON list"),
     "a number": (b"3\n", "JSON int"),
@@ -232,6 +233,9 @@ FILES = {
     "open.json": (b"[" + GOOD, "the JSON list is not closed"),
     "comma.json": (b"[" + GOOD + GOOD + b"]", "the JSON list is not closed"),
     "deep.json": (b"[" * 100_000, "nested too deep"),
+    "two.json": (b"[" + GOOD + b"]\n[" + GOOD + b"]", "follows the JSON list"),
+    "pretty.json": (json.dumps(CHAT, indent=1).encode(), "an object over several lines"),
+    "\x1b[31m.jsonl": (GOOD, "control characters in the name"),
     "bytes.json": (b'[{"text": "\xff\xff\xff\xff\xff"}]', "not UTF-8"),
     "half.json": (b'[{"text": "a', "not valid JSON"),
     "rows.csv": (b"a,b\n", "unknown ending"),
@@ -244,7 +248,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
         list(open_source(str(tmp_path / name), DataConfig()))
-    assert str(error.value).startswith(str(tmp_path / name)) and reason in str(error.value)
+    assert str(error.value).lstrip("'").startswith(str(tmp_path / name).partition("\x1b")[0]) and reason in str(error.value)
 
 
 def test_paths_that_hold_nothing_are_errors(tmp_path: Path) -> None:
@@ -295,7 +299,7 @@ def test_byte_order_mark_line_ends_and_blank_lines_are_fine(tmp_path: Path, cont
 
 
 def test_a_line_beyond_the_limit_is_skipped_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(json_rows, "MAX_LINE_BYTES", 2**20)
     (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "' + b"x" * (5 * 2**20) + b'"}\n' + GOOD)
     items = list(open_source(str(tmp_path / "a.jsonl"), DataConfig()))
     assert [type(record) for _, record in items] == [dict, RowError, dict]
