@@ -290,7 +290,8 @@ def _pattern(text: str) -> list[int]:
 
 
 def _switch_help(name: str) -> str:
-    return ", ".join(f"{path.split('.')[1]} = {value}" for path, value in flags.SWITCHES[name])
+    set_to = [f"{path.split('.')[1]} = {value}" for path, value in flags.SWITCHES[name]]
+    return ", ".join(set_to) or "another flag says it; accepted because every conf has it"
 
 
 def _unknown(name: str, parser: argparse.ArgumentParser) -> str:

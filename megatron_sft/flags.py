@@ -21,6 +21,7 @@ SWITCHES: Mapping[str, tuple[tuple[str, Any], ...]] = {
     "--no-check-for-nan-in-loss-and-grad": (("train.check_for_nan", False),),
     "--check-for-nan-in-loss-and-grad": (("train.check_for_nan", True),),
     "--rollout-shuffle": (("data.shuffle", True),),
+    "--group-query-attention": (),
 }
 """Flag without a value -> fields it sets."""
 
@@ -72,7 +73,6 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
     "--use-mcore-models": (0, _TRUE),
     "--calculate-per-token-loss": (0, _TRUE),
     "--auto-detect-ckpt-format": (0, _TRUE),
-    "--group-query-attention": (0, "--num-query-groups says it"),
     "--no-position-embedding": (0, "RoPE models have no position table"),
     "--no-masked-softmax-fusion": (0, _KERNEL),
     "--no-rope-fusion": (0, _KERNEL),
