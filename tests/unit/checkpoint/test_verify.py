@@ -14,7 +14,7 @@ from megatron_sft.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.model.build import build_model
 from megatron_sft.model.rope import RotaryTable
-from tests.unit.checkpoint.tiny_models import LLAMA3_ROPE, tiny_folder
+from tests.unit.checkpoint.tiny_models import LLAMA3_ROPE, LONG_ROPE, tiny_folder
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +26,20 @@ def ranks():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    for name in ("llama", "qwen2", "qwen3", "mixtral"):
+    for name in sorted({name for name, *_ in (*WEIGHTS.values(), *PLACES.values(), *SETTINGS.values())}):
         tiny_folder(name, root / name)
     return root
 
 
+def changed(model, change):
+    core = {name.removeprefix("core."): value for name, value in change.items() if name.startswith("core.")}
+    plain = {name: value for name, value in change.items() if not name.startswith("core.")}
+    return dataclasses.replace(model, core={**model.core, **core}, **plain)
+
+
 def loaded(folder, ranks, change=None):
     """The converted model; `change` makes the wrong ModelConfig that it is built from."""
-    model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 1)
-    model = dataclasses.replace(model, **(change or {}))
+    model = changed(conversion.padded(model_config_from_hf(read_hf_config(folder)), 1), change or {})
     chunks = build_model(model, ParallelConfig(), TrainConfig())
     load_hf_weights(chunks, model, folder, ranks)
     return chunks, model
@@ -110,37 +115,169 @@ def test_quick_check_and_verify_find_wrong_weights(mistake, folders, ranks):
     assert changed_tensors(chunks, model, folders / name, ranks) != []
 
 
-def test_verify_names_the_first_layer_that_differs(folders, ranks):
+def _swap(a, b):
+    kept = a.clone()
+    a.copy_(b)
+    b.copy_(kept)
+
+
+def layer(chunk, number=1):
+    return chunk.decoder.layers[number]
+
+
+def expert(chunk, number, index):
+    return layer(chunk, number).mlp.experts.local_experts[index]
+
+
+def _swap_experts(chunk, number):
+    for a, b in zip(expert(chunk, number, 0).parameters(), expert(chunk, number, 1).parameters(), strict=True):
+        _swap(a, b)
+
+
+PLACES = {  # family, mistake, the place that verify names, the first HF tensor that differs
+    "router bias": ("gpt_oss", lambda m: layer(m).mlp.router.bias.zero_(), 1, "mlp.router.bias"),
+    "sinks dropped": ("gpt_oss", lambda m: attention(m, 1).core_attention.softmax_offset.fill_(-1e9), 1, "self_attn.sinks"),
+    "output bias dropped": ("gpt_oss", lambda m: attention(m, 1).linear_proj.bias.zero_(), 1, "self_attn.o_proj.bias"),
+    "expert bias dropped": (
+        "gpt_oss",
+        lambda m: [expert(m, 2, n).linear_fc2.bias.zero_() for n in range(4)],
+        2,
+        "mlp.experts.down_proj_bias",
+    ),
+    "stacked experts swapped": ("gpt_oss", lambda m: _swap_experts(m, 1), 1, "mlp.experts.gate_up_proj_bias"),
+    "experts swapped": ("qwen3_moe", lambda m: _swap_experts(m, 2), 2, "mlp.experts.0.gate_proj.weight"),
+    "gate and up of the shared expert": (
+        "deepseek_v3",
+        lambda m: _swap_halves(layer(m, 3).mlp.shared_experts.linear_fc1.weight),
+        3,
+        "mlp.shared_experts.gate_proj.weight",
+    ),
+    "router's correction": (
+        "deepseek_v3",
+        lambda m: layer(m).mlp.router.expert_bias.zero_(),
+        1,
+        "mlp.gate.e_score_correction_bias",
+    ),
+    "norm of the latent": (
+        "deepseek_v3",
+        lambda m: attention(m, 1).kv_layernorm.weight.fill_(1),
+        1,
+        "self_attn.kv_a_layernorm.weight",
+    ),
+    "gate and up of one tensor": ("phi3", lambda m: _swap_halves(layer(m).mlp.linear_fc1.weight), 1, "mlp.gate_up_proj.weight"),
+    "both post-norms swapped": (
+        "gemma3_text",
+        lambda m: _swap(attention(m, 1).linear_proj.post_layernorm.weight, layer(m).mlp.linear_fc2.post_layernorm.weight),
+        1,
+        "post_feedforward_layernorm.weight",
+    ),
+    "query norm's heads": ("olmo2", lambda m: _swap_halves(attention(m, 1).q_layernorm.weight), 1, "self_attn.q_norm.weight"),
+    "norm bias": ("nemotron", lambda m: layer(m).input_layernorm.bias.zero_(), 1, "input_layernorm.bias"),
+    "norm not centred": ("nemotron", lambda m: layer(m).input_layernorm.weight.sub_(1), 1, "input_layernorm.weight"),
+    "z and x of Mamba": (
+        "nemotron_h",
+        lambda m: _swap(layer(m, 0).mixer.in_proj.weight[:64], layer(m, 0).mixer.in_proj.weight[64:128]),
+        0,
+        "mixer.in_proj.weight",
+    ),
+    "taps of the convolution": (
+        "nemotron_h",
+        lambda m: layer(m, 3).mixer.conv1d.weight.copy_(layer(m, 3).mixer.conv1d.weight.flip(2)),
+        3,
+        "mixer.conv1d.weight",
+    ),
+    "D dropped": ("nemotron_h", lambda m: layer(m, 0).mixer.D.zero_(), 0, "mixer.D"),
+    "latent projection": (
+        "nemotron_h-latent",
+        lambda m: layer(m, 2).mlp.fc2_latent_proj.weight.neg_(),
+        2,
+        "mixer.fc2_latent_proj.weight",
+    ),
+    "shared expert left out": (
+        "llama4_text",
+        lambda m: layer(m).mlp.shared_experts.linear_fc2.weight.zero_(),
+        1,
+        "feed_forward.shared_expert.down_proj.weight",
+    ),
+    "one value of the last layer": (
+        "llama",
+        lambda m: layer(m, 3).mlp.linear_fc2.weight[5, 7].add_(0.01),
+        3,
+        "mlp.down_proj.weight",
+    ),
+    "final norm one too large": ("gemma2", lambda m: m.decoder.final_layernorm.weight.add_(1), None, "model.norm.weight"),
+    "last row of the head": ("llama", lambda m: m.output_layer.weight[130].zero_(), None, "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("mistake", PLACES)
+def test_verify_names_the_first_place_and_the_tensor(mistake, folders, ranks):
+    name, spoil, place, tensor = PLACES[mistake]
+    chunks, model = loaded(folders / name, ranks)
+    with torch.no_grad():
+        spoil(chunks[0])
+    assert first_difference(chunks[0], folders / name)[0] == ("logits" if place is None else f"layer {place}")
+    found = changed_tensors(chunks, model, folders / name, ranks)[0][0]
+    assert found == tensor if place is None else found.split(f"layers.{place}.")[1] == tensor
+
+
+def test_verify_compares_bits_of_what_no_token_uses(folders, ranks):
     chunks, model = loaded(folders / "llama", ranks)
     with torch.no_grad():
-        chunks[0].decoder.layers[3].mlp.linear_fc2.weight.mul_(1.01)
-    assert first_difference(chunks[0], folders / "llama")[0] == "layer 3"
-    changed = changed_tensors(chunks, model, folders / "llama", ranks)
-    assert [name for name, _, _ in changed] == ["model.layers.3.mlp.down_proj.weight"]
+        chunks[0].decoder.layers[3].mlp.linear_fc2.weight[5, 7] *= 1 + 2**-23
+    assert first_difference(chunks[0], folders / "llama")[0] is None
+    (found,) = changed_tensors(chunks, model, folders / "llama", ranks)
+    assert found[0] == "model.layers.3.mlp.down_proj.weight" and found[1] != found[2]
 
 
-SETTINGS = {
-    "eps": {"norm_epsilon": 1e-5},
-    "theta": {"rotary_base": 1e4},
-    "scaling factor": {"rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}},
-    "scaling left out": {"rope_scaling": None},
-    "partial rotary": {"rotary_percent": 0.5},
-    "activation": {"activation": "gelu"},
-    "window": {"window_size": 4},
-    "tied": {"share_embeddings_and_output_weights": True},
+def _llama3(**change):
+    return {"rope_scaling": {**LLAMA3_ROPE, **change}}
+
+
+SETTINGS = {  # family, mistake, the place that verify names
+    "eps": ("llama", {"norm_epsilon": 1e-5}, "layer 0"),
+    "theta": ("llama", {"rotary_base": 1e4}, "layer 0"),
+    "scaling factor": ("llama", _llama3(factor=32.0), "layer 0"),
+    "low frequencies": ("llama", _llama3(low_freq_factor=2.0), "layer 0"),
+    "high frequencies": ("llama", _llama3(high_freq_factor=8.0), "layer 0"),
+    "original positions": ("llama", _llama3(original_max_position_embeddings=4096), "layer 0"),
+    "scaling left out": ("llama", {"rope_scaling": None}, "layer 0"),
+    "partial rotary": ("llama", {"rotary_percent": 0.5}, "layer 0"),
+    "activation": ("llama", {"activation": "gelu"}, "layer 0"),
+    "window": ("llama", {"window_size": 4}, "layer 0"),
+    "tied": ("llama", {"share_embeddings_and_output_weights": True}, "logits"),
+    "window one too small": ("mistral", {"window_size": 7}, "layer 0"),
+    "window one too large": ("mistral", {"window_size": 9}, "layer 0"),
+    "layers with a window": ("qwen2-untied", {"window_layers": (False, False, True, True)}, "layer 1"),
+    "cap of the scores": ("gemma2", {"attn_logit_softcapping": None}, "layer 0"),
+    "cap of the logits": ("gemma2", {"final_logit_softcapping": None}, "logits"),
+    "scale of the embedding": ("gemma2", {"embedding_scale": None}, "embedding"),
+    "scale of the scores": ("gemma2", {"core.softmax_scale": 0.25}, "layer 0"),
+    "norms not centred": ("gemma2", {"norm_zero_centered": False}, "layer 0"),
+    "gelu without tanh": ("gemma2", {"activation": "gelu"}, "layer 0"),
+    "local theta": ("gemma3_text", {"rotary_base_local": 1e6}, "layer 0"),
+    "mscale of all": ("deepseek_v3", {"core.mscale_all_dim": 1.0}, "layer 0"),
+    "factor of the experts": ("deepseek_v3", {"core.moe_router_topk_scaling_factor": 1.0}, "layer 1"),
+    "experts renormalised": ("deepseek_v2", {"core.moe_router_pre_softmax": False}, "layer 1"),
+    "number of experts": ("qwen3_moe", {"core.moe_router_topk": 3}, "layer 0"),
+    "clamp": ("gpt_oss", {"core.activation_func_clamp_value": 7.0}, "layer 0"),
+    "offset of the gate": ("gpt_oss", {"core.glu_linear_offset": 0.0}, "layer 0"),
+    "layers without RoPE": ("llama4_text", {"core.no_rope_freq": [1, 0, 1, 0]}, "layer 0"),
+    "chunks": ("llama4_text", {"attention_chunk_size": 9}, "layer 0"),
+    "temperature": ("llama4_text", {"attn_temperature_floor": 5}, "layer 1"),
+    "long factors": ("phi3-long", {"rope_scaling": {**LONG_ROPE, "original_max_position_embeddings": 128}}, "layer 0"),
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_wrong_settings_are_found_by_flags_and_by_the_quick_check(setting, folders, ranks):
-    hf = model_config_from_hf(read_hf_config(folders / "llama"))
-    wrong = dataclasses.replace(hf, **SETTINGS[setting])
-    assert len(conflicts(wrong, frozenset(SETTINGS[setting]), hf)) == 1
-    if setting == "tied":
-        return
-    chunks, model = loaded(folders / "llama", ranks, SETTINGS[setting])
+def test_wrong_settings_are_found_by_flags_by_verify_and_by_the_quick_check(setting, folders, ranks):
+    name, change, place = SETTINGS[setting]
+    hf = model_config_from_hf(read_hf_config(folders / name))
+    assert len(conflicts(changed(hf, change), frozenset(key.removeprefix("core.") for key in change), hf)) == 1
+    chunks, model = loaded(folders / name, ranks, change)
+    assert first_difference(chunks[0], folders / name)[0] == place
     with pytest.raises(CheckpointError, match=r"config\.json says"):
-        quick_check(chunks, model, folders / "llama", ranks)
+        quick_check(chunks, model, folders / name, ranks)
 
 
 def test_epsilon_that_model_building_lost_is_found(folders, ranks):

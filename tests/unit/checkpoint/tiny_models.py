@@ -209,10 +209,9 @@ def tiny_folder(name: str, folder: Path, dtype: torch.dtype = torch.float32, num
     keys.update({key: keys[key][:num_layers] for key in ("layer_types", "no_rope_layers", "layers_block_type") if key in keys})
     config = AutoConfig.for_model(**keys)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
-    biases = [buffer for key, buffer in model.named_buffers() if key.endswith("e_score_correction_bias")]
     with torch.no_grad():
-        for tensor in [*model.parameters(), *biases]:
-            if tensor.dim() == 1:
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if key.endswith("bias") or (tensor.dim() == 1 and tensor.requires_grad):
                 tensor.add_(torch.randn_like(tensor) * 0.2)
     model.save_pretrained(folder)
     return model
