@@ -7,7 +7,7 @@ VENV := .venv$(if $(filter $(VERSION),$(call VERSION_OF,python3)),,-$(VERSION))
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 MODEL := demo/SmolLM2-135M-Instruct
-SHELL_FILES := .ci/run $(wildcard conf/*.sh conf/*/*.sh examples/post_training/modelopt/*.sh examples/slurm/*.sbatch)
+SHELL_FILES := .ci/run bench/gpu.sh $(wildcard conf/*.sh conf/*/*.sh examples/post_training/modelopt/*.sh examples/slurm/*.sbatch)
 
 ifeq ($(VERSION),)
 $(error $(PYTHON) does not run. Name a Python of at least 3.11: make PYTHON=/path/to/python3.11 ...)

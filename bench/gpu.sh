@@ -1,0 +1,90 @@
+#!/bin/bash
+# tests/gpu and bench/gpu.py on a CUDA machine that has this checkout and, without a network, a folder of wheels:
+#
+#   [WHEELS=folder] bench/gpu.sh OUT_DIR
+#   bench/gpu.sh --cpu OUT_DIR      the CPU form; also what runs where there is no CUDA
+#
+# Under ten minutes, unattended: every part has a time limit, and a part that fails does not keep the next from running.
+# Writes OUT_DIR/gpu.json (docs/gpu.md), tests.xml and the logs. Exit status: 0, or 1 when a part failed.
+#
+# PYTHON        an interpreter (default python3); one that has torch with CUDA already lends it
+# BENCH_PYTHON  an interpreter that has everything: nothing is installed
+# WHEELS        all wheels in it are installed as they are, nothing is fetched
+# TESTS_S BENCH_S   seconds for the tests and the benchmark (180, 360)
+# BENCH_ARGS    further flags of bench/gpu.py
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+usage="usage: [WHEELS=folder] bench/gpu.sh [--cpu] OUT_DIR"
+cpu=
+if [[ ${1:-} == --cpu ]]; then
+  cpu=1
+  shift
+fi
+if [[ $# -ne 1 || $1 == -* ]]; then
+  echo "bench/gpu.sh: $# arguments: expected a folder for the results. $usage" >&2
+  exit 2
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+base=${PYTHON:-python3}
+
+# A virtual environment that sees the packages of the base interpreter, also when that is itself a virtual environment
+# (--system-site-packages would then show those of the system).
+make_environment() {
+  rm -rf "$out/venv"
+  "$base" -m venv --without-pip "$out/venv" || return
+  local packages
+  packages=$("$base" -c 'import site, sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))') || return
+  echo "$packages" >"$("$out/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+  python=$out/venv/bin/python
+  "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null || return
+  if [[ -n ${WHEELS:-} ]]; then
+    "$python" -m pip install --quiet --no-index --no-deps --find-links "$WHEELS" "$WHEELS"/*.whl
+  else
+    "$python" -m pip install --quiet --editable "${root}[test]"
+  fi
+}
+
+if [[ -n ${BENCH_PYTHON:-} ]]; then
+  python=$(cd "$(dirname "$(command -v "$BENCH_PYTHON")")" && pwd)/$(basename "$BENCH_PYTHON")
+else
+  echo "== environment"
+  if ! make_environment >"$out/install.log" 2>&1; then
+    tail -20 "$out/install.log" >&2
+    echo "bench/gpu.sh: $out/install.log: the environment was not made; expected pip to install every package. See its end above." >&2
+    exit 1
+  fi
+fi
+
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+if [[ -z $cpu ]] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "no CUDA device: the CPU form"
+  cpu=1
+fi
+if [[ -n $cpu ]]; then
+  export CUDA_VISIBLE_DEVICES='' GPU_TESTS_ON_CPU=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+cd "$root" || exit 1
+
+failed=0
+echo "== tests/gpu"
+rm -f "$out/tests.xml" "$out/gpu.json"
+timeout --kill-after=10 "${TESTS_S:-180}" "$python" -m pytest tests/gpu -q -p no:cacheprovider --junitxml="$out/tests.xml" \
+  >"$out/tests.log" 2>&1
+status=$?
+tail -3 "$out/tests.log"
+if [[ $status -ne 0 ]]; then
+  grep -E '^(FAILED|ERROR)' "$out/tests.log"
+  echo "tests/gpu ended with status $status; see $out/tests.log"
+  failed=1
+fi
+
+echo "== bench/gpu.py"
+limit=${BENCH_S:-360}
+# shellcheck disable=SC2086  # BENCH_ARGS is a list of words
+timeout --kill-after=10 "$limit" "$python" bench/gpu.py --out "$out/gpu.json" --tests "$out/tests.xml" --tests-status "$status" \
+  --budget-seconds "$((limit * 9 / 10))" ${cpu:+--cpu} ${BENCH_ARGS:-} 2>"$out/bench.log" || failed=1
+tail -5 "$out/bench.log"
+echo "results in $out/gpu.json"
+exit "$failed"

@@ -1,0 +1,72 @@
+"""bench/gpu.sh's CPU form: the tests of tests/gpu, the table of a tiny shape, and the JSON file that the GPU form writes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import gpu
+from bench.gpu_cells import SHAPES, Sizes, model_flags, run_config, squares_of
+
+ROOT = Path(__file__).parents[2]
+FLOORS = {"Qwen3-0.6B": 143e3, "Qwen3-1.7B": 62e3, "Qwen3-4B": 26.7e3, "Qwen3-8B": 15.3e3}
+"""Tokens/s of docs/gpu.md, for documents whose mean of length^2 over mean length is 1,895."""
+
+
+def test_cpu_form_writes_every_field(tmp_path: Path) -> None:
+    environment = {**os.environ, "BENCH_PYTHON": sys.executable, "BENCH_S": "60", "OMP_NUM_THREADS": "1"}
+    environment["BENCH_ARGS"] = "--budget-seconds 5 --engines ours,loss"
+    command = ["bash", "bench/gpu.sh", "--cpu", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["tests"]["status"] == 0 and report["tests"]["failures"] == report["tests"]["errors"] == 0
+    assert report["tests"]["passed"] > 30 and report["tests"]["skipped"] == 1
+    assert {"date", "command", "versions", "device", "budget_seconds", "rows"} <= report.keys()
+    assert report["versions"]["torch"] and report["versions"]["megatron-core"]
+    assert report["device"]["type"] == "cpu" and report["device"]["matmul_tflops"] > 0
+    ours, loss = report["rows"]
+    assert (ours["shape"], ours["engine"], ours["status"], ours["steps"]) == ("tiny", "ours", "ok", 3)
+    assert ours["tokens_per_s"] > 0 and 0 < ours["mfu"] < 1 and ours["peak_gib"] > 0
+    assert ours["bytes_per_parameter"] == 18 and ours["tried"] == [[4, False, "ok"]]
+    assert ours["first_loss"] == pytest.approx(np.log(256), abs=0.1)  # random weights guess among 256 ids
+    assert len(ours["kernels"]) == 15 and {"name", "ms", "calls"} == ours["kernels"][0].keys()
+    assert (loss["engine"], loss["status"]) == ("loss", "ok") and loss["fused_ms"] > 0 and loss["full_ms"] > 0
+    assert "tok/s" in done.stdout and "no floor for this device" in done.stdout
+
+
+def test_arguments_that_are_none_are_refused(tmp_path: Path) -> None:
+    for arguments in ([], ["--gpu"], [str(tmp_path), "more"]):
+        done = subprocess.run(["bash", "bench/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "usage: " in done.stderr
+
+
+@pytest.mark.parametrize("shape", FLOORS)
+def test_floor_is_that_of_the_derivation(shape: str) -> None:
+    assert gpu.floor_tokens_per_s(run_config(shape, 1, False).model, 1895) == pytest.approx(FLOORS[shape], rel=0.01)
+
+
+def test_shapes_are_those_of_the_confs() -> None:
+    assert [name for name in SHAPES if SHAPES[name].conf] == list(FLOORS)
+    assert "--qk-layernorm" in model_flags("Qwen3-8B")
+    run = run_config("Qwen3-8B", 1, True)
+    assert run.optim.use_precision_aware_optimizer and run.train.recompute_granularity == "full"
+    assert (run.data.seq_length, run.train.global_batch_size, run.model.vocab_size) == (4096, 4, 151936)
+    assert squares_of(Sizes.of("Qwen3-8B")) == pytest.approx(1895, rel=0.02)
+
+
+def test_a_shape_that_does_not_fit_is_a_row() -> None:
+    device = {"status": "ok", "name": "NVIDIA H200", "matmul_tflops": 790.0}
+    row = {"shape": "Qwen3-8B", "engine": "trl", "packs_per_micro_batch": 1, "recompute": True, "status": "out of memory"}
+    assert gpu.judged(dict(row), device) == row
+    assert gpu.line_of(row).endswith("out of memory")
+    good = gpu.judged({**row, "engine": "ours", "status": "ok", "tokens_per_s": 10_000.0, "peak_gib": 120.0}, device)
+    assert good["passes"] and good["share_of_floor"] == pytest.approx(10_000 / 15_300, rel=0.02)
+    assert gpu.line_of(good).endswith("(bar 65%): pass")
+    slow = gpu.judged({**row, "engine": "ours", "status": "ok", "tokens_per_s": 9_000.0, "peak_gib": 120.0}, device)
+    assert gpu.line_of(slow).endswith("(bar 65%): FAIL")
+    assert list(gpu.ratios([good, {**slow, "engine": "trl"}])) == ["Qwen3-8B    ours / trl: 1.11x"]
