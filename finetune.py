@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from megatron_sft import log
 from megatron_sft.arguments import parse
-from megatron_sft.core_compat import process_environment
+from megatron_sft.core_compat import leave_out_compiler, process_environment
 from megatron_sft.errors import UserError
 
 
@@ -22,6 +22,7 @@ def main(argv: Sequence[str]) -> int:
     log.configure(rank)
     try:
         run, explicit = parse(argv, world_size)
+        leave_out_compiler()
         from megatron_sft.train.setup import finetune  # torch and megatron-core: not for --help and flag errors
 
         return finetune(run, explicit)

@@ -7,7 +7,7 @@ cat prompts.txt | python generate.py --load MODEL --output answers.jsonl
 import sys
 from collections.abc import Sequence
 
-from megatron_sft.core_compat import process_environment
+from megatron_sft.core_compat import leave_out_compiler, process_environment
 from megatron_sft.errors import UserError
 
 
@@ -17,6 +17,7 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         run, explicit, options = parse_generate(argv, process_environment()[1])
+        leave_out_compiler()
         from megatron_sft.prompts import answer_prompts
 
         rows = answer_prompts(run, explicit, options)

@@ -1,6 +1,13 @@
-"""Order of the tests: the longest file first, so that two processes finish together."""
+"""Before any test is imported: no compiler on a CPU. Order of the tests: the longest file first, so that two processes
+finish together."""
 
 import pytest
+
+
+def pytest_sessionstart() -> None:
+    from megatron_sft.core_compat import leave_out_compiler
+
+    leave_out_compiler()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

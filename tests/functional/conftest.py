@@ -1,17 +1,14 @@
 """A tiny model and rows on disk, and the command line of finetune.py."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.gloo import run_script
 from tests.text_models import text_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -38,17 +35,10 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finetune(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> Any:
     """Runs finetune.py on the tiny model; flags are added to those that every run needs."""
 
-    def run(*flags: str, processes: int = 1, needs: bool = True, timeout: float = 300) -> subprocess.CompletedProcess:
-        start = [sys.executable]
-        if processes > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    def run(*flags: Any, processes: int = 1, needs: bool = True) -> subprocess.CompletedProcess[str]:
         needed = ["--load", tiny_folder, "--tokenizer-model", tiny_folder, "--finetune-hf-dataset", rows_file]
         needed += ["--seq-length", "256", "--data-cache-path", tmp_path / "cache", "--num-workers", "1"]
-        command = [*start, "finetune.py", *(needed if needs else []), *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        return subprocess.run(
-            list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment
-        )
+        return run_script("finetune.py", [*(needed if needs else []), *flags], processes)
 
     return run
 

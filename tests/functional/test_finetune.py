@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.functional.conftest import ROOT, metrics_of
+from tests.functional.conftest import metrics_of
+from tests.gloo import ROOT
 
 KEYS = {"iteration", "sft/loss", "sft/trained_tokens", "sft/tokens_seen", "sft/epoch", "grad_norm", "lr", "perf/tokens_per_s"}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional.conftest import ROOT, metrics_of
+from tests.functional.conftest import metrics_of
+from tests.gloo import ROOT
 
 SCONTROL = '#!/bin/bash\n[[ "$*" == "show hostnames node[1-2]" ]] && printf "localhost\\nnode2\\n"\n'
 SRUN = """#!/bin/bash

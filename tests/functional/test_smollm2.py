@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.functional.conftest import ROOT, metrics_of
+from tests.functional.conftest import metrics_of
+from tests.gloo import ROOT
 
 FOLDER = ROOT / "demo" / "SmolLM2-135M-Instruct"
 TRAIN, TEST = ROOT / "examples/data/gsm8k_train_400.jsonl", ROOT / "examples/data/gsm8k_test_16.jsonl"
