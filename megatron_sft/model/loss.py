@@ -1,20 +1,21 @@
-"""Language-model head and cross-entropy in one, by chunks of tokens: full logits never exist.
+"""Language-model head and cross-entropy in one, by chunks of the vocabulary: full logits never exist.
 
-Tokens that are not trained are left out before the head, so a masked prompt costs no FLOP there. Gradients with
-respect to the logits are formed in the backward pass, chunk by chunk (the idea of Liger-Kernel's fused linear
-cross-entropy, linkedin/Liger-Kernel src/liger_kernel/ops/fused_linear_cross_entropy.py; the code is our own).
+Tokens that are not trained are left out before the head, so a masked prompt costs no FLOP there. Logits are formed twice,
+for the softmax's denominator (online, arXiv 1805.02867) and for the gradient. A chunk of the vocabulary gives its rows of
+the weight's gradient whole: nothing as large as the weight is added up chunk by chunk, as with chunks of tokens (Liger-
+Kernel's fused linear cross-entropy, linkedin/Liger-Kernel src/liger_kernel/ops/fused_linear_cross_entropy.py).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-CHUNK_LOGITS = 32 * 1024 * 1024
-"""Elements of one chunk's logits: 64 MB in bf16, 128 MB in fp32."""
-CHUNKS = 20
-"""A row has at most so many chunks: each one reads the head's weight and adds to its whole gradient, which for a GPU and
-a long row costs more than the matrix products. 16,384 tokens and 151,936 ids: 820 tokens a chunk in place of 220."""
+CHUNK_LOGITS = 16 * 1024 * 1024
+"""Elements of one chunk's logits: 32 MB in bf16, 64 MB in fp32."""
+CHUNKS = 32
+"""The vocabulary has at most so many chunks: each one reads all hidden states and adds to their gradient."""
 
 
 def linear_cross_entropy(
@@ -60,73 +61,73 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rank, rows = (dist.get_rank(group) if group is not None else 0), weight.shape[0]
         ctx.first_row, ctx.valid_rows = rank * rows, max(0, min(rows, vocab_size - rank * rows))
         ctx.softcap = softcap
-        ctx.group = group if group is not None and dist.get_world_size(group) > 1 else None
         index = loss_mask.nonzero(as_tuple=True)[0]
         chosen, targets = hidden.index_select(0, index), labels.index_select(0, index)
-        losses, denominators = [], []
-        size = _chunk_tokens(rows, len(index))
-        for part, target in zip(chosen.split(size), targets.split(size), strict=True):
-            logits = _logits(part, weight, ctx.valid_rows, softcap)
-            peak = logits.amax(dim=1)
-            _all_reduce(peak, dist.ReduceOp.MAX, ctx.group)
-            total = (logits - peak[:, None]).exp_().sum(dim=1)
-            _all_reduce(total, dist.ReduceOp.SUM, ctx.group)
-            here, column = _local_targets(target, ctx.first_row, ctx.valid_rows)
-            score = torch.where(here, logits.gather(1, column[:, None])[:, 0], 0.0)
-            _all_reduce(score, dist.ReduceOp.SUM, ctx.group)
-            denominators.append(peak + total.log())
-            losses.append(denominators[-1] - score)
+        peak = torch.full((len(index),), -torch.inf, device=hidden.device)
+        total, score = torch.zeros_like(peak), torch.zeros_like(peak)
+        for first, last in _chunks(ctx.valid_rows, len(index)):
+            logits = _logits(chosen, weight[first:last], softcap)
+            here, column = _local_targets(targets, ctx.first_row + first, last - first)
+            score += torch.where(here, logits.gather(1, column[:, None])[:, 0], 0.0)
+            higher = torch.maximum(peak, logits.amax(dim=1))
+            total = total * (peak - higher).exp_() + logits.sub_(higher[:, None]).exp_().sum(dim=1)
+            peak = higher
+        if group is not None and dist.get_world_size(group) > 1:
+            own = peak.clone()
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+            sums = torch.stack((total * (own - peak).exp_(), score))
+            dist.all_reduce(sums, group=group)
+            total, score = sums
+        denominator = peak + total.log()
         token_loss = torch.zeros(labels.shape[0], dtype=torch.float32, device=hidden.device)
-        if losses:
-            token_loss[index] = torch.cat(losses)
-        denominator = torch.cat(denominators) if denominators else token_loss[:0]
+        token_loss[index] = denominator - score
         ctx.save_for_backward(hidden, weight, index, targets, denominator)
         return token_loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Any) -> Any:
         hidden, weight, index, targets, denominator = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        scale = grad_loss.index_select(0, index)
-        size = _chunk_tokens(weight.shape[0], len(index))
-        for first in range(0, len(index), size):
-            part = slice(first, first + size)
-            chosen = hidden.index_select(0, index[part])
-            logits = _logits(chosen, weight, ctx.valid_rows, ctx.softcap)
+        chosen, scale = hidden.index_select(0, index), grad_loss.index_select(0, index)
+        grad_chosen = torch.zeros_like(chosen, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight)
+        grad_weight[ctx.valid_rows :] = 0
+        for first, last in _chunks(ctx.valid_rows, len(index)):
+            rows = weight[first:last]
+            logits = _logits(chosen, rows, ctx.softcap)
             slope = 1 - (logits / ctx.softcap).square_() if ctx.softcap is not None else None
-            grad_logits = logits.sub_(denominator[part, None]).exp_()
-            here, column = _local_targets(targets[part], ctx.first_row, ctx.valid_rows)
+            grad_logits = logits.sub_(denominator[:, None]).exp_()
+            here, column = _local_targets(targets, ctx.first_row + first, last - first)
             grad_logits.scatter_add_(1, column[:, None], -here[:, None].to(grad_logits.dtype))
-            grad_logits = grad_logits.mul_(scale[part, None])
+            grad_logits = grad_logits.mul_(scale[:, None])
             if slope is not None:
-                grad_logits[:, : ctx.valid_rows] *= slope[:, : ctx.valid_rows]
+                grad_logits.mul_(slope)
             grad_logits = grad_logits.to(weight.dtype)
-            grad_hidden.index_copy_(0, index[part], grad_logits @ weight)
-            grad_weight += grad_logits.T @ chosen
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+            grad_chosen += grad_logits @ rows
+            torch.mm(grad_logits.T, chosen, out=grad_weight[first:last])
+        grad_hidden = torch.zeros_like(hidden).index_copy_(0, index, grad_chosen.to(hidden.dtype))
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def _chunk_tokens(rows: int, tokens: int) -> int:
-    return max(1, CHUNK_LOGITS // rows, -(-tokens // CHUNKS))
+def chunk_rows(rows: int, tokens: int) -> int:
+    """Rows of the vocabulary whose logits for all trained tokens exist at a time."""
+    return max(1, CHUNK_LOGITS // max(tokens, 1), -(-rows // CHUNKS))
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, valid_rows: int, softcap: float | None) -> torch.Tensor:
-    """[tokens, rows] float32; rows of the padded table get -inf."""
+def _chunks(rows: int, tokens: int) -> Iterator[tuple[int, int]]:
+    """First and last row (not included) of each chunk: 10 rows, 4 a chunk -> (0, 4), (4, 8), (8, 10)."""
+    size = chunk_rows(rows, tokens)
+    return ((first, min(first + size, rows)) for first in range(0, rows, size))
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """[tokens, rows] float32."""
     logits = (hidden @ weight.T).float()
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
-    if valid_rows < weight.shape[0]:
-        logits[:, valid_rows:] = -torch.inf
     return logits
 
 
-def _local_targets(target: torch.Tensor, first_row: int, valid_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which targets this rank has a row of, and the row: ids 5, 9 on rows 8..15 -> (False, True), (0, 1)."""
-    here = (target >= first_row) & (target < first_row + valid_rows)
+def _local_targets(target: torch.Tensor, first_row: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which targets are among `rows` rows, and the row: ids 5, 9 on rows 8..15 -> (False, True), (0, 1)."""
+    here = (target >= first_row) & (target < first_row + rows)
     return here, torch.where(here, target - first_row, 0)
-
-
-def _all_reduce(tensor: torch.Tensor, operation: Any, group: dist.ProcessGroup | None) -> None:
-    if group is not None:
-        dist.all_reduce(tensor, op=operation, group=group)
