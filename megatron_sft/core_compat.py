@@ -165,6 +165,39 @@ def _patch_core_for_cpu() -> None:
     core_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     core_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     token_dispatcher.maybe_move_tensor_to_cpu = _move_tensor_to_cpu
+    _exchange_uneven_parts_over_gloo()
+
+
+def _exchange_uneven_parts_over_gloo() -> None:
+    """Gathers and reduce-scatters parts of different lengths, which gloo knows only as all_to_all_single.
+
+    megatron/core/tensor_parallel/mappings.py; experts that are cut over ETP and EP take such parts.
+    """
+    import torch
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def exchanged(x: Any, group: Any, sent: list[int], received: list[int]) -> Any:
+        output = torch.empty(sum(received), *x.shape[1:], dtype=x.dtype)
+        dist.all_to_all_single(output, x.contiguous(), received, sent, group=group)
+        return output
+
+    def gather_any(x: Any, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(x, group, output_split_sizes, *args, **kwargs)
+        lengths = [int(length) for length in output_split_sizes]
+        return exchanged(torch.cat([x] * group.size()), group, [x.shape[0]] * group.size(), lengths)
+
+    def reduce_scatter_any(x: Any, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(x, group, input_split_sizes, *args, **kwargs)
+        lengths = [int(length) for length in input_split_sizes]
+        own = lengths[group.rank()]
+        return exchanged(x, group, lengths, [own] * group.size()).unflatten(0, (group.size(), own)).sum(dim=0)
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_any, reduce_scatter_any
 
 
 def _patch_core_without_kernels() -> None:

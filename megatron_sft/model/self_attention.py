@@ -52,6 +52,7 @@ class PackedMLASelfAttention(MLASelfAttention):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
+        del self.rotary_pos_emb  # a module, which could be replaced by modules only: each forward pass brings its table
         if self.tp_group.size() > 1:
             self.linear_kv_down_proj.register_forward_hook(self._gather_latents)
 
@@ -83,17 +84,19 @@ class PackedMLASelfAttention(MLASelfAttention):
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
 
-class GatheredTable(torch.nn.Module):
-    """Stands where MLASelfAttention expects its RotaryEmbedding or YarnRotaryEmbedding, and gives this row's table."""
+class GatheredTable:
+    """Stands where MLASelfAttention expects its RotaryEmbedding or YarnRotaryEmbedding, and gives this row's table.
+
+    No module: DDP with --overlap-param-gather must not find one that was not there when it was made.
+    """
 
     def __init__(self, table: torch.Tensor, rope_type: str):
-        super().__init__()
         self.table, self.rope_type = table, rope_type
 
     def get_rotary_seq_len(self, *args: Any) -> int:
         """Not used: the table is gathered already."""
         return self.table.shape[0]
 
-    def forward(self, length: int, packed_seq: bool = False) -> Any:
+    def __call__(self, length: int, packed_seq: bool = False) -> Any:
         """The table; with YaRN also its factor, which is in the table."""
         return self.table if self.rope_type == "rope" else (self.table, 1.0)
