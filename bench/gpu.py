@@ -19,6 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -66,17 +67,22 @@ def attempt(options: argparse.Namespace, cell: Sequence[Any], until: float) -> d
         environment["CUDA_VISIBLE_DEVICES"] = ""
     limit = until - time.time() + GRACE_S
     start = time.monotonic()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"status": f"no end within {limit:.0f} s"}
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        try:
+            status = subprocess.run(command, stdout=output, stderr=errors, env=environment, cwd=ROOT, timeout=limit).returncode
+            ending = f"failed ({status})"
+        except subprocess.TimeoutExpired:
+            ending = f"no end within {limit:.0f} s"
+        output.seek(0)
+        errors.seek(0)
+        results = [line for line in output if line.startswith("RESULT ")]
+        lines = errors.read().strip().splitlines() or ["no message"]
     if results:
         return {"status": "ok", **json.loads(results[-1].removeprefix("RESULT ")), "wall_s": time.monotonic() - start}
-    if "OutOfMemoryError" in done.stderr or "out of memory" in done.stderr:
+    text = "\n".join(lines[-40:])
+    if "OutOfMemoryError" in text or "out of memory" in text:
         return {"status": "out of memory"}
-    lines = done.stderr.strip().splitlines() or ["no message"]
-    return {"status": f"failed ({done.returncode}): {lines[-1][:300]}", "stderr": "\n".join(lines[-25:])}
+    return {"status": f"{ending}: {lines[-1][:300]}", "stderr": text}
 
 
 def row_of(options: argparse.Namespace, shape: str, engine: str, until: float) -> dict[str, Any]:

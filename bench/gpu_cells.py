@@ -172,12 +172,18 @@ def ours_cell(shape: str, packs: int, recompute: bool, until: float) -> dict[str
         return done.totals.tokens, done.totals.loss
 
     row = timed_steps(step, until)
-    row["kernels"] = kernels(step)
     row["states"] = "bf16 weights and gradients, fp32 master, bf16 moments" if SHAPES[shape].flags else "bf16 weights, fp32 rest"
     row["bytes_per_parameter"] = 12 if SHAPES[shape].flags else 18
+    give(row)  # before the profiler, which a machine may lack
+    row["kernels"] = kernels(step)
     steps.close()  # type: ignore[attr-defined]
     parallel.finalize()
     return row
+
+
+def give(row: dict[str, Any]) -> None:
+    """Prints a result; the last one counts, also of a process that failed or was ended after it."""
+    print("RESULT " + json.dumps(row), flush=True)
 
 
 def fresh_model(run: Any) -> tuple[list[Any], Any]:
@@ -362,7 +368,7 @@ def main() -> None:
         row = ours_cell(shape, packs, recompute, options.until)
     else:
         row = trl_cell(shape, packs, recompute, options.until, engine == "liger", options.trl_attention)
-    print("RESULT " + json.dumps(row), flush=True)
+    give(row)
 
 
 if __name__ == "__main__":
