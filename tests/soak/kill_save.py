@@ -12,27 +12,33 @@ import argparse
 import json
 import os
 import random
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.gloo import environments, process_context
+
 STEPS = 100000
 
 
-def work(root: Path, asynchronous: bool) -> None:
+def work(root: Path, asynchronous: bool, environment: dict[str, str], log: str) -> None:
     """One training process: resumes, then trains and saves until it is killed. Prints what it did, one JSON a line."""
-    sys.path.insert(0, str(ROOT))
+    os.environ.update(environment)
+    with open(log, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    torch.set_num_threads(1)
     from megatron_sft.checkpoint.distributed import CheckpointSaver, latest_iteration, load_checkpoint
     from megatron_sft.config import CheckpointConfig, ParallelConfig
     from tests.distributed.checkpoint_rig import build
 
-    world_size = int(os.environ["WORLD_SIZE"])
-    parallel = ParallelConfig(tensor_model_parallel_size=world_size)
+    parallel = ParallelConfig(tensor_model_parallel_size=int(environment["WORLD_SIZE"]))
     rig = build(parallel, CheckpointConfig(async_save=asynchronous, save_retain=3))
 
     def say(**event: object) -> None:
@@ -51,21 +57,14 @@ def work(root: Path, asynchronous: bool) -> None:
         say(event="saved", iteration=iteration)
 
 
-def launch(root: Path, case: str) -> list[subprocess.Popen]:
+def launch(root: Path, case: str) -> list[Any]:
     mode, _, processes = case.partition("-")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     started = []
-    for rank in range(int(processes)):
-        env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
-        }  # fmt: skip
-        command = [sys.executable, __file__, "--work", str(root), "--mode", mode]
-        log = open(root.parent / f"{root.name}.rank{rank}.log", "w")
-        with log:
-            started.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    for rank, environment in enumerate(environments(int(processes))):
+        log = root.parent / f"{root.name}.rank{rank}.log"
+        log.write_text("")
+        started.append(process_context().Process(target=work, args=(root, mode == "async", environment, str(log))))
+        started[-1].start()
     return started
 
 
@@ -79,17 +78,17 @@ def one_kill(root: Path, case: str, chance: random.Random) -> None:
     processes = launch(root, case)
     deadline = time.monotonic() + 120
     while not any(event["event"] == "start" for event in events(root)):
-        if time.monotonic() > deadline or any(p.poll() is not None for p in processes):
+        if time.monotonic() > deadline or not all(process.is_alive() for process in processes):
             break
         time.sleep(0.02)
     time.sleep(chance.uniform(0.0, 0.6))
     victims = processes if chance.random() < 0.7 else [chance.choice(processes)]
     for process in victims:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     time.sleep(0.0 if len(victims) == len(processes) else 0.2)
     for process in processes:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def check(case: str, before: list[dict], after: list[dict], digests: dict[int, str], log: str) -> list[str]:
@@ -120,7 +119,7 @@ def soak(case: str, kills: int, seed: int, folder: Path) -> dict[str, object]:
     bad: list[str] = []
     leftovers = resumed = 0
     started = time.monotonic()
-    for number in range(kills):
+    for number in range(kills + 1):  # the last start is there for the kill before it
         leftovers += any(entry.name.startswith(".saving") for entry in root.iterdir())
         one_kill(root, case, chance)
         after = events(root)
@@ -138,12 +137,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="over all cases")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cases", default="sync-1,async-1,sync-2,async-2")
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--mode", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.work:
-        work(options.work, options.mode == "async")
-        return 0
     cases = options.cases.split(",")
     worst = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -4,9 +4,10 @@
 
 40 steps of 4 micro-batches over more than one epoch with --rollout-shuffle, a checkpoint after each. Compared after every
 step: loss, gradient norm, learning rate, and the sha256 of weights, optimizer states, scheduler, progress and generators.
-plain: from the checkpoint of each step k, what was loaded included (of step 40 that alone); stopped: SIGTERM in the middle of step k's micro-batches, then resumed (each of
-the two in one process); sharded: as plain, 2 processes with --bf16, the distributed optimizer, its overlaps and
---async-save; cli: finetune.py started again and again, SIGTERM at random times. Exits with 1 unless all are identical.
+plain: from the checkpoint of each step k, what was loaded included (of step 40 that alone); stopped: SIGTERM in the middle
+of step k's micro-batches, then resumed (each of the two in one process); sharded: as plain, 2 processes with --bf16, the
+distributed optimizer, its overlaps and --async-save; cli: finetune.py started again and again, SIGTERM at random times.
+Exits with 1 unless all are identical.
 """
 
 import argparse
