@@ -215,3 +215,88 @@ def relative(found: list[float], wanted: list[float]) -> float:
     """Greatest relative difference; NaN counts as infinite."""
     apart = [abs(a - b) / abs(b) if b else abs(a) for a, b in zip(found, wanted, strict=True)]
     return max(value if value == value else float("inf") for value in apart)
+
+
+TP2, TP4, PP2, PP4, CP2, CP4, EP2, EP4 = (
+    {f"{kind}_parallel_size": size}
+    for kind, size in (
+        ("tensor_model", 2), ("tensor_model", 4), ("pipeline_model", 2), ("pipeline_model", 4), ("context", 2), ("context", 4),
+        ("expert_model", 2), ("expert_model", 4),
+    )
+)  # fmt: skip
+SP, GATHER, VPP2 = {"sequence_parallel": True}, {"cp_comm_type": "allgather"}, {"virtual_pipeline_model_parallel_size": 2}
+ETP2, SHARDED = {"expert_tensor_parallel_size": 2}, {"use_distributed_optimizer": True}
+OVERLAPS = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+PP3 = {"pipeline_model_parallel_size": 3}
+UNEVEN = {**PP3, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 1}
+FIRST_HEAVY = {**PP3, "decoder_first_pipeline_num_layers": 2, "decoder_last_pipeline_num_layers": 1}
+
+
+def case(model: str, *parts: dict[str, Any], micro: int = 1) -> Case:
+    fields: dict[str, Any] = {}
+    for part in parts:
+        fields |= part
+    return Case(model, ParallelConfig(**fields), micro)
+
+
+MICRO = {f"accumulation-{8 // size}": case("qwen3", micro=size) for size in (1, 2, 4, 8)}
+CASES: dict[int, dict[str, Case]] = {
+    1: {"llama-tied": case("llama-tied"), "qwen3_moe": case("qwen3_moe"), "deepseek_v3": case("deepseek_v3"), **MICRO},
+    2: {
+        "dp2": case("qwen3"),
+        "dp2-accumulation2": case("qwen3", micro=2),
+        "dp2-distopt": case("qwen3", SHARDED),
+        "dp2-overlaps": case("qwen3", OVERLAPS),
+        "tp2": case("llama-tied", TP2),
+        "tp2-sp": case("qwen3", TP2, SP),
+        "pp2": case("llama-tied", PP2),
+        "pp2-vpp2": case("qwen3", PP2, VPP2),
+        "cp2-a2a": case("qwen3", CP2),
+        "cp2-allgather": case("qwen3", CP2, GATHER),
+        "moe-dp2": case("qwen3_moe"),
+        "moe-ep2": case("qwen3_moe", EP2),
+        "moe-cp2": case("qwen3_moe", CP2),
+        "moe-tp2-sp": case("qwen3_moe", TP2, SP),
+        "shared-tp2-sp-ep2": case("deepseek_v3", TP2, SP, EP2),
+        "shared-tp2-sp-etp2": case("deepseek_v3", TP2, SP, ETP2),
+        "shared-pp2-ep1": case("deepseek_v3", PP2),
+    },
+    3: {
+        "pp3-1-2-1": case("llama-tied", UNEVEN),
+        "pp3-2-1-1": case("qwen3", FIRST_HEAVY),
+        "shared-pp3-1-2-1": case("deepseek_v3", UNEVEN),
+    },
+    4: {
+        "tp2-pp2": case("llama-tied", TP2, PP2),
+        "tp2-sp-dp2-distopt": case("qwen3", TP2, SP, SHARDED),
+        "tp4-sp": case("qwen3", TP4, SP),
+        "pp4": case("llama-tied", PP4),
+        "pp2-vpp2-dp2-overlaps": case("qwen3", PP2, VPP2, OVERLAPS),
+        "cp2-dp2-distopt": case("qwen3", CP2, SHARDED),
+        "cp4-a2a": case("qwen3", CP4),
+        "cp4-allgather": case("qwen3", CP4, GATHER),
+        "tp2-sp-cp2": case("qwen3", TP2, SP, CP2),
+        "pp2-cp2-allgather": case("llama-tied", PP2, CP2, GATHER),
+        "moe-ep4": case("qwen3_moe", EP4),
+        "moe-ep2-cp2": case("qwen3_moe", EP2, CP2),
+        "moe-tp2-sp-pp2-etp2": case("qwen3_moe", TP2, SP, PP2, ETP2),
+        "shared-tp2-sp-ep2-etp2": case("deepseek_v3", TP2, SP, EP2, ETP2, SHARDED),
+        "shared-pp2-ep2-overlaps": case("deepseek_v3", PP2, EP2, OVERLAPS),
+    },
+    6: {
+        "pp3-1-2-1-dp2": case("llama-tied", UNEVEN, OVERLAPS),
+        "pp3-2-1-1-tp2-sp": case("qwen3", FIRST_HEAVY, TP2, SP),
+    },
+    8: {
+        "dp8-overlaps": case("qwen3", OVERLAPS),
+        "tp2-pp2-dp2": case("llama-tied", TP2, PP2),
+        "tp2-sp-pp2-vpp2-dp2-overlaps": case("qwen3", TP2, SP, PP2, VPP2, OVERLAPS),
+        "tp2-sp-pp2-cp2": case("qwen3", TP2, SP, PP2, CP2),
+        "tp2-sp-cp2-dp2-distopt": case("qwen3", TP2, SP, CP2, GATHER, SHARDED),
+        "moe-tp2-sp-pp2-ep2": case("qwen3_moe", TP2, SP, PP2, EP2, SHARDED),
+        "shared-tp2-sp-pp2-ep2-etp2": case("deepseek_v3", TP2, SP, PP2, EP2, ETP2),
+        "shared-cp2-ep4-dp4": case("deepseek_v3", CP2, EP4, SHARDED),
+    },
+}
+REFERENCES = {"qwen3": "accumulation-8"}
+"""A model's case of one process, where its name is another."""
