@@ -371,7 +371,8 @@ def _load(
     for index, chunk in enumerate(chunks):
         state_dicts.unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=True)
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        with torch.no_grad():  # fp32: megatron-core copies into views of the parameters (dp_reshardable, Megatron-LM's default)
+            optimizer.load_state_dict(loaded["optimizer"])
     if scheduler is not None and "opt_param_scheduler" in loaded:
         scheduler.num_steps = 0  # its load_state_dict adds to what is there
         scheduler.load_state_dict(loaded["opt_param_scheduler"])

@@ -142,6 +142,7 @@ def megatron_args(run: RunConfig, ranks: Ranks, iteration: int, state: dict[str,
     values.update(dataclasses.asdict(run.parallel))
     values.update(
         vocab_size=model.vocab_size,
+        num_experts=model.core.get("num_moe_experts"),
         layernorm_epsilon=model.norm_epsilon,
         swiglu=model.activation == "silu" and model.gated_mlp,
         squared_relu=model.activation == "squared_relu",
