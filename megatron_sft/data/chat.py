@@ -19,7 +19,7 @@ from megatron_sft.config import DataConfig
 from megatron_sft.data.fast_bpe import HFText, TextTokenizer
 from megatron_sft.data.schema import Row, RowError
 from megatron_sft.data.spans import Conversation, Undecided, assistant_spans
-from megatron_sft.data.templates import Span, Template, TemplateError, probe
+from megatron_sft.data.templates import Span, Template, TemplateError, limited, probe
 from megatron_sft.data.tokenizer import NoPlaces, SlowText, load_tokenizer, special_texts
 from megatron_sft.errors import ConfigError, DataError
 
@@ -244,22 +244,27 @@ def check_masks(encoder: ChatEncoder, rows: Iterable[Row], source: str) -> Count
         DataError: a row for which one of these does not hold.
     """
     sample = [row for row in itertools.islice(rows, CHECKED_ROWS) if row.text is None]
-    encoder.routes.clear()
     if not sample:
         return Counter()
     conversations = [([_for_template(m) for m in row.messages], row.tools, row.template_kwargs) for row in sample]
     try:
         probe(encoder.template.text, encoder._names, conversations)
+        return Counter(limited(lambda: _check_rows(encoder, sample), None))
     except TemplateError as error:
         raise ConfigError(
             [f"{encoder.config.tokenizer_model}: the chat template {error}. Correct it, or pass --chat-template."]
         ) from None
-    for row in sample:
+
+
+def _check_rows(encoder: ChatEncoder, rows: Iterable[Row]) -> Counter[str]:
+    encoder.template.is_expendable = True
+    encoder.routes.clear()
+    for row in rows:
         try:
             _check_row(encoder, row)
         except (RowError, NoPlaces):
             continue  # counted and reported by the build, which sees every row
-    return Counter(encoder.routes)
+    return encoder.routes
 
 
 def _check_row(encoder: ChatEncoder, row: Row) -> None:

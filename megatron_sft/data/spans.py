@@ -108,6 +108,8 @@ def _turn(template: Template, kwargs: Mapping[str, Any], special: tuple[str, ...
         try:
             template.learned[key] = _learn_turn(template, kwargs, special)
         except (Undecided, TemplateError) as error:
+            if isinstance(error, TemplateError) and error.is_fatal:
+                raise
             template.learned[key] = f"of a short conversation: {error}"
     found = template.learned[key]
     if isinstance(found, str):
@@ -167,6 +169,8 @@ def _prefix(template: Template, conversation: Conversation, turn: _Turn, text: s
                 raise Undecided(f"message {index} is rendered otherwise when others follow it")
             head, _ = template.render(messages[:index], conversation.tools, conversation.kwargs, add_generation_prompt=True)
         except TemplateError as error:
+            if error.is_fatal:
+                raise
             raise Undecided(f"the template refuses the first {index} messages ({error})") from None
         if not full.startswith(head):
             raise Undecided(f"message {index} does not follow its generation prompt")

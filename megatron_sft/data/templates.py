@@ -11,7 +11,7 @@ import resource
 import secrets
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -23,11 +23,17 @@ import jinja2.nodes
 import jinja2.runtime
 import jinja2.sandbox
 
+from megatron_sft.errors import UserError
+
 PROBE_S = 4.0
 PROBE_BYTES = 2**30
 RENDER_S = 3.5
 """Seconds that one row may take; a template can be harmless on the rows of the probe alone."""
 RENDER_CHARACTERS = 2**27
+MESSAGE_CHARACTERS = 1000
+ONE_STEP_S = 1.0
+"""Seconds of work more before an expendable process ends, which one long step of C code keeps from being told."""
+TOO_LONG = f"runs for more than {RENDER_S:g} s"
 LIMIT_MESSAGE = "did not finish in {seconds:g} s and {gib:g} GiB"
 
 DICT_NAMES = frozenset(dir(dict))
@@ -50,7 +56,7 @@ class TemplateError(Exception):
 
     def __init__(self, message: str, is_fatal: bool = False):
         self.is_fatal = is_fatal
-        super().__init__(message)
+        super().__init__(message if len(message) <= MESSAGE_CHARACTERS else f"{message[:MESSAGE_CHARACTERS]}...")
 
 
 class _Refusal(jinja2.TemplateError):
@@ -120,6 +126,7 @@ class Template:
 
     Attributes:
         has_generation: the template says itself what the assistant writes.
+        is_expendable: this process may be killed (SIGPROF) when a render cannot be ended otherwise.
         learned: what spans.py found out about the template, by template arguments.
 
     Raises:
@@ -142,8 +149,9 @@ class Template:
         }
         try:
             self._compiled = environment.from_string(text)
-        except (jinja2.TemplateError, RecursionError, MemoryError, OverflowError) as error:
+        except (jinja2.TemplateError, RecursionError, MemoryError, OverflowError, ValueError) as error:
             raise TemplateError(f"cannot be compiled: {error or type(error).__name__}", is_fatal=True) from None
+        self.is_expendable = False
         self.has_generation = "generation" in text and "endgeneration" in text
         self.learned: dict[Any, Any] = {}
 
@@ -164,7 +172,7 @@ class Template:
             "messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": add_generation_prompt,
         }  # fmt: skip
         try:
-            with _limited_time():
+            with _limited_time(self.is_expendable):
                 marked = self._compiled.render(**values)
         except jinja2.exceptions.SecurityError as error:
             raise TemplateError(f"tries to leave the sandbox: {error}", is_fatal=True) from None
@@ -172,7 +180,7 @@ class Template:
             raise TemplateError(f"refuses the conversation: {error}") from None
         except (RecursionError, MemoryError, OverflowError) as error:
             raise TemplateError(f"runs away: {type(error).__name__}", is_fatal=True) from None
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, NameError, ZeroDivisionError) as error:
             raise TemplateError(f"fails on the conversation: {error}") from None
         return self._unmark(marked)
 
@@ -189,22 +197,29 @@ class Template:
 
 
 @contextmanager
-def _limited_time() -> Iterator[None]:
-    """Raises TemplateError after RENDER_S; only the main thread has the clock, and tokenising runs there."""
+def _limited_time(is_expendable: bool) -> Iterator[None]:
+    """Raises TemplateError after RENDER_S, or a little later ends an expendable process.
+
+    Only the main thread has the clock, and tokenising runs there.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     if signal.getsignal(signal.SIGALRM) is not _too_long:  # stays: nothing else here uses the alarm
         signal.signal(signal.SIGALRM, _too_long)
     signal.setitimer(signal.ITIMER_REAL, RENDER_S)
+    if is_expendable:
+        signal.setitimer(signal.ITIMER_PROF, RENDER_S + ONE_STEP_S)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        if is_expendable:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _too_long(*_: Any) -> None:
-    raise TemplateError(f"runs for more than {RENDER_S:g} s", is_fatal=True)
+    raise TemplateError(TOO_LONG, is_fatal=True)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
@@ -226,36 +241,59 @@ def probe(text: str, special_tokens: Mapping[str, str], conversations: Sequence[
     Raises:
         TemplateError: it was killed at a limit, cannot be compiled, left the sandbox, or failed on every conversation.
     """
-    context = multiprocessing.get_context("fork")  # starts in milliseconds; the child only renders and leaves
+
+    def failures() -> list[str]:
+        template = Template(text, special_tokens)
+        return [_failure(template, *conversation) for conversation in conversations]
+
+    failed = limited(failures, PROBE_S)
+    if failed and all(error.startswith("fails") for error in failed):
+        raise TemplateError(failed[0])
+
+
+def limited(work: Callable[[], Any], seconds: float | None) -> Any:
+    """What `work` returns, done in a process of its own with PROBE_BYTES more memory.
+
+    Args:
+        work: may render templates that set is_expendable.
+        seconds: for all of it; None: each render has its limits, and nothing else takes long.
+
+    Raises:
+        TemplateError: it was killed at a limit.
+        UserError: what `work` raised.
+    """
+    context = multiprocessing.get_context("fork")  # starts in milliseconds
     connection, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_probe, args=(theirs, text, dict(special_tokens), list(conversations)))
+    process = context.Process(target=_answer, args=(theirs, work))
     process.start()
     theirs.close()
-    answer = "ended without an answer"
     try:
-        answer = connection.recv() if connection.poll(PROBE_S) else LIMIT_MESSAGE.format(seconds=PROBE_S, gib=PROBE_BYTES / 2**30)
+        if connection.poll(seconds):
+            answer = connection.recv()
+        else:
+            answer = TemplateError(LIMIT_MESSAGE.format(seconds=seconds, gib=PROBE_BYTES / 2**30))
     except (EOFError, OSError):
-        answer = "ended its process: out of memory, most likely"
+        process.join()
+        is_late = process.exitcode == -signal.SIGPROF
+        answer = TemplateError(TOO_LONG if is_late else "ended its process: out of memory, most likely")
     finally:
         process.kill()
         process.join()
         connection.close()
-    if answer:
-        raise TemplateError(answer)
+    if isinstance(answer, TemplateError | UserError):
+        raise answer
+    return answer
 
 
-def _probe(connection: Any, text: str, special_tokens: dict[str, str], conversations: list[Any]) -> None:
-    answer = ""
+def _answer(connection: Any, work: Callable[[], Any]) -> None:
+    answer: Any
     try:
         with limited_memory(PROBE_BYTES):
-            template = Template(text, special_tokens)
-            failed = [_failure(template, *conversation) for conversation in conversations]
-        if failed and all(error.startswith("fails") for error in failed):
-            answer = failed[0]
-    except TemplateError as error:
-        answer = str(error)
+            answer = work()
+    except (TemplateError, UserError) as error:
+        answer = error
     except MemoryError:
-        answer = f"needs more than {PROBE_BYTES / 2**30:g} GiB"
+        answer = TemplateError(f"needs more than {PROBE_BYTES / 2**30:g} GiB")
     connection.send(answer)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_sft.config import DataConfig
 from megatron_sft.data.fast_bpe import text_tokenizer
-from megatron_sft.data.templates import limited_memory
+from megatron_sft.data.templates import TOO_LONG, limited_memory
 from megatron_sft.errors import DataError, UserError
 from megatron_sft.log import logger
 
@@ -167,6 +167,11 @@ class _Worker:
 
     def _dead(self) -> DataError:
         self.process.join(WAIT_S)
+        if self.process.exitcode == -signal.SIGPROF:
+            return DataError(
+                f"{self.first_row}: on this row, or one after it, the chat template {TOO_LONG}. Correct it, or pass another "
+                "--chat-template."
+            )
         return DataError(
             f"{self.first_row}: the tokenising process that worked on this row and those after it ended with exit code "
             f"{self.process.exitcode}; expected it to live. -9 means that it was killed, most likely for want of "
@@ -219,6 +224,8 @@ def _work(connection: Connection, ours: Sequence[Connection], config: DataConfig
         signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.SIG_IGN)
     for inherited in ours:
         inherited.close()
+    if template := getattr(encoder, "template", None):
+        template.is_expendable = True
     gc.freeze()  # a collection would touch, and so copy, every object of the tokenizer
     try:
         while True:

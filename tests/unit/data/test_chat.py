@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sft.config import DataConfig
+from megatron_sft.data import templates
 from megatron_sft.data.chat import ChatEncoder, check_masks
 from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.data.sources import open_source
@@ -183,9 +184,13 @@ def test_no_template_is_a_config_error() -> None:
         ChatEncoder(_with_template(""), DataConfig(tokenizer_model="m"))
 
 
-def test_the_gate_refuses_a_template_that_runs_away() -> None:
+def test_the_gate_refuses_a_template_that_runs_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "RENDER_S", 0.2)
     text = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(ConfigError, match=r"runs for more than 3.5 s"):
+        check_masks(ChatEncoder(_with_template(text), DataConfig(tokenizer_model="m")), [Row(CHAT, where="a:1")], "a")
+    text = "{% if add_generation_prompt %}" + text + "{% endif %}{{ messages[0].content }}"
+    with pytest.raises(DataError, match=r"a:1: the chat template runs for more than 3.5 s"):
         check_masks(ChatEncoder(_with_template(text), DataConfig(tokenizer_model="m")), [Row(CHAT, where="a:1")], "a")
 
 
@@ -204,7 +209,7 @@ def test_the_gate_refuses_an_end_that_is_not_trained() -> None:
 
 
 def test_a_template_that_fills_the_memory_on_a_later_row_is_refused(tmp_path: Path) -> None:
-    bomb = "{% set n = namespace(t='a' * 2**20) %}{% for i in range(30) %}{% set n.t = n.t + n.t %}{% endfor %}"
+    bomb = "{{ 'a'|center(2**31) }}"
     text = f"{{% if messages[0].content == 'boom' %}}{bomb}{{% endif %}}{FAMILIES['qwen2_5'].text}"
     rows = [{"messages": [{"role": "user", "content": said}, *CHAT[1:2]]} for said in [*["a"] * 40, "boom"]]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

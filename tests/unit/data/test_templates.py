@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sft.data.templates import Template, TemplateError, probe
+from megatron_sft.data import templates
+from megatron_sft.data.templates import Template, TemplateError, limited, probe
 from tests.unit.data.chat_families import FAMILIES, conversations
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -75,12 +76,16 @@ HOSTILE = {
     "indent": "{{ ('x\\n' * 99999)|indent(9999999) }}",
     "lipsum words": "{{ lipsum(n=100000000) }}",
     "slow join": "{% set r = range(99999)|list %}{% for i in r %}{{ r|join|length }}{% endfor %}",
+    "a long number": "{{ " + "9" * 9999 + " }}",
+    "infinity": "{{ 1e999 }}",
     "replace": "{{ ('a' * 99999)|replace('a', 'b' * 99999) }}",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_is_refused_in_time(name: str) -> None:
+def test_a_hostile_template_is_refused_in_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name != "nested ranges":  # one waits as long as users do
+        monkeypatch.setattr(templates, "RENDER_S", 0.5)
     start = time.monotonic()
     with pytest.raises(TemplateError) as refusal:
         probe(HOSTILE[name], {}, [(CHAT, None, {})])
@@ -109,13 +114,29 @@ def test_a_message_cannot_fake_a_generation_mark() -> None:
     assert template.render(faked)[1] == []
 
 
-def test_a_template_that_runs_away_on_a_later_row_is_stopped() -> None:
+def test_a_template_that_runs_away_on_a_later_row_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "RENDER_S", 0.5)
     text = "{% if messages|length > 2 %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
     probe(text, {}, [(CHAT, None, {})])
     start = time.monotonic()
     with pytest.raises(TemplateError, match=r"runs for more than 3\.5 s"):
         Template(text, {}).render(CHAT * 2)
     assert time.monotonic() - start < 5.0
+
+
+def test_one_step_that_no_clock_interrupts_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "RENDER_S", 0.1)
+    monkeypatch.setattr(templates, "ONE_STEP_S", 0.1)
+    template = Template("{{ ([[0] * 10] * 1000000) | sum(start=[]) }}", {})
+    template.is_expendable = True
+    with pytest.raises(TemplateError, match="runs for more than"):
+        limited(lambda: template.render(CHAT), None)
+
+
+def test_what_a_template_raises_is_cut() -> None:
+    with pytest.raises(TemplateError) as refusal:
+        Template("{{ raise_exception('a' * 99999) }}", {}).render(CHAT)
+    assert len(str(refusal.value)) < 1100
 
 
 @pytest.mark.parametrize("text", ["{{ 'a' * 10000000000 }}", "{{ 10000000000 * [0] }}", "{{ 99999 ** 99999999 }}"])
