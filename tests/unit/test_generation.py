@@ -7,29 +7,26 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sft.config import CheckpointConfig, DataConfig, GenerateConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.config import CheckpointConfig, DataConfig, GenerateConfig, RunConfig
 from megatron_sft.core_compat import install_cpu_mode
 from tests.text_models import byte_tokenizer, greedy, text_model
 
 install_cpu_mode()
 
 from megatron_sft import parallel, prompts  # noqa: E402
-from megatron_sft.checkpoint.hf import load_hf_weights  # noqa: E402
-from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config  # noqa: E402
 from megatron_sft.errors import ConfigError, DataError  # noqa: E402
 from megatron_sft.generation import generate, last_logits, packed_rows, prefill_params, sample  # noqa: E402
 from megatron_sft.inference import Inference, load_for_inference  # noqa: E402
 from megatron_sft.model.attention import packed_seq_params  # noqa: E402
-from megatron_sft.model.build import build_model  # noqa: E402
-from tests.unit.checkpoint.tiny_models import KEYS, tiny_folder  # noqa: E402
 
 PROMPTS = [[1, 2, 3, 4, 5], [60, 61], [9, 8, 7, 6, 5, 4, 3, 2, 1], [100], [33, 44, 55]]
 
 
-@pytest.fixture(params=["llama", "qwen3"])
-def models(request: Any, tmp_path: Path) -> Any:
-    reference = text_model(request.param, tmp_path)
-    run = RunConfig(checkpoint=CheckpointConfig(load=str(tmp_path)), data=DataConfig(tokenizer_model=str(tmp_path)))
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def models(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("model")
+    reference = text_model(request.param, folder)
+    run = RunConfig(checkpoint=CheckpointConfig(load=str(folder)), data=DataConfig(tokenizer_model=str(folder)))
     loaded = load_for_inference(run, frozenset())
     yield loaded, reference
     parallel.finalize()
@@ -43,25 +40,6 @@ def test_greedy_tokens_equal_transformers(models: tuple[Inference, Any]) -> None
         answers = generate(loaded.chunk, PROMPTS, options, (), loaded.ranks)
         assert [answer.tokens for answer in answers] == expected
         assert {answer.finish_reason for answer in answers} == {"length"}
-
-
-@pytest.fixture
-def ranks() -> Any:
-    yield parallel.initialize(ParallelConfig(), 1)
-    parallel.finalize()
-
-
-@pytest.mark.parametrize("name", [name for name in KEYS if not name.startswith("nemotron_h")])  # no state cache
-def test_greedy_tokens_of_every_family_equal_transformers(name: str, tmp_path: Path, ranks: Any) -> None:
-    """Answers go past windows, chunks, temperature steps and longrope's original length."""
-    reference = tiny_folder(name, tmp_path, num_layers=2)
-    model = model_config_from_hf(read_hf_config(tmp_path))
-    model = dataclasses.replace(model, padded_vocab_size=model.vocab_size)
-    chunk = build_model(model, ParallelConfig(), TrainConfig())[0]
-    load_hf_weights([chunk], model, tmp_path, ranks)
-    prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [60, 61, 62]]
-    answers = generate(chunk, prompts, GenerateConfig(osl=8), (), ranks)
-    assert [answer.tokens for answer in answers] == [greedy(reference, prompt, 8, []) for prompt in prompts]
 
 
 def test_stops_at_any_end_token_and_keeps_the_others_going(models: tuple[Inference, Any]) -> None:

@@ -17,6 +17,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "config": {"errors"},
     "problems": {"config"},
     "flags": set(),
+    "derived_flags": set(),
     "core_compat": {"errors", "log"},
     "metrics": {"config", "errors", "log"},
     "parallel": EVERY,
@@ -30,7 +31,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "tasks": EVERY | {"parallel", "data", "generation", "inference", "prompts"},
     "train": EVERY | {"problems", "parallel", "data", "model", "checkpoint", "metrics"},
     "plan": EVERY | {"problems", "parallel", "model", "checkpoint", "conversion", "train"},
-    "arguments": EVERY | {"flags", "problems"},
+    "arguments": EVERY | {"flags", "derived_flags", "problems"},
     "__main__": EVERY
     | {"arguments", "checkpoint", "conversion", "data", "generation", "inference", "parallel", "plan", "prompts", "tasks", "train"},
 }
