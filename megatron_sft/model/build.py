@@ -28,7 +28,7 @@ from megatron_sft.errors import ConfigError
 from megatron_sft.model.attention import PackedAttention
 from megatron_sft.model.cache import CachedSeqParams
 from megatron_sft.model.context import token_lengths
-from megatron_sft.model.layers import HeadsNorm, WholeLinear
+from megatron_sft.model.layers import HeadsNorm, WholeLinear, wait_for_parameters
 from megatron_sft.model.loss import linear_cross_entropy
 from megatron_sft.model.rope import RotaryTable, rotate
 from megatron_sft.model.specs import block_spec
@@ -82,6 +82,7 @@ class SFTModel(GPTModel):
             if not self.post_process or self.final_softcap is None:
                 return output
             return self.final_softcap * torch.tanh(output / self.final_softcap)
+        wait_for_parameters(self.output_layer)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         if self.config.sequence_parallel:

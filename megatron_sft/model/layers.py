@@ -13,6 +13,12 @@ from megatron.core.transformer import torch_norm
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
+def wait_for_parameters(module: torch.nn.Module) -> None:
+    """Runs the hooks of a module whose weight is used without a call: --overlap-param-gather waits in them for its weight."""
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+
+
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension (arXiv 1910.07467).
 

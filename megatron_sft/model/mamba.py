@@ -24,6 +24,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint,
 
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.cache import CachedSeqParams
+from megatron_sft.model.layers import wait_for_parameters
 
 CHUNK = 64
 """Tokens whose outputs are computed from one another at once; scores take [tokens, CHUNK, heads] fp32."""
@@ -129,6 +130,7 @@ class MambaMixer(MegatronModule):
             [self.bands["z"], sum(self.bands[name] for name in "xBC"), self.heads], dim=-1
         )
         documents = _documents(packed.cu_seqlens_q, convolved.shape[0])
+        wait_for_parameters(self.conv1d)
         convolved = F.silu(convolve(convolved, self.conv1d.weight[:, 0], self.conv1d.bias, documents))
         x, b, c = convolved.split([self.bands[name] for name in "xBC"], dim=-1)
         out = ssd_scan(

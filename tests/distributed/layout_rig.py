@@ -272,6 +272,7 @@ CASES: dict[int, dict[str, Case]] = {
         "tp4-sp": case("qwen3", TP4, SP),
         "pp4": case("llama-tied", PP4),
         "pp2-vpp2-dp2-overlaps": case("qwen3", PP2, VPP2, OVERLAPS),
+        "pp2-dp2-overlaps": case("llama-tied", PP2, OVERLAPS),
         "cp2-dp2-distopt": case("qwen3", CP2, SHARDED),
         "cp4-a2a": case("qwen3", CP4),
         "cp4-allgather": case("qwen3", CP4, GATHER),

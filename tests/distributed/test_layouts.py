@@ -10,7 +10,7 @@ from tests.gloo import run_ranks
 CHOSEN = {
     1: ("accumulation-8", "accumulation-2", "llama-tied", "qwen3_moe", "deepseek_v3"),
     2: ("dp2-overlaps", "pp2-vpp2", "cp2-allgather", "moe-cp2", "moe-tp2-sp"),
-    4: ("tp2-pp2", "shared-tp2-sp-ep2-etp2", "shared-pp2-ep2-overlaps"),
+    4: ("tp2-pp2", "pp2-dp2-overlaps", "shared-tp2-sp-ep2-etp2", "shared-pp2-ep2-overlaps"),
 }
 
 

@@ -3,7 +3,7 @@
     python tests/soak/kill_save.py --kills 200 [--seed 1] [--cases sync-1,async-1,sync-2,async-2]
 
 Each case trains the tiny model of tests/distributed/checkpoint_rig.py in 1 or 2 gloo processes, saves after every step
-and is killed (all processes, or one of two) after a random time; the next start resumes and goes on. Checked each time:
+and is killed (all processes, or one of two) at a random moment; the next start resumes and goes on. Checked each time:
 the newest checkpoint loads, all its checksums match, its weights are those of its iteration, it is not a start from
 nothing once there was a checkpoint, and at most one save interval is lost. Exits with 1 if any of this fails.
 """
@@ -74,14 +74,18 @@ def events(root: Path) -> list[dict]:
 
 
 def one_kill(root: Path, case: str, chance: random.Random) -> None:
-    """Starts, waits for training, waits a random time more, kills."""
+    """Starts, waits for training and up to 3 saves, waits a random time of up to a step and a save more, kills."""
     processes = launch(root, case)
     deadline = time.monotonic() + 120
     while not any(event["event"] == "start" for event in events(root)):
         if time.monotonic() > deadline or not all(process.is_alive() for process in processes):
             break
         time.sleep(0.02)
-    time.sleep(chance.uniform(0.0, 0.6))
+    begun, saves = time.monotonic(), chance.randrange(4)
+    while sum(event["event"] == "saved" for event in events(root)) < saves and time.monotonic() < deadline:
+        time.sleep(0.01)
+    step_s = (time.monotonic() - begun) / saves if saves else 0.3
+    time.sleep(chance.uniform(0.0, 1.2 * step_s))
     victims = processes if chance.random() < 0.7 else [chance.choice(processes)]
     for process in victims:
         process.kill()
