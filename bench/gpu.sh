@@ -32,12 +32,11 @@ base=${PYTHON:-python3}
 # A virtual environment that sees the packages of the base interpreter, also when that is itself a virtual environment
 # (--system-site-packages would then show those of the system).
 make_environment() {
-  rm -rf "$out/venv"
-  "$base" -m venv --without-pip "$out/venv" || return
+  "$base" -m venv --without-pip "$venv" || return
   local packages
   packages=$("$base" -c 'import site, sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))') || return
-  echo "$packages" >"$("$out/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-  python=$out/venv/bin/python
+  echo "$packages" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+  python=$venv/bin/python
   "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null || return
   if [[ -n ${WHEELS:-} ]]; then
     "$python" -m pip install --quiet --no-index --no-deps --find-links "$WHEELS" "$WHEELS"/*.whl
@@ -50,6 +49,8 @@ if [[ -n ${BENCH_PYTHON:-} ]]; then
   python=$(cd "$(dirname "$(command -v "$BENCH_PYTHON")")" && pwd)/$(basename "$BENCH_PYTHON")
 else
   echo "== environment"
+  venv=$(mktemp -d) || exit 1
+  trap 'rm -rf "$venv"' EXIT
   if ! make_environment >"$out/install.log" 2>&1; then
     tail -20 "$out/install.log" >&2
     echo "bench/gpu.sh: $out/install.log: the environment was not made; expected pip to install every package. See its end above." >&2

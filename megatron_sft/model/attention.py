@@ -54,14 +54,15 @@ def _ends(packed: PackedSeqParams) -> list[int]:
 def fits_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether torch's flash attention takes these heads: bf16 or fp16, Ampere or newer, at most 256 channels.
 
+    Values with fewer channels than queries (latent attention) are filled up with zeros.
+
     The limits: pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_varlen_fwd.
     """
     dim = query.shape[-1]
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
-        and dim == value.shape[-1]
-        and dim <= 256
+        and value.shape[-1] <= dim <= 256
         and dim % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
@@ -182,10 +183,11 @@ class PackedAttention(torch.nn.Module):
         return self._by_span(query, key, value, spans, sinks)
 
     def _flash(self, query: Any, key: Any, value: Any, packed: PackedSeqParams) -> torch.Tensor:
+        channels = value.shape[-1]
         output = varlen_attention()(
             query,
             key,
-            value,
+            value if channels == query.shape[-1] else F.pad(value, (0, query.shape[-1] - channels)),
             packed.cu_seqlens_q,
             packed.cu_seqlens_kv,
             packed.max_seqlen_q,
@@ -193,7 +195,7 @@ class PackedAttention(torch.nn.Module):
             scale=self.softmax_scale,
             window_size=(-1 if self.window is None else self.window - 1, 0),
         )
-        return cast(torch.Tensor, output)  # a pair only where the log-sum-exp is asked for
+        return cast(torch.Tensor, output)[..., :channels]  # a pair only where the log-sum-exp is asked for
 
     def _by_span(self, query: Any, key: Any, value: Any, spans: list[Span], sinks: Any) -> torch.Tensor:
         """One document (or part of one) after another."""

@@ -16,10 +16,11 @@ from megatron_sft.parallel import finalize, initialize
 from tests.gpu.place import CUDA, DEVICE, error, on_device
 
 LENGTHS = [7, 1, 150, 65, 33]
-CASES = {  # heads, groups, head_dim, ModelConfig fields
+CASES = {  # heads, groups, head_dim (of queries; of latent attention's values two thirds), ModelConfig fields
     "one-to-one": (4, 4, 64, {}),
     "grouped": (8, 2, 128, {}),
     "multi-query": (4, 1, 256, {}),
+    "latent": (4, 4, 192, {}),
     "window": (4, 2, 64, dict(window_size=33)),
     "window-of-two": (4, 2, 64, dict(window_size=2)),
     "odd-head": (4, 2, 20, {}),
@@ -91,8 +92,10 @@ def test_packed_attention_is_what_its_definition_says(case, dtype, groups):
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     generator = torch.Generator().manual_seed(1)
     total = sum(LENGTHS)
-    drawn = [torch.randn(total, n, dim, generator=generator).to(kind) for n in (heads, kv, kv)]
-    upstream = torch.randn(total, heads * dim, generator=generator).to(kind)
+    channels = dim * 2 // 3 if case == "latent" else dim
+    shapes = ((heads, dim), (kv, dim), (kv, channels))
+    drawn = [torch.randn(total, *shape, generator=generator).to(kind) for shape in shapes]
+    upstream = torch.randn(total, heads * channels, generator=generator).to(kind)
     offsets = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
     packed = packed_seq_params(offsets, max(LENGTHS), DEVICE)
     module, plain = attention(case, dtype, groups, DEVICE), attention(case, dtype, groups, "cpu")
@@ -113,8 +116,8 @@ def test_flash_attention_takes_what_its_kernel_takes():
         query = torch.empty(2, 2, dim, dtype=dtype, device=DEVICE)
         return fits_flash(query, torch.empty(2, 2, value_dim or dim, dtype=dtype, device=DEVICE))
 
-    assert [fits(64), fits(128), fits(256)] == [CUDA] * 3
-    assert not any([fits(264), fits(20), fits(64, torch.float32), fits(192, value_dim=128)])
+    assert [fits(64), fits(128), fits(256), fits(192, value_dim=128)] == [CUDA] * 4
+    assert not any([fits(264), fits(20), fits(64, torch.float32), fits(64, value_dim=128)])
 
 
 @on_device
