@@ -49,9 +49,16 @@ def store_fingerprint(config: DataConfig, sources: Sequence[Any]) -> str:
         "tokenizer": _tokenizer_identity(config.tokenizer_model),
         "template": _text_or_file(config.chat_template),
         "custom_dataset": _file_hash(Path(config.custom_dataset.rpartition(":")[0])) if config.custom_dataset else None,
-        "sources": [[source.name, source.path, [_data_file(path) for path in source.files]] for source in sources],
+        "sources": [[source.name, source.path, [_data_file(path) for path in _files_of(source)]] for source in sources],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
+
+
+def _files_of(source: Any) -> list[str]:
+    """The files that are read; for a class of the user's own, those at the path that it is given."""
+    if source.files or os.path.isfile(source.path):
+        return list(source.files) or [source.path]
+    return sorted(os.path.join(top, name) for top, _, names in os.walk(source.path) for name in names)
 
 
 def _data_file(path: str) -> list[Any]:
@@ -81,7 +88,8 @@ def _tokenizer_identity(tokenizer_model: str) -> Any:
         return tokenizer_model
     if path.is_file():
         return _file_hash(path)
-    names = ("token*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.tiktoken")
+    names = ("token*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.tiktoken", "*.model",
+             "*.spm", "tekken*", "bpe*", "config.json")  # fmt: skip
     files = sorted({file for name in names for file in path.glob(name) if file.is_file()})
     return [[file.name, _file_hash(file)] for file in files]
 

@@ -24,10 +24,19 @@ def open_store(config: DataConfig, paths: Sequence[str], names: Sequence[str] = 
         config: how rows become tokens; data_cache_path says where the cache is.
         paths: files, folders, globs or hub names, in order.
         names: one a path; empty: the file stems.
+
+    Raises:
+        DataError: rows that cannot be used, or a cache that cannot be written.
     """
     cache = Path(config.data_cache_path) if config.data_cache_path else Path.home() / ".cache" / "megatron_sft"
     sources = [open_source(path, config, names[index] if names else None) for index, path in enumerate(paths)]
-    return build_token_store(config, sources, cache / "tokens")
+    try:
+        return build_token_store(config, sources, cache / "tokens")
+    except OSError as error:  # of the rows' files it is a DataError already
+        raise DataError(
+            f"{cache}: the tokens cannot be kept there ({error}); expected a writable folder with room. Make room, or name "
+            "another one with --data-cache-path."
+        ) from None
 
 
 def training_set(config: DataConfig) -> tuple[TokenStore, PackPlan]:

@@ -258,7 +258,7 @@ def _hub_rows(name: str, config: DataConfig) -> Iterator[Item]:
 
 
 USER_FAULTS = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NameError, OSError,
-               RuntimeError, SyntaxError, TypeError, ValueError)  # fmt: skip
+               RuntimeError, StopIteration, SyntaxError, TypeError, ValueError)  # fmt: skip
 
 
 @contextmanager

@@ -105,6 +105,12 @@ class TokenStore:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        try:
+            self._open()
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder}: no whole token store ({error}). Delete the folder; it is built again.") from None
+
+    def _open(self) -> None:
         meta = self._read_meta()
         self.fingerprint: str = meta["fingerprint"]
         self.source_names: tuple[str, ...] = tuple(meta["source_names"])
@@ -115,19 +121,17 @@ class TokenStore:
         self._weights = np.asarray(meta["loss_weights"], dtype=np.float32)
         self._offsets = np.zeros(len(self.lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=self._offsets[1:])
+        sizes = (len(self.source_ids), len(self._where_offsets) - 1, meta["file_bytes"]["tokens.bin"] / 4)
+        if sizes != (len(self), len(self), self._offsets[-1]) or self.lengths.min(initial=0) < 0:
+            raise ValueError(f"{len(self)} documents of {self._offsets[-1]} tokens, but sizes of {sizes}")
         empty = not len(self.lengths)
         self._tokens = np.zeros(0, np.int32) if empty else np.memmap(self.folder / "tokens.bin", np.int32, "r")
         self._codes = np.zeros(0, np.uint8) if empty else np.memmap(self.folder / "loss_mask.bin", np.uint8, "r")
 
     def _read_meta(self) -> dict[str, Any]:
         path = self.folder / "store.json"
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            sizes = {name: (self.folder / name).stat().st_size for name in meta["file_bytes"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: {error}; expected the description of a token store. Delete the folder; it is built again."
-            ) from None
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {name: (self.folder / name).stat().st_size for name in meta["file_bytes"]}
         if meta["version"] != STORE_VERSION or sizes != meta["file_bytes"]:
             raise DataError(
                 f"{path}: version {meta['version']}, files of {sizes} bytes; expected version {STORE_VERSION} and "

@@ -57,18 +57,15 @@ def build_token_store(
         DataError: more than max_bad_rows bad rows (the first 20 are listed), or no row left.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     fingerprint = store_fingerprint(config, sources)
     final = folder / fingerprint[:32]
+    if store := _whole(final):  # the folder may be read-only
+        return store
+    folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder / f"{fingerprint[:32]}.lock", "the token store"):
-        if final.exists():
-            try:
-                store = TokenStore(final)
-                logger.info("tokens: %s documents from %s", f"{len(store):,}", final)
-                return store
-            except DataError as error:
-                logger.warning("tokens: %s", error)
-                shutil.rmtree(final)
+        if store := _whole(final):
+            return store
+        shutil.rmtree(final, ignore_errors=True)
         temporary = folder / f"{fingerprint[:32]}.building"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -81,6 +78,18 @@ def build_token_store(
         os.rename(temporary, final)
         _flush_folder(folder)
     return TokenStore(final)
+
+
+def _whole(folder: Path) -> TokenStore | None:
+    if not folder.exists():
+        return None
+    try:
+        store = TokenStore(folder)
+    except DataError as error:
+        logger.warning("tokens: %s", error)
+        return None
+    logger.info("tokens: %s documents from %s", f"{len(store):,}", folder)
+    return store
 
 
 def build_memory_store(config: DataConfig, sources: Sequence[Any], encoder: Any) -> MemoryStore:

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_sft.config import DataConfig
 from megatron_sft.data import tokens as tokens_module
+from megatron_sft.data.fingerprint import store_fingerprint
 from megatron_sft.data.schema import RowError
 from megatron_sft.data.sources import open_source
 from megatron_sft.data.store import TokenStore
@@ -191,7 +192,34 @@ def test_a_damaged_store_is_built_again(tmp_path):
         TokenStore(store.folder)
     config = DataConfig(seq_length=8, num_workers=1)
     source = [open_source(str(tmp_path / "rows.jsonl"), config)]
+    for name in ("store.json", "lengths.npy", "where_offsets.npy"):
+        built = build_token_store(config, source, tmp_path / "cache", make_word_encoder)
+        size = (built.folder / name).stat().st_size
+        (built.folder / name).write_bytes(b"{}" if name == "store.json" else b"\xff" * size)
+        with pytest.raises(DataError, match=r"no whole token store .* Delete the folder"):
+            TokenStore(built.folder)
     assert len(build_token_store(config, source, tmp_path / "cache", make_word_encoder).document(0).tokens) == 3
+
+
+def test_a_store_in_a_folder_that_cannot_be_written_is_opened(tmp_path):
+    store = build(tmp_path, [chat("q", "a b")])
+    lock = store.folder.with_suffix(".lock")
+    lock.unlink()
+    lock.mkdir()  # as on a read-only disk, no lock can be taken
+    config = DataConfig(seq_length=8, num_workers=1)
+    source = open_source(str(tmp_path / "rows.jsonl"), config)
+    assert build_token_store(config, [source], tmp_path / "cache", make_word_encoder).folder == store.folder
+
+
+def test_a_custom_class_s_data_is_part_of_the_fingerprint(tmp_path):
+    (tmp_path / "mine.py").write_text("class Mine:\n def __init__(self, path): pass\n")
+    config = DataConfig(custom_dataset=f"{tmp_path}/mine.py:Mine")
+    found = set()
+    for text in ("a", "b"):
+        (tmp_path / "rows.txt").write_text(text)
+        paths = (str(tmp_path / "rows.txt"), str(tmp_path))
+        found |= {store_fingerprint(config, [open_source(path, config)]) for path in paths}
+    assert len(found) == 4
 
 
 def slow_encoder(config, sample):
