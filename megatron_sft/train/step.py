@@ -221,7 +221,7 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, An
 def _padding_mask(batch: Batch) -> torch.Tensor:
     """[1, tokens / cp_size] bool, True where experts need no balance."""
     padding = torch.tensor(batch.document_ids) < 0
-    return shard_tokens(padding.repeat_interleave(batch.document_offsets.diff())[None]).to(device())
+    return shard_tokens(padding.repeat_interleave(batch.document_offsets.diff())[None]).to(device(), non_blocking=True)
 
 
 def _loss(loss_mask: torch.Tensor, documents: torch.Tensor, count: int, token_loss: torch.Tensor) -> tuple:
