@@ -1,22 +1,29 @@
-"""Speed and peak memory of HF -> model -> HF on one process.
+"""Speed and peak memory of HF -> model -> HF on one process, and of the commands `convert` and `export`.
 
     python bench/convert.py [GIGABYTES]
 
-Prints bytes / second each way, in a fresh process with the file warm in the page cache, and the peak RSS of that process
-next to the bar: largest shard x 1.3 + 1 GB above the interpreter with its libraries. The model's memory is written once
-before the clock starts, and that time is printed beside: a virtual machine that gets its memory page by page needs up to
-three seconds for a gigabyte that nobody has used yet, whoever asks for it. For the same reason write to a disk: in
-/dev/shm the file itself is such memory.
+Prints each figure beside its bar. Load and save: GB/s in a fresh process with the file warm in the page cache. Beside the
+save stands the kernel's own speed, a copy of the same file with fsync in the same process: on a machine with other work both
+fall together. Peak RSS: of that process, bar largest shard x 1.3 + 1 GB. convert and export: whole commands in that process,
+without the comparison with transformers. The model's memory is written once before the clock starts, and that time is
+printed too: a virtual machine that gets its memory page by page needs up to three seconds for a gigabyte that nobody has
+used yet, whoever asks for it. For the same reason write to a disk: in /dev/shm the file itself is such memory.
 """
 
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+BAR = 0.5
+"""GB/s that load and save must reach."""
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 2048,
@@ -52,14 +59,15 @@ def write_random(folder: Path, gigabytes: float) -> None:
 
 
 def measure(source: Path, target: Path) -> dict[str, float]:
-    """Loads and saves once in this process."""
+    """Loads and saves once in this process, then runs both commands."""
     import torch
 
-    from megatron_sft import conversion
+    from megatron_sft import conversion, parallel
     from megatron_sft.checkpoint.hf import load_hf_weights, save_hf
     from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
     from megatron_sft.config import ParallelConfig
 
+    clock = Clock()
     model = conversion.padded(model_config_from_hf(read_hf_config(source)), 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     chunks, ranks = conversion.built(model, ParallelConfig(), "bf16")
@@ -68,20 +76,49 @@ def measure(source: Path, target: Path) -> dict[str, float]:
         for parameter in chunks[0].parameters():
             parameter.zero_()
     memory_s = time.perf_counter() - start
-    start, cpu = time.perf_counter(), time.process_time()
-    load_hf_weights(chunks, model, source, ranks)
-    load_s, load_cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    with clock("load"):
+        load_hf_weights(chunks, model, source, ranks)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    start, cpu = time.perf_counter(), time.process_time()
-    save_hf(chunks, model, target, ranks, source)
-    save_s, save_cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    with clock("save"):
+        save_hf(chunks, model, target, ranks, source)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    times = {"memory_s": memory_s, "load_s": load_s, "save_s": save_s, "load_cpu_s": load_cpu_s, "save_cpu_s": save_cpu_s}
-    return {**times, "base_gb": before, "load_gb": loaded, "peak_gb": peak}
+    with clock("copy"):
+        copy_with_fsync(source / "model.safetensors", target.with_name("copy"))
+    parallel.finalize()
+    del chunks
+    megatron = target.with_name("megatron")
+    with clock("convert"):
+        conversion.convert(source, megatron, ParallelConfig(), "bf16", verify=False)
+    with clock("export"):
+        conversion.export(megatron, target, ParallelConfig(), source)
+    return {**clock.found, "memory_s": memory_s, "base_gb": before, "load_gb": loaded, "peak_gb": peak}
+
+
+class Clock:
+    """with clock("load"): ... -> found["load_s"] and found["load_cpu_s"], which counts the kernel's work too."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Times the block."""
+        start, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.found |= {f"{name}_s": time.perf_counter() - start, f"{name}_cpu_s": time.process_time() - cpu}
+
+
+def copy_with_fsync(source: Path, target: Path) -> None:
+    """What the kernel alone needs for these bytes."""
+    shutil.copyfile(source, target)
+    descriptor = os.open(target, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    target.unlink()
 
 
 def main() -> None:
-    """Writes the checkpoint, measures in a fresh process, prints one line."""
+    """Writes the checkpoint, measures in a fresh process, prints one line a figure."""
     gigabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 1.2
     with tempfile.TemporaryDirectory() as place:
         source, target = Path(place) / "in", Path(place) / "out"
@@ -92,12 +129,16 @@ def main() -> None:
         output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
         found = json.loads(output.splitlines()[-1])
         size = (source / "model.safetensors").stat().st_size / 1e9
-    print(
-        f"{size:.2f} GB bf16: load {size / found['load_s']:.2f} GB/s, save {size / found['save_s']:.2f} GB/s with fsync "
-        f"({size / found['load_cpu_s']:.2f} and {size / found['save_cpu_s']:.2f} GB per CPU second), "
-        f"first use of the model's memory {found['memory_s']:.2f} s, peak RSS {found['load_gb']:.2f} GB loading, "
-        f"{found['peak_gb']:.2f} GB in all, bar {size * 1.3 + 1:.2f} GB ({found['base_gb']:.2f} GB of it the libraries)"
-    )
+    bars = {"load": BAR, "save": BAR, "copy": None, "convert": None, "export": None}
+    print(f"{size:.2f} GB bf16 in {place}, load average {os.getloadavg()[0]:.1f}")
+    for name, bar in bars.items():
+        speed = size / found[f"{name}_s"]
+        verdict = "" if bar is None else f" (bar {bar} GB/s: {'kept' if speed >= bar else 'missed'})"
+        print(f"{name:8} {speed:5.2f} GB/s, {size / found[f'{name}_cpu_s']:5.2f} GB a CPU second{verdict}")
+    for name in ("load", "peak"):
+        used, bar = found[f"{name}_gb"], size * 1.3 + 1
+        print(f"{name:8} {used:5.2f} GB of memory at most (bar {bar:.2f} GB: {'kept' if used <= bar else 'missed'})")
+    print(f"memory   {found['memory_s']:5.2f} s for the first use of the model's; libraries {found['base_gb']:.2f} GB")
 
 
 if __name__ == "__main__":

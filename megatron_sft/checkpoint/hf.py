@@ -26,13 +26,14 @@ from megatron_sft.checkpoint.hf_config import (
     read_hf_config,
     same_architecture,
 )
-from megatron_sft.checkpoint.layout import LAYOUTS, REPLICATED, Placement, Shard, read_shard, write_shard
+from megatron_sft.checkpoint.layout import LAYOUTS, REPLICATED, Placement, Shard, read_shard, whole_sources, write_shard
 from megatron_sft.checkpoint.names import WEIGHTLESS, Family
 from megatron_sft.checkpoint.tensors import (
     INDEX,
     SINGLE,
     StoredTensor,
     TensorWriter,
+    one_thread,
     open_file,
     replaced_folder,
     stored_tensors,
@@ -152,7 +153,7 @@ def load_hf_weights(chunks: Sequence[nn.Module], model: ModelConfig, folder: str
     for item in held:
         for file in dict.fromkeys(stored[source].file for source in item.sources):
             by_file.setdefault(file, []).append(item)
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         for path in sorted(by_file):
             for batch in _batches(by_file[path]):
                 _read_batch(path, batch, stored)
@@ -397,7 +398,7 @@ def _write_folder(
     shards = _shards(plan, held)
     error = None
     try:
-        with replaced_folder(folder) as temporary:
+        with replaced_folder(folder) as temporary, one_thread():
             _copy_companions(tokenizer, temporary)
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             writer = TensorWriter(temporary, announced)
@@ -428,7 +429,7 @@ def _stored_tied(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) 
 def _assembled(
     shards: Iterator[tuple[_Offer, torch.Tensor]], plan: Plan, announced: Announced
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Puts shard after shard in its place; an HF tensor is yielded when its last shard has arrived.
+    """Puts shard after shard in its place; an HF tensor is yielded when its last shard has arrived, uncopied if it is one.
 
     A yielded tensor is valid until the next one: its memory is used again, which costs far less than fresh pages do.
     """
@@ -439,13 +440,17 @@ def _assembled(
             waiting[name] = waiting.get(name, 0) + 1
     begun: dict[str, torch.Tensor] = {}
     for offer, local in shards:
-        for name in offer.sources:
+        views = whole_sources(offer.placement, local) if local.device.type == "cpu" else {}
+        views = {number: view for number, view in views.items() if view.dtype == announced[offer.sources[number]][1]}
+        yield from ((offer.sources[number], view) for number, view in views.items())
+        parts = {number: name for number, name in enumerate(offer.sources) if number not in views}
+        for name in parts.values():
             if name not in begun:
                 shape, dtype = announced[name]
                 unused = free.get(announced[name])
                 begun[name] = unused.pop() if unused else torch.empty(shape, dtype=dtype)
-        write_shard(offer.placement, local, {number: begun[name] for number, name in enumerate(offer.sources)})
-        for name in offer.sources:
+        write_shard(offer.placement, local, {number: begun[name] for number, name in parts.items()})
+        for name in parts.values():
             waiting[name] -= 1
             if not waiting[name]:
                 yield name, begun[name]

@@ -78,6 +78,20 @@ def write_shard(placement: Placement, local: torch.Tensor, sources: Mapping[int,
             theirs.copy_(mine)
 
 
+def whole_sources(placement: Placement, local: torch.Tensor) -> dict[int, torch.Tensor]:
+    """The sources that are one run of this shard's memory, as views of it; all others have to be put together.
+
+    Example: gate and up of an MLP that no rank shares are the two halves of linear_fc1.
+    """
+    start, found = 0, {}
+    for piece in placement.pieces:
+        view = local.narrow(placement.dim, start, piece.length) if local.dim() else local
+        start += piece.length
+        if piece.source is not None and view.shape == placement.shapes[piece.source] and view.is_contiguous():
+            found[piece.source] = view
+    return found
+
+
 def _rows(start: int, length: int) -> Index:
     return (slice(start, start + length),)
 
@@ -184,9 +198,7 @@ def _experts_interleaved(shard: Shard) -> Placement:
     half, rest = shard.shape[0] // 2, shard.shape[1:]
     first, last = 2 * shard.rank * half, 2 * (shard.rank + 1) * half
     middle = tuple(slice(None) for _ in rest)
-    pieces = [
-        Piece(half, 0, (shard.expert, *middle, slice(first + up, last, 2)), transposed=bool(rest)) for up in (0, 1)
-    ]
+    pieces = [Piece(half, 0, (shard.expert, *middle, slice(first + up, last, 2)), transposed=bool(rest)) for up in (0, 1)]
     return Placement(0, pieces, [(_num_experts(shard), *rest, 2 * half * shard.size)])
 
 

@@ -115,6 +115,17 @@ def open_file(path: Path) -> Iterator[Any]:
         ) from None
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Copies by one thread of torch: one fills the memory's bandwidth, two on a busy machine wait for each other."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder by name; of a multimodal checkpoint, the text model's. Reads headers only.
 
