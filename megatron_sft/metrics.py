@@ -4,15 +4,16 @@ One flat dict an iteration goes to every place. Names: sft/* (data and loss), pe
 Megatron's own `grad_norm` and `lr`. Only rank 0 writes.
 """
 
+import contextlib
 import datetime
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_sft.config import RunConfig
-from megatron_sft.errors import ConfigError
+from megatron_sft.errors import ConfigError, TrainingError
 from megatron_sft.log import logger
 
 Metrics = Mapping[str, Any]
@@ -74,13 +75,16 @@ class MetricsWriter:
         self._log_interval = run.log.log_interval
         self._train_iters = train_iters
         self._jsonl = None
-        if run.checkpoint.save:
-            path = Path(run.checkpoint.save) / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            keep_until(path, iteration)
-            self._jsonl = path.open("a", buffering=1)
         save = run.checkpoint.save
-        self._tensorboard = _tensorboard(run.log.tensorboard_dir or (save and f"{save}/tensorboard"), iteration)
+        tensorboard = run.log.tensorboard_dir or (save and f"{save}/tensorboard")
+        self._places = " and ".join(place for place in (save and f"{save}/metrics.jsonl", tensorboard) if place)
+        with self._explained():
+            if save:
+                path = Path(save) / "metrics.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                keep_until(path, iteration)
+                self._jsonl = path.open("a", buffering=1)
+            self._tensorboard = _tensorboard(tensorboard, iteration)
         self._wandb = _wandb(run)
 
     def write(self, metrics: Metrics) -> None:
@@ -88,23 +92,35 @@ class MetricsWriter:
         iteration = metrics["iteration"]
         if iteration % self._log_interval == 0 or iteration == self._train_iters or "valid/loss" in metrics:
             logger.info(console_line(metrics, self._train_iters))
-        if self._jsonl:
-            self._jsonl.write(json.dumps(metrics) + "\n")
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        if self._tensorboard:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, iteration)
+        with self._explained():
+            if self._jsonl:
+                self._jsonl.write(json.dumps(metrics) + "\n")
+            if self._tensorboard:
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, iteration)
         if self._wandb:
             self._wandb.log(numbers, step=iteration)
 
     def close(self) -> None:
         """Flushes and closes every place."""
-        if self._jsonl:
-            self._jsonl.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        with self._explained():
+            if self._jsonl:
+                self._jsonl.close()
+            if self._tensorboard:
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{self._places}: cannot be written ({error.strerror}); expected a writable folder with room. Make room and "
+                "give the same command again: the run goes on from its last checkpoint."
+            ) from None
 
 
 def _tensorboard(folder: str | None, iteration: int) -> Any:

@@ -115,7 +115,13 @@ class CheckpointSaver:
     def mark_best(self, iteration: int, metric: str, value: float) -> None:
         """Names the best checkpoint so far, on rank 0; it is kept by --save-retain."""
         if self._ranks.rank == 0:
-            tracker.mark_best(self.root, iteration, metric, value)
+            try:
+                tracker.mark_best(self.root, iteration, metric, value)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.root}: iteration {iteration} is saved, but cannot be named the best one ({error.strerror}). Expected "
+                    f"a writable folder with room. {_ADVICE}"
+                ) from None
 
     def _make(self, iteration: tracker.Iteration) -> None:
         if self._ranks.rank == 0:

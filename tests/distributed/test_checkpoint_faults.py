@@ -1,10 +1,14 @@
 """Checkpoints under attack: asynchronous saves, full disks, flipped bits, planted payloads, half-written folders."""
 
+import contextlib
+import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +16,11 @@ import torch
 
 from megatron_sft.checkpoint import manifest, torch_dist, tracker
 from megatron_sft.checkpoint.distributed import CheckpointSaver, latest_iteration, load_checkpoint
-from megatron_sft.config import CheckpointConfig, ParallelConfig
-from megatron_sft.errors import CheckpointError
+from megatron_sft.config import CheckpointConfig, DataConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.errors import CheckpointError, DataError, TrainingError, UserError
 from tests.distributed.checkpoint_rig import Rig, build
 from tests.gloo import run_ranks
+from tests.text_models import text_model
 
 
 def _save(rig: Rig, root: str | Path, iteration: int) -> None:
@@ -45,9 +50,7 @@ def _async_steps(root: str, layout: dict) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize(("world_size", "layout"), [(1, {}), (2, {"use_distributed_optimizer": True})])
-def test_async_checkpoints_hold_the_iteration_they_were_asked_for(
-    tmp_path: Path, world_size: int, layout: dict
-) -> None:
+def test_async_checkpoints_hold_the_iteration_they_were_asked_for(tmp_path: Path, world_size: int, layout: dict) -> None:
     for expected, found in run_ranks(_async_steps, world_size, str(tmp_path), layout):
         assert found == expected
     assert tracker.iterations(tmp_path) == [5, 4, 3]
@@ -261,3 +264,91 @@ def test_save_folder_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
     [message] = run_ranks(_unwritable, 1, str(tmp_path / "taken"))
     assert "taken: cannot be used for checkpoints" in message
     assert "File exists" in message
+
+
+@contextlib.contextmanager
+def _no_file_above(size: int | None) -> Iterator[None]:
+    """No file of this process may grow beyond `size` bytes: a full disk that needs no disk. None: as large as it likes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _refusals(kind: type[UserError], write: Callable[[], object], sizes: list[int]) -> list[str]:
+    """What `write` says at each size of a full disk; without one it succeeds."""
+    messages = []
+    for size in sizes:
+        with _no_file_above(size), pytest.raises(kind) as caught:
+            write()
+        messages.append(str(caught.value))
+    write()
+    return messages
+
+
+def _writers(root: str) -> dict[str, list[str]]:
+    """Every place that a run writes to beside its checkpoints: first on full disks, then where a file is in the way."""
+    from megatron_sft.checkpoint.hf import load_hf_weights, save_hf
+    from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
+    from megatron_sft.data.prepare import open_store
+    from megatron_sft.metrics import MetricsWriter
+    from megatron_sft.model.build import build_model
+
+    place, found = Path(root), {}
+    rig = build(ParallelConfig())
+    _save(rig, f"{root}/run", 1)
+    folder = f"{root}/hf"
+    text_model("llama", place / "hf")
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 40}]}
+    (place / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 50)
+    (place / "file").write_text("")
+
+    def prepare(cache: str) -> object:
+        return open_store(DataConfig(tokenizer_model=folder, data_cache_path=cache, num_workers=1), [f"{root}/rows.jsonl"])
+
+    def metrics(save: str) -> None:
+        run = RunConfig(checkpoint=CheckpointConfig(save=save))
+        writer = MetricsWriter(run, 1, 10)
+        writer._log_interval = 100
+        for iteration in range(2, 5):
+            writer.write({"iteration": iteration, "text": "x" * 300})
+        writer.close()
+
+    model = model_config_from_hf(read_hf_config(folder))
+    chunks = build_model(model, ParallelConfig(), TrainConfig())
+    load_hf_weights(chunks, model, folder, rig.ranks)
+
+    def export(out: str) -> None:
+        save_hf(chunks, model, out, rig.ranks, folder)
+
+    def best(root: str) -> None:
+        CheckpointSaver(root, rig.run, rig.ranks).mark_best(1, "valid/loss", 0.5)
+
+    found["tokens"] = _refusals(DataError, lambda: prepare(f"{root}/cache"), [0, 64, 1000])
+    found["metrics"] = _refusals(TrainingError, lambda: metrics(f"{root}/run"), [0, 400, 700])
+    found["best"] = _refusals(CheckpointError, lambda: best(f"{root}/run"), [0, 10])
+    found["export"] = _refusals(CheckpointError, lambda: export(f"{root}/out"), [0, 1000, 20_000])
+    found["checkpoint"] = _refusals(CheckpointError, lambda: _save(rig, f"{root}/run", 2), [0, 500, 5000])
+    assert _load(rig, f"{root}/run")["iteration"] == 2
+    in_the_way = {"tokens": (DataError, prepare), "metrics": (TrainingError, metrics), "export": (CheckpointError, export)}
+    for name, (kind, write) in in_the_way.items():
+        with pytest.raises(kind) as caught:
+            write(f"{root}/file/below")
+        found[name].append(str(caught.value))
+    assert not [path for path in place.rglob("*") if ".writing" in path.name or path.suffix in (".building", ".tmp")]
+    return found
+
+
+def test_every_other_writer_says_that_it_cannot(tmp_path: Path) -> None:
+    [found] = run_ranks(_writers, 1, str(tmp_path))
+    assert {name: len(messages) for name, messages in found.items()} == {
+        "tokens": 4, "metrics": 4, "best": 2, "export": 4, "checkpoint": 3,
+    }  # fmt: skip
+    reasons = {"tokens": "cache", "metrics": "metrics.jsonl", "best": "run", "export": "out", "checkpoint": "iter_0000002"}
+    for name, messages in found.items():
+        full, blocked = (messages[:-1], messages[-1:]) if name in ("tokens", "metrics", "export") else (messages, [])
+        assert all("File too large" in message and reasons[name] in message for message in full), full
+        assert all("Not a directory" in message and "file/below" in message for message in blocked), blocked
+        assert all("xpected a writable" in message or "expected room" in message for message in messages), messages
