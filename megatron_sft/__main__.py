@@ -11,13 +11,14 @@ from pathlib import Path
 from megatron_sft import log
 from megatron_sft.arguments import parse, parse_generate, parse_mmlu, parse_plan, parse_view
 from megatron_sft.config import RunConfig
-from megatron_sft.core_compat import process_environment
+from megatron_sft.core_compat import leave_out_compiler, process_environment
 from megatron_sft.errors import ConfigError, UserError
 
 
 def finetune(argv: Sequence[str], world_size: int) -> int:
     """Trains: the flags of finetune.py."""
     run, explicit = parse(argv, world_size)
+    leave_out_compiler()
     from megatron_sft.train.setup import finetune as train
 
     return train(run, explicit)
@@ -78,6 +79,7 @@ def _write(path: str, text: str) -> None:
 def generate(argv: Sequence[str], world_size: int) -> int:
     """Answers prompts into --output FILE.jsonl."""
     run, explicit, options = parse_generate(argv, world_size)
+    leave_out_compiler()
     from megatron_sft.prompts import answer_prompts
 
     for row in answer_prompts(run, explicit, options):
@@ -88,6 +90,7 @@ def generate(argv: Sequence[str], world_size: int) -> int:
 def mmlu(argv: Sequence[str], world_size: int) -> int:
     """Scores MMLU: --load MODEL [--mmlu-dataset FOLDER --fraction F --few-shots N --lower-bound X --output JSON]."""
     run, explicit, options = parse_mmlu(argv, world_size)
+    leave_out_compiler()
     from megatron_sft.tasks.mmlu import mmlu as score
 
     return score(run, explicit, options)
@@ -104,8 +107,8 @@ def convert(argv: Sequence[str], world_size: int) -> int:
     if is_megatron_checkpoint(str(checkpoint.load)):
         reshard(str(checkpoint.load), str(checkpoint.save), run.parallel, _hf_folder(run), dtype, (run.model, explicit))
         return 0
-    check, described = checkpoint.verify_conversion, (run.model, explicit)
-    write(str(checkpoint.load), str(checkpoint.save), run.parallel, dtype, check, checkpoint.importer, described)
+    check, importer, remote = checkpoint.verify_conversion, checkpoint.importer, run.data.trust_remote_code
+    write(str(checkpoint.load), str(checkpoint.save), run.parallel, dtype, check, importer, (run.model, explicit), remote)
     return 0
 
 
@@ -138,17 +141,15 @@ def verify(argv: Sequence[str], world_size: int) -> int:
 
 
 def conf(argv: Sequence[str], world_size: int) -> int:
-    """Prints a conf/<org>/<model>.sh for an HF folder: --load FOLDER."""
-    run, _ = _model_run(argv, world_size, "load")
+    """Prints a conf/<org>/<model>.sh for an HF folder: FOLDER."""
+    named = ["--load"] if argv and not argv[0].startswith("-") else []
+    run, _ = _model_run([*named, *argv], world_size, "load")
     from megatron_sft.conversion import conf as text
 
     print(text(str(run.checkpoint.load)), end="")
     return 0
 
 
-def _model_run(argv: Sequence[str], world_size: int, *needed: str) -> tuple[RunConfig, frozenset[str]]:
-    """The configuration of a command that trains nothing; `needed` fields of its checkpoint section must be given."""
-    run, explicit = parse(argv, world_size, training=False)
 def plan(argv: Sequence[str], world_size: int) -> int:
     """Which layouts fit, with memory and traffic: CONF --gpus N --gpu-memory GB [--json FILE] [flags of finetune.py]."""
     if not argv or argv[0].startswith("-"):
@@ -164,9 +165,13 @@ def plan(argv: Sequence[str], world_size: int) -> int:
     return 0
 
 
+def _model_run(argv: Sequence[str], world_size: int, *needed: str) -> tuple[RunConfig, frozenset[str]]:
+    """The configuration of a command that trains nothing; `needed` fields of its checkpoint section must be given."""
+    run, explicit = parse(argv, world_size, training=False)
     missing = [f"--{name.replace('_', '-')} is missing: see --help." for name in needed if not getattr(run.checkpoint, name)]
     if missing:
         raise ConfigError(missing)
+    leave_out_compiler()
     return run, explicit
 
 
@@ -181,11 +186,11 @@ COMMANDS: Mapping[str, Callable[[Sequence[str], int], int]] = {
     "export": export,
     "verify": verify,
     "conf": conf,
+    "plan": plan,
 }
 
 
 def main(argv: Sequence[str]) -> int:
-    "plan": plan,
     """Runs one command; returns the exit status."""
     rank, world_size, _ = process_environment()
     log.configure(rank)
