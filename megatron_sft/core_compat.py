@@ -149,6 +149,8 @@ def _cpu_function_mode() -> Any:
                 wanted = kwargs["device"]
                 if isinstance(wanted, int) or str(wanted).startswith("cuda"):
                     kwargs = {**kwargs, "device": cpu}
+            if kwargs and kwargs.get("pin_memory"):  # models/common/embeddings/rope_utils.py:get_pos_emb_on_this_cp_rank
+                kwargs = {**kwargs, "pin_memory": False}
             if func is torch.Tensor.type and len(args) == 1 and not kwargs:
                 return func(*args).replace("torch.", "torch.cuda.")
             return func(*args, **(kwargs or {}))

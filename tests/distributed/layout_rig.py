@@ -259,6 +259,7 @@ CASES: dict[int, dict[str, Case]] = {
         "moe-tp2-sp": case("qwen3_moe", TP2, SP),
         "shared-tp2-sp-ep2": case("deepseek_v3", TP2, SP, EP2),
         "shared-tp2-sp-etp2": case("deepseek_v3", TP2, SP, ETP2),
+        "shared-cp2": case("deepseek_v3", CP2),
         "shared-pp2-ep1": case("deepseek_v3", PP2),
     },
     3: {
