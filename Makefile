@@ -31,6 +31,7 @@ bench: $(MODEL)/config.json
 	$(BIN)/python bench/generate.py $(MODEL)
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/checkpoint.py
+	$(BIN)/python bench/loss.py
 
 ROWS ?= examples/data/gsm8k_train_400.jsonl
 TOKENIZER ?= $(MODEL)
