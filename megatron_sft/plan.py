@@ -364,6 +364,7 @@ def _seconds(run: RunConfig, shares: _Shares, sent: Mapping[str, float]) -> floa
     idle = (pp - 1) / (shares.micro_batches * (layout.virtual_pipeline_model_parallel_size or 1))
     spans = {"TP": tp, "CP": tp * cp, "EP": ep * etp, "DP": gpus // pp, "PP": gpus}  # neighbours in megatron-core's order
     speeds = {name: SPEED["inside" if span <= SPEED["machine"] else "between"] for name, span in spans.items()}
+    speeds["DP"] = min(SPEED["inside"], speeds["DP"] * max(1, SPEED["machine"] // (tp * cp)))  # rings over every network card
     return flops * again * (1 + idle) / gpus / SPEED["flops"] + sum(GB * sent[name] / speeds[name] for name in sent)
 
 

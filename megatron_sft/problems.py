@@ -76,10 +76,14 @@ def _division_problems(run: RunConfig) -> list[str]:
     experts, ep = model.core.get("num_moe_experts") or 0, parallel.expert_model_parallel_size
     if experts % ep:
         found.append(f"--expert-model-parallel-size {ep} does not divide --num-experts {experts}. Choose one that does.")
+    if experts and model.add_bias_linear and parallel.expert_tensor_parallel_size > 1:
+        etp = parallel.expert_tensor_parallel_size
+        found.append(f"--expert-tensor-parallel-size {etp}: megatron-core cuts no expert that has biases. Use 1 (ETP=1).")
     tp = parallel.tensor_model_parallel_size
     widths = {"--ffn-hidden-size": model.ffn_hidden_size}
     if model.core.get("multi_latent_attention"):
-        widths["--kv-lora-rank + --qk-pos-emb-head-dim"] = sum(model.core.get(n, 0) for n in ("kv_lora_rank", "qk_pos_emb_head_dim"))
+        latent = ("kv_lora_rank", "qk_pos_emb_head_dim")
+        widths["--kv-lora-rank + --qk-pos-emb-head-dim"] = sum(model.core.get(name, 0) for name in latent)
         widths["--q-lora-rank"] = model.core.get("q_lora_rank") or 0
     for flag, width in widths.items():
         if width % tp:

@@ -168,6 +168,13 @@ def test_problems_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
         ("--gpus", "8"): "plan: no model named; expected a conf such as Qwen/Qwen3-8B",
         ("Qwen/Qwen3-0.6B", "--gpu-memory", "4"): "no layout fits 1 x 4 GB: the nearest, one GPU, needs",
         ("Qwen/Qwen3-0.6B", "--gpus", "3", "--tensor-model-parallel-size", "2"): "3 GPUs cannot be cut as asked",
+        (
+            "openai/gpt-oss-20b",
+            "--gpus",
+            "2",
+            "--expert-tensor-parallel-size",
+            "2",
+        ): "cuts no expert that has biases. Use 1",
         ("Qwen/Qwen3-0.6B", "--gpus", "0", "--seq-lenth", "5"): "Did you mean --seq-length?",
     }
     for argv, message in wrong.items():
