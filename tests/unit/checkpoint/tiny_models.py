@@ -1,5 +1,9 @@
 """Tiny random Hugging Face folders, one or more a family, each with the family's features on."""
 
+import copy
+import functools
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -202,16 +206,28 @@ def tiny_folder(name: str, folder: Path, dtype: torch.dtype = torch.float32, num
     Norm weights, biases, sinks and the router's expert bias are random too: a mistake in them would not show on ones
     and zeros.
     """
+    keys = {**SIZES, **KEYS[name], "num_hidden_layers": num_layers}
+    keys.update({key: keys[key][:num_layers] for key in ("layer_types", "no_rope_layers", "layers_block_type") if key in keys})
+    model, files = _saved(json.dumps(keys), dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    torch.manual_seed(0)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _saved(keys: str, dtype: torch.dtype) -> tuple[Any, dict[str, bytes]]:
+    """The model of a config.json and the files that transformers saves of it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    keys = {**SIZES, **KEYS[name], "num_hidden_layers": num_layers}
-    keys.update({key: keys[key][:num_layers] for key in ("layer_types", "no_rope_layers", "layers_block_type") if key in keys})
-    config = AutoConfig.for_model(**keys)
+    config = AutoConfig.for_model(**json.loads(keys))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if key.endswith("bias") or (tensor.dim() == 1 and tensor.requires_grad):
                 tensor.add_(torch.randn_like(tensor) * 0.2)
-    model.save_pretrained(folder)
-    return model
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return model, {path.name: path.read_bytes() for path in Path(folder).iterdir()}
