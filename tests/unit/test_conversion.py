@@ -1,15 +1,63 @@
 """convert, export, verify and conf as the commands call them."""
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_sft import conversion
+from megatron_sft.__main__ import main
 from megatron_sft.config import ModelConfig, ParallelConfig
 from megatron_sft.errors import CheckpointError, ConfigError
 from tests.unit.checkpoint.tiny_models import tiny_folder
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = "import json, sys; print('RUN ' + json.dumps(sys.argv[2:]))"
+NAME = "Qwen/Qwen3-0.6B"
+
+
+def commands(page, tmp_path):
+    """Arguments of every command that the page shows, of scripts as their launcher gets them; /path/to is tmp_path."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL):
+        block = block.replace("/path/to", str(tmp_path))
+        for line in [line for line in block.split("\n") if line.startswith("megatron-sft ")]:
+            found.append(shlex.split(line)[1:])
+        if "convert.sh" in block:
+            launch = {"LAUNCH_SCRIPT": shlex.join([sys.executable, "-c", LAUNCHER]), "SANDBOX_ROOT": str(tmp_path)}
+            done = subprocess.run(
+                ["bash", "-euc", block], cwd=ROOT, env={**os.environ, **launch}, capture_output=True, text=True, check=True
+            )
+            found += [json.loads(line[4:])[1:] for line in done.stdout.split("\n") if line.startswith("RUN ")]
+    return found
+
+
+def test_commands_of_the_convert_page_run(tmp_path, capsys):
+    tiny_folder("qwen3", tmp_path / "Qwen3-0.6B", torch.bfloat16)
+    script = tmp_path / "conf" / "model" / f"{NAME}.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text(conversion.conf(tmp_path / "Qwen3-0.6B"))
+    shown = commands("convert.md", tmp_path)
+    assert [words[0] for words in shown] == ["convert", "export", "verify", "conf"]
+    for words in shown:
+        assert main(words) == 0, words
+    assert "tensors: 0 differ" in capsys.readouterr().out
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("Qwen3-0.6B", "hf"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_conf_command_of_the_models_page_runs(tmp_path, capsys):
+    tiny_folder("gemma3_text", tmp_path / "model")
+    ((command, folder, *_),) = [words for words in commands("models.md", tmp_path) if words[0] == "conf"]
+    assert main([command, folder]) == 0
+    assert capsys.readouterr().out == conversion.conf(tmp_path / "model")
 
 
 def test_there_and_back_through_a_megatron_checkpoint(tmp_path):
