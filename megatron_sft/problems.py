@@ -38,8 +38,8 @@ def _layout_problems(run: RunConfig, world_size: int) -> list[str]:
             f"{world_size // pp} processes a pipeline stage cannot be cut into EP {ep} x ETP "
             f"{parallel.expert_tensor_parallel_size}. Change --expert-model-parallel-size."
         )
-    for name, value in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.num_query_groups)):
     found += _division_problems(run)
+    for name, value in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.num_query_groups)):
         if value % tp and not (name == "num_query_groups" and tp % value == 0):
             flag = f"--{name.replace('_', '-')}"
             found.append(f"--tensor-model-parallel-size {tp} does not divide {flag} {value}. Choose one that does.")
@@ -59,7 +59,6 @@ def _layout_problems(run: RunConfig, world_size: int) -> list[str]:
     return found
 
 
-def _head_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
 def _division_problems(run: RunConfig) -> list[str]:
     """Layers over pipeline stages, experts over EP, the MLP over TP: what megatron-core only asserts."""
     parallel, model = run.parallel, run.model
@@ -91,6 +90,7 @@ def _division_problems(run: RunConfig) -> list[str]:
     return found
 
 
+def _head_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
     """What --cp-comm-type a2a asks of the heads: each context-parallel rank takes some of those of its TP rank."""
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if cp == 1 or parallel.cp_comm_type != "a2a" or not model.num_attention_heads:
