@@ -119,6 +119,9 @@ def _training_problems(run: RunConfig) -> list[str]:
         if value is not None and value <= 0:
             found.append(f"--{name.replace('_', '-')} is {value}; expected a positive number.")
     found += data_problems(data)
+    tp = run.parallel.tensor_model_parallel_size
+    if run.model.core.get("num_moe_experts") and tp > 1 and not run.parallel.sequence_parallel:
+        found.append(f"--tensor-model-parallel-size {tp} with experts needs --sequence-parallel (megatron-core). Add it.")
     if train.max_tokens_per_gpu and train.max_tokens_per_gpu < data.seq_length:
         found.append(
             f"--max-tokens-per-gpu {train.max_tokens_per_gpu} is below --seq-length {data.seq_length}: a pack would not fit. "
