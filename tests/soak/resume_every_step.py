@@ -104,6 +104,8 @@ class Runs:
         Returns:
             What each step gave, and why the run ended (train's second value).
         """
+        from megatron.core import parallel_state
+
         from megatron_sft import parallel
         from megatron_sft.checkpoint.source import find_source
         from megatron_sft.train import setup
@@ -141,7 +143,7 @@ class Runs:
         job.chunks[0].module.register_forward_pre_hook(meet)
         state, stopped = train(job, state)
         saving.finish()
-        parallel.finalize()
+        parallel_state.destroy_model_parallel()  # the processes stay connected
         if ranks.rank == 0:
             for line in (save / "metrics.jsonl").read_text().splitlines():
                 values = json.loads(line)
@@ -178,16 +180,12 @@ def resumes(root: str, flags: list[str], steps: list[int], stops: list[int]) -> 
 
     base, runs, problems = Path(root), Runs(flags), {}
     whole, _ = runs.run(base / "whole", writes=True)
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
     def at_once(work: Any) -> None:
         """Rank 0 prepares a folder before anybody reads it."""
-        if rank == 0:
+        if dist.get_rank() == 0:
             work()
-        if size > 1:
-            dist.init_process_group("gloo")
-            dist.barrier()
-            dist.destroy_process_group()
+        dist.barrier()
 
     for step in steps:
         folder = base / "again"
@@ -223,7 +221,7 @@ def through_cli(root: Path, flags: list[str], whole: dict[int, tuple], chance: r
         time.sleep(chance.uniform(0.0, 1.0))
         process.send_signal(signal.SIGTERM)
         status = process.wait(120)
-        if status == 0:
+        if status == 0 or _lines(save)[-1]["iteration"] == STEPS:  # the signal may have met a process that was ending
             break
         stops += 1
         if status != 128 + signal.SIGTERM:
