@@ -68,7 +68,7 @@ def as_text(store: DocumentStore, plan: PackPlan, shown: Sequence[int], decode: 
     for index in shown:
         document = store.document(index)
         out += [
-            f"--- {_title(store, index, document)}",
+            _printable(f"--- {_title(store, index, document)}"),
             _coloured(document, decode) if is_coloured else _bracketed(document, decode),
         ]
     out.append("--- packs (documents @ tokens)")

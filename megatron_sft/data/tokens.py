@@ -174,7 +174,8 @@ def fit(samples: Sequence[Any], seq_length: int, truncation: str, where: str) ->
         lost += len(tokens) - sum(piece.stop - piece.start for piece in kept)
     if not documents:
         return [], f"dropped:{TOO_LONG if fates == {f'dropped:{TOO_LONG}'} else NO_TRAINED_TOKEN}", lost
-    return documents, next((fate for fate in ("split", "truncated") if fate in fates), "kept"), lost
+    # "truncated" also stands for a row that lost one of several samples to --truncation drop.
+    return documents, "split" if "split" in fates else "truncated" if fates else "kept", lost
 
 
 def _cuts(length: int, seq_length: int, truncation: str, where: str) -> list[slice]:
