@@ -19,7 +19,7 @@ from megatron_sft.config import DataConfig
 from megatron_sft.data.fast_bpe import HFText, TextTokenizer
 from megatron_sft.data.schema import Row, RowError
 from megatron_sft.data.spans import Conversation, Undecided, assistant_spans
-from megatron_sft.data.templates import Span, Template, TemplateError, limited, probe
+from megatron_sft.data.templates import Span, Template, TemplateError, limited, limited_time, probe
 from megatron_sft.data.tokenizer import NoPlaces, SlowText, load_tokenizer, special_texts
 from megatron_sft.errors import ConfigError, DataError
 
@@ -271,8 +271,11 @@ def _check_row(encoder: ChatEncoder, row: Row) -> None:
     for messages, last in encoder._samples(row):
         rendered = encoder._render(messages, row, last)
         encoded = encoder._encoded(rendered)
+        said = [_for_template(m) for m in messages]
+        with limited_time(encoder.template.is_expendable):  # transformers computes a template's constants as it compiles
+            encoder.tokenizer.apply_chat_template(said, tools=row.tools, tokenize=False, **row.template_kwargs)
         expected = encoder.tokenizer.apply_chat_template(
-            [_for_template(m) for m in messages], tools=row.tools, tokenize=True, return_dict=False, **row.template_kwargs
+            said, tools=row.tools, tokenize=True, return_dict=False, **row.template_kwargs
         )
         if list(expected) != encoded.tokens.tolist():
             raise DataError(

@@ -172,7 +172,7 @@ class Template:
             "messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": add_generation_prompt,
         }  # fmt: skip
         try:
-            with _limited_time(self.is_expendable):
+            with limited_time(self.is_expendable):
                 marked = self._compiled.render(**values)
         except jinja2.exceptions.SecurityError as error:
             raise TemplateError(f"tries to leave the sandbox: {error}", is_fatal=True) from None
@@ -197,7 +197,7 @@ class Template:
 
 
 @contextmanager
-def _limited_time(is_expendable: bool) -> Iterator[None]:
+def limited_time(is_expendable: bool) -> Iterator[None]:
     """Raises TemplateError after RENDER_S, or a little later ends an expendable process.
 
     Only the main thread has the clock, and tokenising runs there.
