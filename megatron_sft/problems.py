@@ -5,6 +5,7 @@ checkpoint or the data comes later.
 """
 
 import os
+import sys
 
 from megatron_sft.config import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig
 
@@ -143,16 +144,19 @@ def data_problems(data: DataConfig) -> list[str]:
         found.append("--tokenizer-model is missing: expected an HF folder, a hub name or a sentencepiece tokenizer.model.")
     if data.seq_length <= 1:
         found.append(f"--seq-length is {data.seq_length}; expected 2 or more.")
+    if data.max_bad_rows < 0:
+        found.append(f"--max-bad-rows is {data.max_bad_rows}; expected 0 or more.")
     if data.train_epochs and data.train_weights:
         found.append("--prompt-data-epochs and --prompt-data-weights contradict each other. Give one of them.")
-    for name in ("train_epochs", "train_weights"):
-        if any(value < 0 for value in getattr(data, name)) or (getattr(data, name) and not any(getattr(data, name))):
-            found.append(f"--{name.replace('_', '-')} is {getattr(data, name)}; expected numbers of at least 0, one above it.")
+    most = sys.float_info.max  # what infinity and nan are not below
+    for flag, values, limit in (("epochs", data.train_epochs, 1000.0), ("weights", data.train_weights, most)):
+        if values and (not all(0 <= value <= limit for value in values) or not any(values)):
+            found.append(f"--prompt-data-{flag} is {values}; expected numbers from 0 to {limit:g}, one above 0.")
     for name in ("train_names", "train_epochs", "train_weights"):
         count = len(getattr(data, name))
         if count and count != len(data.train_data):
             found.append(f"{count} values of {name} for {len(data.train_data)} sources; expected one a source.")
-    if min(data.split) < 0 or data.split[0] <= 0:
+    if not all(0 <= share <= most for share in data.split) or not data.split[0]:
         found.append(f"--split is {data.split}; expected a positive share for training, none below 0.")
     return found
 

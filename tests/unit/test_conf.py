@@ -217,7 +217,14 @@ def test_layout_of_the_comment_fits(name):
     assert found[3] == name
     extra = read_flags(shlex.split(found[4] or ""), [])[0] if found[4] else {}
     first, last = (extra.get(f"parallel.decoder_{end}_pipeline_num_layers", 0) for end in ("first", "last"))
-    layout = ParallelConfig(tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
+    layout = ParallelConfig(
+        tp,
+        pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        decoder_first_pipeline_num_layers=first or None,
+        decoder_last_pipeline_num_layers=last or None,
+    )
     model, _ = flags_of(name)
     assert problems(RunConfig(model, layout), gpus, training=False) == []
     assert (model.num_layers - first - last) % (pp - (first > 0) - (last > 0)) == 0

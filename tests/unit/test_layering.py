@@ -33,7 +33,8 @@ ALLOWED: Mapping[str, set[str]] = {
     "plan": EVERY | {"problems", "parallel", "model", "checkpoint", "conversion", "train"},
     "arguments": EVERY | {"flags", "derived_flags", "problems"},
     "__main__": EVERY
-    | {"arguments", "checkpoint", "conversion", "data", "generation", "inference", "parallel", "plan", "prompts", "tasks", "train"},
+    | {"arguments", "checkpoint", "conversion", "data", "generation", "inference", "parallel", "plan"}
+    | {"prompts", "tasks", "train"},
 }
 USES_CORE = {"core_compat", "parallel", "model", "checkpoint", "conversion", "generation", "inference", "plan", "tasks", "train"}
 
