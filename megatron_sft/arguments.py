@@ -327,7 +327,9 @@ def _run(values: Values) -> RunConfig:
         section, name = path.split(".", 1)
         (core if section == "core" else sections[section])[name] = value
     sections["model"]["core"] = core
-    if sections["parallel"].get("tensor_model_parallel_size", 1) == 1:  # confs with experts ask for it; as Megatron-LM has it
+    tensor_size = sections["parallel"].get("tensor_model_parallel_size", 1)
+    sections["parallel"].setdefault("expert_tensor_parallel_size", tensor_size)  # Megatron-LM's default
+    if tensor_size == 1:  # confs with experts ask for it; as Megatron-LM has it
         sections["parallel"].pop("sequence_parallel", None)
     if "tokenizer_model" not in sections["data"] and sections["checkpoint"].get("load"):
         sections["data"]["tokenizer_model"] = sections["checkpoint"]["load"]

@@ -100,6 +100,7 @@ class ParallelConfig:
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
+    """On a command line without it: the tensor-parallel size."""
     sequence_parallel: bool = False
     """Activations between tensor-parallel regions are cut along the sequence."""
     cp_comm_type: str = "a2a"

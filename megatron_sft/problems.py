@@ -37,7 +37,8 @@ def _layout_problems(run: RunConfig, world_size: int) -> list[str]:
     elif world_size // pp % (ep * parallel.expert_tensor_parallel_size):
         found.append(
             f"{world_size // pp} processes a pipeline stage cannot be cut into EP {ep} x ETP "
-            f"{parallel.expert_tensor_parallel_size}. Change --expert-model-parallel-size."
+            f"{parallel.expert_tensor_parallel_size}. Change --expert-model-parallel-size, or "
+            "--expert-tensor-parallel-size (TP's where it is not given)."
         )
     found += _division_problems(run)
     for name, value in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.num_query_groups)):

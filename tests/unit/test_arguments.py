@@ -54,6 +54,12 @@ def test_every_problem_is_reported_at_once():
     )
 
 
+def test_experts_are_cut_over_tensor_parallel_ranks_unless_told_otherwise():
+    sizes = ["--tensor-model-parallel-size", "2"]
+    assert parse([*NEEDED, *sizes], 2)[0].parallel.expert_tensor_parallel_size == 2
+    assert parse([*NEEDED, *sizes, "--expert-tensor-parallel-size", "1"], 2)[0].parallel.expert_tensor_parallel_size == 1
+
+
 def test_no_effect_flag_prints_one_line(capsys):
     from megatron_sft import log
 
