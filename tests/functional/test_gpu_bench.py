@@ -30,7 +30,7 @@ def test_cpu_form_writes_every_field(tmp_path: Path) -> None:
     assert report["versions"]["torch"] and report["versions"]["megatron-core"]
     assert report["device"]["type"] == "cpu" and report["device"]["matmul_tflops"] > 0
     ours, loss = report["rows"]
-    assert (ours["shape"], ours["engine"], ours["status"], ours["steps"]) == ("tiny", "ours", "ok", 3)
+    assert (ours["shape"], ours["engine"], ours["status"]) == ("tiny", "ours", "ok") and ours["steps"] >= 1
     assert ours["tokens_per_s"] > 0 and 0 < ours["mfu"] < 1 and ours["peak_gib"] > 0
     assert ours["bytes_per_parameter"] == 18 and ours["tried"] == [[4, False, "ok"]]
     assert ours["first_loss"] == pytest.approx(np.log(256), abs=0.1)  # random weights guess among 256 ids
