@@ -7,7 +7,7 @@ MODEL_ARGS=(
   --bf16 --normalization RMSNorm --norm-epsilon 1e-6 --apply-layernorm-1p --geglu --disable-bias-linear
   --num-layers 46 --hidden-size 4608 --ffn-hidden-size 36864
   --num-attention-heads 32 --group-query-attention --num-query-groups 16 --kv-channels 128 --norm-placement pre_post
-  --embedding-scale 67.88225099390856 --attn-logit-softcapping 50 --final-logit-softcapping 30 --window-size 4095,0
+  --embedding-scale 67.88225099390856 --attn-logit-softcapping 50 --final-logit-softcapping 30 --window-size '4095,0'
   --window-attn-skip-freq 2
   --position-embedding-type rope --rotary-percent 1 --rotary-base 10000
   --softmax-scale 0.08333333333333333

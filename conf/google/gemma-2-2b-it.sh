@@ -7,7 +7,7 @@ MODEL_ARGS=(
   --bf16 --normalization RMSNorm --norm-epsilon 1e-6 --apply-layernorm-1p --geglu --disable-bias-linear
   --num-layers 26 --hidden-size 2304 --ffn-hidden-size 9216
   --num-attention-heads 8 --group-query-attention --num-query-groups 4 --kv-channels 256 --norm-placement pre_post
-  --embedding-scale 48 --attn-logit-softcapping 50 --final-logit-softcapping 30 --window-size 4095,0
+  --embedding-scale 48 --attn-logit-softcapping 50 --final-logit-softcapping 30 --window-size '4095,0'
   --window-attn-skip-freq 2
   --position-embedding-type rope --rotary-percent 1 --rotary-base 10000
   --softmax-scale 0.0625

@@ -7,7 +7,7 @@ MODEL_ARGS=(
   --bf16 --normalization RMSNorm --norm-epsilon 1e-6 --apply-layernorm-1p --geglu --disable-bias-linear
   --num-layers 26 --hidden-size 1152 --ffn-hidden-size 6912
   --num-attention-heads 4 --group-query-attention --num-query-groups 1 --kv-channels 256 --qk-layernorm
-  --rotary-base-local 10000 --norm-placement pre_post --embedding-scale 33.94112549695428 --window-size 511,0
+  --rotary-base-local 10000 --norm-placement pre_post --embedding-scale 33.94112549695428 --window-size '511,0'
   --window-attn-skip-freq 6
   --position-embedding-type rope --rotary-percent 1 --rotary-base 1000000
   --softmax-scale 0.0625

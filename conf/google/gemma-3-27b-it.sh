@@ -8,7 +8,7 @@ MODEL_ARGS=(
   --bf16 --normalization RMSNorm --norm-epsilon 1e-6 --apply-layernorm-1p --geglu --disable-bias-linear
   --num-layers 62 --hidden-size 5376 --ffn-hidden-size 21504
   --num-attention-heads 32 --group-query-attention --num-query-groups 16 --kv-channels 128 --qk-layernorm
-  --rotary-base-local 10000 --norm-placement pre_post --embedding-scale 73.32121111929344 --window-size 1023,0
+  --rotary-base-local 10000 --norm-placement pre_post --embedding-scale 73.32121111929344 --window-size '1023,0'
   --window-attn-skip-freq 6
   --position-embedding-type rope --rotary-percent 1 --rotary-base 1000000
   --rope-scaling '{"rope_type": "linear", "factor": 8.0}'

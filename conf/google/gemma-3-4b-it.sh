@@ -8,7 +8,7 @@ MODEL_ARGS=(
   --bf16 --normalization RMSNorm --norm-epsilon 1e-6 --apply-layernorm-1p --geglu --disable-bias-linear
   --num-layers 34 --hidden-size 2560 --ffn-hidden-size 10240
   --num-attention-heads 8 --group-query-attention --num-query-groups 4 --kv-channels 256 --qk-layernorm
-  --rotary-base-local 10000 --norm-placement pre_post --embedding-scale 50.59644256269407 --window-size 1023,0
+  --rotary-base-local 10000 --norm-placement pre_post --embedding-scale 50.59644256269407 --window-size '1023,0'
   --window-attn-skip-freq 6
   --position-embedding-type rope --rotary-percent 1 --rotary-base 1000000
   --rope-scaling '{"rope_type": "linear", "factor": 8.0}'

@@ -8,7 +8,7 @@ MODEL_ARGS=(
   --bf16 --normalization RMSNorm --norm-epsilon 1e-5 --quick-geglu --add-bias-linear
   --untie-embeddings-and-output-weights
   --num-layers 36 --hidden-size 2880 --ffn-hidden-size 2880
-  --num-attention-heads 64 --group-query-attention --num-query-groups 8 --kv-channels 64 --window-size 127,0
+  --num-attention-heads 64 --group-query-attention --num-query-groups 8 --kv-channels 64 --window-size '127,0'
   --window-attn-skip-freq 2
   --position-embedding-type yarn --rotary-percent 1 --rotary-base 150000
   --rope-scaling '{"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": false}'

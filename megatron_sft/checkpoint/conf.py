@@ -102,7 +102,7 @@ def _attention(model: ModelConfig) -> list[str]:
         if field.name not in ELSEWHERE and value != field.default:
             flags.append(_flag(field.name, value))
     if model.window_size:
-        flags.append(f"--window-size {model.window_size - 1},0")
+        flags.append(f"--window-size '{model.window_size - 1},0'")
     if model.window_layers:
         flags.append(f"--window-attn-skip-freq {_window_layers(model.window_layers)}")
     return flags
