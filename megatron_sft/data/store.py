@@ -3,7 +3,7 @@
 Not here: how the folder comes to be (tokens.py).
 
 Folder (little-endian, no pickles):
-    store.json            version, fingerprint, sizes, ledger, source names, loss weights
+    store.json            version, fingerprint, sizes, ledger, source names, loss weights, largest token id
     tokens.bin            int32, document after document
     loss_mask.bin         uint8 a token: an index into store.json's loss_weights ([0.0, 1.0, ...])
     lengths.npy           int32 [docs]
@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron_sft.errors import DataError
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 
 
 class Document(NamedTuple):
@@ -115,6 +115,7 @@ class TokenStore:
         self.fingerprint: str = meta["fingerprint"]
         self.source_names: tuple[str, ...] = tuple(meta["source_names"])
         self.ledger: Mapping[str, Any] = meta["ledger"]
+        self.max_token_id = int(meta["max_token_id"])
         self.lengths = np.load(self.folder / "lengths.npy")
         self.source_ids = np.load(self.folder / "source_ids.npy")
         self._where_offsets = np.load(self.folder / "where_offsets.npy", mmap_mode="r")

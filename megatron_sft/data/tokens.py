@@ -211,12 +211,14 @@ class _Collector:
         self.source_ids: list[np.ndarray] = [np.zeros(0, dtype=np.int16)]
         self.problems: list[Problem] = []
         self.num_rows = 0
+        self.max_token_id = -1
 
     def add(self, result: Result) -> None:
         entry = list(self.ledger.values())[result.source_id]
         entry["rows"] += result.num_rows
         entry["documents"] += len(result.lengths)
         entry["tokens"] += len(result.tokens)
+        self.max_token_id = max(self.max_token_id, int(result.tokens.max(initial=-1)))
         entry["trained_tokens"] += int(np.count_nonzero(result.loss_mask))
         for key, count in result.counts.items():
             fate, _, reason = key.partition(":")
@@ -296,6 +298,7 @@ class _Writer:
             "fingerprint": fingerprint,
             "source_names": list(collector.ledger),
             "ledger": collector.ledger,
+            "max_token_id": collector.max_token_id,
             "loss_weights": self._weights.tolist(),
             "file_bytes": {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())},
         }

@@ -125,8 +125,18 @@ def build_data(run: RunConfig) -> Data:
         valid_set = SFTDataset.from_config(valid_store, pack_documents(config, valid_store, chosen), config, pad)
     if run.train.eval_iters and valid_set is None and run.train.skip_train:
         raise DataError("--skip-train: there are no held-out rows; expected some. Pass --valid-data or --split 90,10,0.")
+    for opened in (store, valid_store):
+        _require_known_tokens(run, opened)
     logger.info("%s", as_table(data_report(store, train_set.plan, config.seq_length)))
     return Data(store, train_set, valid_set)
+
+
+def _require_known_tokens(run: RunConfig, store: TokenStore) -> None:
+    if store.max_token_id >= run.model.vocab_size:
+        raise DataError(
+            f"{run.data.tokenizer_model}: the rows have token id {store.max_token_id}, but the model's vocabulary ends at "
+            f"{run.model.vocab_size - 1}. Expected the model's own tokenizer: pass its folder as --tokenizer-model."
+        )
 
 
 def build_job(

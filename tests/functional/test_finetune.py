@@ -194,6 +194,18 @@ def test_a_finished_run_is_not_trained_again(finetune, tmp_path):
     assert again.returncode == 3 and "trained to iteration 1 already" in again.stdout
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(finetune, tiny_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.add_tokens(["Really"])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    done = finetune("--tokenizer-model", tmp_path / "larger", "--train-iters", "1", "--save", tmp_path / "out")
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    message = f"the rows have token id {len(tokenizer) - 1}, but the model's vocabulary ends at {len(tokenizer) - 2}."
+    assert message in done.stdout + done.stderr
+
+
 def test_changed_data_is_refused_on_resume(finetune, tmp_path):
     assert finetune("--train-iters", "1", "--save", tmp_path / "out").returncode == 0
     other = finetune("--train-iters", "2", "--save", tmp_path / "out", "--seed", "7")
