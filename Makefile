@@ -23,6 +23,7 @@ test: $(MODEL)/config.json
 
 check: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources $(SHELL_FILES)
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sft import log
-from megatron_sft.arguments import parse
+from megatron_sft.config.arguments import parse
 from megatron_sft.core_compat import leave_out_compiler, process_environment
 from megatron_sft.errors import UserError
 

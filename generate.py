@@ -13,12 +13,12 @@ from megatron_sft.errors import UserError
 
 def main(argv: Sequence[str]) -> int:
     """Answers every prompt; returns the process's exit status."""
-    from megatron_sft.arguments import parse_generate
+    from megatron_sft.config.arguments import parse_generate
 
     try:
         run, explicit, options = parse_generate(argv, process_environment()[1])
         leave_out_compiler()
-        from megatron_sft.prompts import answer_prompts
+        from megatron_sft.inference.prompts import answer_prompts
 
         rows = answer_prompts(run, explicit, options)
     except UserError as error:

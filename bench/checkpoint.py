@@ -37,14 +37,19 @@ def main() -> None:
 def measure(root: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     from megatron_sft.checkpoint import manifest
     from megatron_sft.checkpoint.distributed import CheckpointSaver, load_checkpoint
-    from megatron_sft.config import CheckpointConfig, ParallelConfig
+    from megatron_sft.config.run import CheckpointConfig, ParallelConfig
     from tests.distributed.checkpoint_rig import build
 
     width = max(64, int((options.gigabytes * 1e9 / 12 / 4 / 14) ** 0.5) // 64 * 64)
     rig = build(
-        ParallelConfig(), hidden_size=width, ffn_hidden_size=3 * width, num_attention_heads=4, num_query_groups=2,
-        kv_channels=width // 4, padded_vocab_size=1024,
-    )  # fmt: skip
+        ParallelConfig(),
+        hidden_size=width,
+        ffn_hidden_size=3 * width,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=width // 4,
+        padded_vocab_size=1024,
+    )
     rig.train(1, 1)
     rows: dict[str, list[float]] = {}
 

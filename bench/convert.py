@@ -63,9 +63,9 @@ def measure(source: Path, target: Path) -> dict[str, float]:
     import torch
 
     from megatron_sft import conversion, parallel
-    from megatron_sft.checkpoint.hf import load_hf_weights, save_hf
-    from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
-    from megatron_sft.config import ParallelConfig
+    from megatron_sft.config.run import ParallelConfig
+    from megatron_sft.hf.config import model_config_from_hf, read_hf_config
+    from megatron_sft.hf.weights import load_hf_weights, save_hf
 
     clock = Clock()
     model = conversion.padded(model_config_from_hf(read_hf_config(source)), 1)

@@ -24,7 +24,7 @@ from typing import TypeVar
 import numpy as np
 
 from megatron_sft import log
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.packing import pack, packing_figures
 from megatron_sft.data.report import as_table, data_report
 from megatron_sft.data.sources import open_source

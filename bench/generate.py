@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from megatron_sft.config import CheckpointConfig, DataConfig, GenerateConfig, RunConfig
-from megatron_sft.generation import generate
-from megatron_sft.inference import load_for_inference
+from megatron_sft.config.run import CheckpointConfig, DataConfig, GenerateConfig, RunConfig
+from megatron_sft.inference.generation import generate
+from megatron_sft.inference.load import load_for_inference
 
 QUESTIONS = [f"Tom has {n} apples and buys {n + 2} more. How many has he?" for n in range(3, 11)]
 

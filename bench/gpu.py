@@ -6,7 +6,7 @@
 Shapes come from conf/Qwen; weights are random, documents have the lengths of ShareGPT's chats, packed to 4,096 tokens,
 16,384 tokens a step, every token trained. A cell is a process of its own, given its share of the budget; one that does not
 fit is tried with smaller micro-batches, then with full recomputation, and is a row all the same. Useful tokens are those
-that are no padding, FLOPs those of attention within documents (train/flops.py). The floor is the time that an H200 needs
+that are no padding, FLOPs those of attention within documents (model/flops.py). The floor is the time that an H200 needs
 at the least (its derivation: docs/gpu.md). --cpu: a tiny shape through the same code. bench/gpu.sh runs this after tests/gpu.
 """
 
@@ -100,7 +100,7 @@ def row_of(options: argparse.Namespace, shape: str, engine: str, until: float) -
 
 def judged(row: dict[str, Any], device: dict[str, Any]) -> dict[str, Any]:
     """The row with its FLOPs, MFU and share of the floor."""
-    from megatron_sft.train.flops import train_flops
+    from megatron_sft.model.flops import train_flops
 
     if row["status"] != "ok" or row["engine"] == "loss":
         return row

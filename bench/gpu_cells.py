@@ -90,7 +90,7 @@ def model_flags(shape: str) -> list[str]:
 
 def run_config(shape: str, packs: int, recompute: bool) -> Any:
     """RunConfig of ours for a shape."""
-    from megatron_sft.arguments import parse
+    from megatron_sft.config.arguments import parse
 
     sizes = Sizes.of(shape)
     flags = [*model_flags(shape), "--seq-length", sizes.seq_length, "--micro-batch-size", packs]
@@ -285,11 +285,24 @@ def trl_cell(shape: str, packs: int, recompute: bool, until: float, liger: bool,
 
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
-            output_dir=folder, packing=True, max_length=sizes.seq_length, per_device_train_batch_size=packs,
-            gradient_accumulation_steps=sizes.packs // packs, num_train_epochs=100, learning_rate=1e-5, report_to=[],
-            save_strategy="no", logging_strategy="steps", logging_steps=1, disable_tqdm=True, use_cpu=not cuda, bf16=cuda,
-            gradient_checkpointing=recompute, use_liger_kernel=liger, optim="adamw_torch_fused",
-        )  # fmt: skip
+            output_dir=folder,
+            packing=True,
+            max_length=sizes.seq_length,
+            per_device_train_batch_size=packs,
+            gradient_accumulation_steps=sizes.packs // packs,
+            num_train_epochs=100,
+            learning_rate=1e-5,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="steps",
+            logging_steps=1,
+            disable_tqdm=True,
+            use_cpu=not cuda,
+            bf16=cuda,
+            gradient_checkpointing=recompute,
+            use_liger_kernel=liger,
+            optim="adamw_torch_fused",
+        )
         trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=byte_tokenizer(), callbacks=[Clock()])
         lengths = [len(row) for row in trainer.train_dataset["input_ids"]]
         trainer.train()

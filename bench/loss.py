@@ -100,8 +100,10 @@ def main() -> int:
     print(f"{sizes[0]} tokens, vocabulary {sizes[1]}, hidden {sizes[2]}, bf16, forward and backward on {where}")
     for name in PATHS:
         print(f"{name:12}{figures[f'{name} GB']:8.3f} GB{figures[f'{name} s']:8.2f} s")
-    print(f"ours / full logits: {figures['share']:.1%} (bar {MEMORY_BAR:.0%}); fp32 apart: {figures['apart in fp32']:.1e}"
-          f" (bar {NUMBER_BAR:g})")  # fmt: skip
+    print(
+        f"ours / full logits: {figures['share']:.1%} (bar {MEMORY_BAR:.0%}); fp32 apart: {figures['apart in fp32']:.1e}"
+        f" (bar {NUMBER_BAR:g})"
+    )
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
     return int(figures["share"] > MEMORY_BAR or figures["apart in fp32"] > NUMBER_BAR)

@@ -61,10 +61,22 @@ def peer(model: str, steps: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
-            output_dir=folder, packing=True, max_length=LENGTH, per_device_train_batch_size=1, max_steps=steps, use_cpu=True,
-            bf16=False, learning_rate=1e-4, report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no",
-            model_init_kwargs={"dtype": "bfloat16"}, gradient_checkpointing=False, dataloader_drop_last=False,
-        )  # fmt: skip
+            output_dir=folder,
+            packing=True,
+            max_length=LENGTH,
+            per_device_train_batch_size=1,
+            max_steps=steps,
+            use_cpu=True,
+            bf16=False,
+            learning_rate=1e-4,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_strategy="no",
+            model_init_kwargs={"dtype": "bfloat16"},
+            gradient_checkpointing=False,
+            dataloader_drop_last=False,
+        )
         rows = load_dataset("json", data_files=str(ROWS), split="train")
         trainer = SFTTrainer(model, args=config, train_dataset=rows, callbacks=[Clock()])
         lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
@@ -90,7 +102,9 @@ def main() -> None:
         for number in range(options.rounds):
             rates["megatron-sft"] += ours(options.model, options.steps)[2:]
             rates["trl"] += trl(options.model, options.steps, options.trl or folder)[2:]
-            print(f"round {number + 1}: medians {({name: round(statistics.median(r)) for name, r in rates.items()})}", flush=True)
+            print(
+                f"round {number + 1}: medians { ({name: round(statistics.median(r)) for name, r in rates.items()}) }", flush=True
+            )
     for name, values in rates.items():
         figures = f"{min(values):8.0f} {statistics.median(values):8.0f} {max(values):8.0f}"
         print(f"{name:14s} {figures} useful tokens/s (min, median, max)")

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_sft import log
-from megatron_sft.arguments import parse, parse_generate, parse_mmlu, parse_plan, parse_view
-from megatron_sft.config import RunConfig
+from megatron_sft.config.arguments import parse, parse_generate, parse_mmlu, parse_plan, parse_view
+from megatron_sft.config.run import RunConfig
 from megatron_sft.core_compat import leave_out_compiler, process_environment
 from megatron_sft.errors import ConfigError, UserError
 
@@ -80,7 +80,7 @@ def generate(argv: Sequence[str], world_size: int) -> int:
     """Answers prompts into --output FILE.jsonl."""
     run, explicit, options = parse_generate(argv, world_size)
     leave_out_compiler()
-    from megatron_sft.prompts import answer_prompts
+    from megatron_sft.inference.prompts import answer_prompts
 
     for row in answer_prompts(run, explicit, options):
         print(row["response"])
@@ -99,7 +99,7 @@ def mmlu(argv: Sequence[str], world_size: int) -> int:
 def convert(argv: Sequence[str], world_size: int) -> int:
     """HF folder, or Megatron checkpoint in any layout -> weights alone: --load PLACE --save ROOT [--no-verify-conversion]."""
     run, explicit = _model_run(argv, world_size, "load", "save")
-    from megatron_sft.checkpoint.hf import is_megatron_checkpoint
+    from megatron_sft.checkpoint.tracker import is_megatron_checkpoint
     from megatron_sft.conversion import convert as write
     from megatron_sft.conversion import reshard
 

@@ -6,18 +6,19 @@ from typing import Any
 import torch
 
 from megatron_sft import parallel
-from megatron_sft.checkpoint.conf import conf_text
 from megatron_sft.checkpoint.distributed import load_checkpoint, read_run_config, save_checkpoint
-from megatron_sft.checkpoint.hf import is_megatron_checkpoint, load_hf_weights, save_hf
-from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
-from megatron_sft.checkpoint.importer import load_weights
-from megatron_sft.checkpoint.source import WeightSource, hf_source, padded, resolve_model
-from megatron_sft.checkpoint.verify import changed_tensors, first_difference, quick_check
-from megatron_sft.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.checkpoint.tracker import is_megatron_checkpoint
+from megatron_sft.config.run import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
+from megatron_sft.hf.conf import conf_text
+from megatron_sft.hf.config import model_config_from_hf, read_hf_config
+from megatron_sft.hf.importer import load_weights
+from megatron_sft.hf.verify import changed_tensors, first_difference, quick_check
+from megatron_sft.hf.weights import load_hf_weights, save_hf
 from megatron_sft.log import logger
 from megatron_sft.model.build import build_model
 from megatron_sft.parallel import Ranks
+from megatron_sft.weights import WeightSource, hf_source, padded, resolve_model
 
 SEED = 1234
 Described = tuple[ModelConfig, frozenset[str]]

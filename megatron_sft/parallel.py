@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_sft.config import ParallelConfig
+from megatron_sft.config.run import ParallelConfig
 from megatron_sft.core_compat import install_cpu_mode, process_environment
 
 
@@ -48,7 +48,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     """Joins the other processes, makes megatron-core's groups and seeds every generator.
 
     Args:
-        parallel: the layout; config.problems() has checked that it fits the world size.
+        parallel: the layout; problems.py has checked that it fits the world size.
         seed: the run's seed; tensor-parallel and pipeline ranks derive theirs from it as Megatron-LM does.
     """
     install_cpu_mode()

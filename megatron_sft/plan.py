@@ -25,15 +25,15 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_sft.checkpoint.source import padded
-from megatron_sft.config import ModelConfig, PlanConfig, RunConfig
+from megatron_sft.config.problems import problems
+from megatron_sft.config.run import ModelConfig, PlanConfig, RunConfig
 from megatron_sft.conversion import conf as conf_of_folder
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.activations import Activations, layer_kinds
 from megatron_sft.model.build import build_model, transformer_config
+from megatron_sft.model.flops import train_flops
 from megatron_sft.parallel import imagined
-from megatron_sft.problems import problems
-from megatron_sft.train.flops import train_flops
+from megatron_sft.weights import padded
 
 CONFS = Path(__file__).resolve().parents[1] / "conf"
 RESERVED_GB = 2.0

@@ -1,1 +1,1 @@
-"""Weights in and out: Hugging Face folders (hf.py) and Megatron's torch_dist checkpoints (distributed.py)."""
+"""Megatron's torch_dist checkpoints: saved, chosen, checked and loaded (distributed.py)."""

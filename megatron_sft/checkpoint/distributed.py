@@ -23,7 +23,7 @@ from megatron_sft.checkpoint import background, manifest, torch_dist, tracker
 from megatron_sft.checkpoint import state as state_dicts
 from megatron_sft.checkpoint.background import torch_optimizers
 from megatron_sft.checkpoint.resume import run_config_json
-from megatron_sft.config import RunConfig
+from megatron_sft.config.run import RunConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
@@ -204,9 +204,7 @@ class _BackgroundSave:
         if not inner:
             self._wait_for_copy()
 
-    def _run(
-        self, saver: CheckpointSaver, iteration: tracker.Iteration, job: torch_dist.WriteJob, config: bytes
-    ) -> None:
+    def _run(self, saver: CheckpointSaver, iteration: tracker.Iteration, job: torch_dist.WriteJob, config: bytes) -> None:
         try:
             try:
                 if self._ready is not None:
@@ -259,9 +257,7 @@ def _agree(action: Any, ranks: Ranks, where: str, exchange: Exchange | None = No
     if failures:
         own = [text for text in failures if text.startswith(where)]
         found = "; ".join(f"rank {rank}: {text}" for text, rank in failures.items())
-        raise CheckpointError(
-            own[0] if own else f"{where}. Found: {found}. Expected a writable folder with room. {_ADVICE}"
-        )
+        raise CheckpointError(own[0] if own else f"{where}. Found: {found}. Expected a writable folder with room. {_ADVICE}")
     return [result for result, _ in outcomes]
 
 
@@ -317,9 +313,7 @@ def load_checkpoint(
     release = chosen == tracker.RELEASE
     whole = not weights_only and not release
     try:
-        state = _load(
-            folder, chunks, optimizer if whole else None, scheduler if whole else None, ranks, load_rng and whole
-        )
+        state = _load(folder, chunks, optimizer if whole else None, scheduler if whole else None, ranks, load_rng and whole)
     except torch_dist.READ_ERRORS as error:
         raise CheckpointError(
             f"{folder}: cannot be loaded: {type(error).__name__}: {str(error)[:400]}. Expected a torch_dist "
@@ -356,9 +350,7 @@ def _choose(root: Path, iteration: tracker.Iteration | None, ranks: Ranks, verif
     raise CheckpointError(f"{root}: no usable checkpoint. Found: {'; '.join(found)}. Restore one from a copy.")
 
 
-def _load(
-    folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks: Ranks, load_rng: bool
-) -> dict[str, Any]:
+def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks: Ranks, load_rng: bool) -> dict[str, Any]:
     metadata = torch_dist.read_metadata(folder)
     common = torch_dist.read_common(folder, metadata)
     args = common.get("args")

@@ -132,11 +132,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
     """{file name: (bytes, crc32)}; ValueError when the manifest itself is damaged."""
     data = json.loads((folder / MANIFEST).read_bytes().decode("utf-8"))
     files = data["files"]
-    if (
-        data["algorithm"] != "crc32"
-        or data["crc32"] != _entry_crc(files)
-        or set(data) != {"algorithm", "files", "crc32"}
-    ):
+    if data["algorithm"] != "crc32" or data["crc32"] != _entry_crc(files) or set(data) != {"algorithm", "files", "crc32"}:
         raise ValueError("its own checksum does not match")
     if any(Path(name).name != name for name in files):
         raise ValueError("it names a file outside its folder")

@@ -8,19 +8,34 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_sft.config import RunConfig
+from megatron_sft.config.run import RunConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.log import logger
 
 FINGERPRINT = "data_fingerprint"
 _REFUSED = {
-    "data": ("tokenizer_model", "chat_template",
-             "seq_length", "packing", "truncation", "train_on", "train_on_tool_calls",
-             "history_thinking", "role_map", "train_epochs", "train_weights", "split", "shuffle", "seed", "reset_position_ids",
-             "reset_attention_mask", "eod_mask_loss"),
+    "data": (
+        "tokenizer_model",
+        "chat_template",
+        "seq_length",
+        "packing",
+        "truncation",
+        "train_on",
+        "train_on_tool_calls",
+        "history_thinking",
+        "role_map",
+        "train_epochs",
+        "train_weights",
+        "split",
+        "shuffle",
+        "seed",
+        "reset_position_ids",
+        "reset_attention_mask",
+        "eod_mask_loss",
+    ),
     "optim": ("optimizer",),
     "train": ("seed", "global_batch_size", "params_dtype"),
-}  # fmt: skip
+}
 _PATHS = {"data.tokenizer_model"}
 
 
@@ -56,9 +71,7 @@ def changes(saved: Mapping[str, Any], run: RunConfig, fingerprint: str | None) -
     return refused, told
 
 
-def refuse_changed(
-    saved: Mapping[str, Any], run: RunConfig, allowed: Sequence[str] = (), fingerprint: str | None = None
-) -> None:
+def refuse_changed(saved: Mapping[str, Any], run: RunConfig, allowed: Sequence[str] = (), fingerprint: str | None = None) -> None:
     """Raises when a setting changed that a resume must not change.
 
     Args:

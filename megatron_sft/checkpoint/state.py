@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
 
-from megatron_sft.config import RunConfig
+from megatron_sft.config.run import RunConfig
 from megatron_sft.parallel import Ranks
 
 TRAIN_STATE = "train_state"
@@ -54,9 +54,7 @@ def sharded_state(
     """
     metadata = {**metadata, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    state = {
-        name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)
-    }
+    state = {name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
     if optimizer is not None:
         models = dict(state)
         state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)

@@ -56,15 +56,29 @@ _COMMON = "common.pt"
 _METADATA = ".metadata"
 _CHECKPOINT = "torch.distributed.checkpoint."
 _ALLOWED = {
-    *((_CHECKPOINT + "metadata", name) for name in (
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *(
+        (_CHECKPOINT + "metadata", name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
     *((_CHECKPOINT + "filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
     *((_CHECKPOINT + "planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
     *(("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")),
-    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath"),
-}  # fmt: skip
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -234,8 +248,7 @@ def write_items(folder: Path, job: WriteJob, rank: int, threads: int) -> tuple[l
     try:
         with ThreadPoolExecutor(len(shares) or 1) as pool:
             written = [
-                pool.submit(_write_share, folder / f"__{rank}_{index}.distcp", share)
-                for index, share in enumerate(shares)
+                pool.submit(_write_share, folder / f"__{rank}_{index}.distcp", share) for index, share in enumerate(shares)
             ]
     finally:
         set_crc32_options(checksums)

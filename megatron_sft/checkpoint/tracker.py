@@ -41,6 +41,12 @@ def iterations(root: Path) -> list[int]:
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
+def is_megatron_checkpoint(path: str | Path) -> bool:
+    """A root with the tracker file, or one iteration's folder of torch_dist format."""
+    folder = Path(path)
+    return (folder / TRACKER).is_file() or (folder / "metadata.json").is_file()
+
+
 def read_tracker(root: Path) -> Iteration | None:
     """What the tracker says: an iteration, "release", or None when it is missing, empty or garbled."""
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.fast_bpe import HFText, TextTokenizer
 from megatron_sft.data.schema import Row, RowError
 from megatron_sft.data.spans import Conversation, Undecided, assistant_spans
@@ -141,15 +141,27 @@ class ChatEncoder:
         except TemplateError as error:
             if error.is_fatal:  # not this row's fault, and each one like it would take seconds
                 raise DataError(f"{row.where}: the chat template {error}. Correct it, or pass another --chat-template.") from None
-            raise RowError(row.where, "refused by the template", f"the chat template {error}. Expected a conversation that it "
-                           "renders; correct the row or pass another --chat-template.") from None  # fmt: skip
+            raise RowError(
+                row.where,
+                "refused by the template",
+                f"the chat template {error}. Expected a conversation that it "
+                "renders; correct the row or pass another --chat-template.",
+            ) from None
         except UnicodeEncodeError as error:  # schema.py sees to the contents; tools and arguments are left
-            raise RowError(row.where, "lone surrogate", f"the text has a lone surrogate at character {error.start}; expected "
-                           "valid Unicode. Correct the escape \\ud800-\\udfff in the row.") from None  # fmt: skip
+            raise RowError(
+                row.where,
+                "lone surrogate",
+                f"the text has a lone surrogate at character {error.start}; expected "
+                "valid Unicode. Correct the escape \\ud800-\\udfff in the row.",
+            ) from None
         except Undecided as error:
-            raise RowError(row.where, "mask undecided", f"which tokens the assistant wrote cannot be decided exactly ({error}). "
-                           "Put {% generation %} blocks into the template and pass it with --chat-template, or correct the "
-                           f"row. The template begins {self.template.text[:80]!r}.") from None  # fmt: skip
+            raise RowError(
+                row.where,
+                "mask undecided",
+                f"which tokens the assistant wrote cannot be decided exactly ({error}). "
+                "Put {% generation %} blocks into the template and pass it with --chat-template, or correct the "
+                f"row. The template begins {self.template.text[:80]!r}.",
+            ) from None
         _check_left_out(messages, spans, text, row.where)
         self.routes[route] += 1
         return Rendered(text, tuple(self._weighted(text, spans, messages, last_turn)), route)
@@ -185,14 +197,22 @@ def _check_left_out(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span]
         for call in message.get("tool_calls") or []:
             name = call.get("function", call).get("name")
             if str(name) not in text[first:last]:
-                raise RowError(where, "tool call left out", f"the chat template leaves out the tool call {name}; expected it in "
-                               "the text. Take a template that knows tools, or write the call into the content.")  # fmt: skip
+                raise RowError(
+                    where,
+                    "tool call left out",
+                    f"the chat template leaves out the tool call {name}; expected it in "
+                    "the text. Take a template that knows tools, or write the call into the content.",
+                )
         for key in ("reasoning_content", "thinking"):
             thought = message.get(key)
             is_last = index == assistants[-1][0] > turn  # gpt-oss drops the reasoning before a tool call once there is an answer
             if is_last and isinstance(thought, str) and thought.strip() not in text[first:last]:
-                raise RowError(where, "reasoning left out", f"the chat template leaves out {key} of message {index + 1}; "
-                               "expected it. Take a template that knows it, remove it, or move it into the content.")  # fmt: skip
+                raise RowError(
+                    where,
+                    "reasoning left out",
+                    f"the chat template leaves out {key} of message {index + 1}; "
+                    "expected it. Take a template that knows it, remove it, or move it into the content.",
+                )
 
 
 def _thinks(message: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sft import __version__
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.store import STORE_VERSION
 
 POLICY_FIELDS = (
@@ -88,8 +88,20 @@ def _tokenizer_identity(tokenizer_model: str) -> Any:
         return tokenizer_model
     if path.is_file():
         return _file_hash(path)
-    names = ("token*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.tiktoken", "*.model",
-             "*.spm", "tekken*", "bpe*", "config.json")  # fmt: skip
+    names = (
+        "token*",
+        "vocab*",
+        "merges*",
+        "special_tokens*",
+        "added_tokens*",
+        "chat_template*",
+        "*.tiktoken",
+        "*.model",
+        "*.spm",
+        "tekken*",
+        "bpe*",
+        "config.json",
+    )
     files = sorted({file for name in names for file in path.glob(name) if file.is_file()})
     return [[file.name, _file_hash(file)] for file in files]
 

@@ -37,8 +37,9 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
             else:
                 yield raw
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read to its end ({error}); expected a whole file. "
-                        "Copy or compress it again.") from None  # fmt: skip
+        raise DataError(
+            f"{path}: cannot be read to its end ({error}); expected a whole file. Copy or compress it again."
+        ) from None
 
 
 @contextmanager
@@ -86,25 +87,37 @@ def parse_line(line: bytes, where: str) -> Record | RowError:
     try:
         record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
-        return RowError(where, "bad UTF-8", f"byte {error.start} of the line is not UTF-8 ({error.reason}); expected "
-                        "UTF-8 text. Convert the file with iconv.")  # fmt: skip
+        return RowError(
+            where,
+            "bad UTF-8",
+            f"byte {error.start} of the line is not UTF-8 ({error.reason}); expected UTF-8 text. Convert the file with iconv.",
+        )
     except RecursionError:
         return RowError(where, "nested too deep", TOO_DEEP)
     except ValueError as error:
-        return RowError(where, "bad JSON", f"not valid JSON ({error}); expected one JSON object a line. "
-                        "Correct or remove the line.")  # fmt: skip
+        return RowError(
+            where, "bad JSON", f"not valid JSON ({error}); expected one JSON object a line. Correct or remove the line."
+        )
     if isinstance(record, dict):
         return _flat(record, where)
-    return RowError(where, "not an object", f"the line holds a JSON {type(record).__name__}; expected an object such as "
-                    '{"messages": [...]}. Correct or remove the line.')  # fmt: skip
+    return RowError(
+        where,
+        "not an object",
+        f"the line holds a JSON {type(record).__name__}; expected an object such as "
+        '{"messages": [...]}. Correct or remove the line.',
+    )
 
 
 def _flat(record: Record, where: str) -> Record | RowError:
     """The record, or why not: deeper ones exceed the stack of pickle, Jinja or transformers."""
     level: list[Any] = [record]
     for _ in range(MAX_DEPTH):
-        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)
-                 if isinstance(inner, dict | list)]  # fmt: skip
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
         if not level:
             return record
     return RowError(where, "nested too deep", TOO_DEEP)
@@ -133,8 +146,15 @@ def jsonl_rows(path: str) -> Iterator[Item]:
             if len(line) > MAX_LINE_BYTES:
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(2**20)
-                yield where, RowError(where, "line too long", f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB; "
-                                      "expected one conversation a line. Split or remove it.")  # fmt: skip
+                yield (
+                    where,
+                    RowError(
+                        where,
+                        "line too long",
+                        f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB; "
+                        "expected one conversation a line. Split or remove it.",
+                    ),
+                )
             elif line.strip():
                 yield where, parse_line(line, where)
 
@@ -144,8 +164,10 @@ def json_rows(path: str) -> Iterator[Item]:
     with _opened(path) as stream:
         begin = stream.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
     if begin[:1] == b"{" and begin.partition(b"\n")[0].strip() == b"{":
-        raise DataError(f"{path}:1: an object over several lines; expected a list of objects, or one object a line. Write the "
-                        "file anew as one of these.")  # fmt: skip
+        raise DataError(
+            f"{path}:1: an object over several lines; expected a list of objects, or one object a line. Write the "
+            "file anew as one of these."
+        )
     if begin[:1] != b"[":
         yield from jsonl_rows(path)
         return
@@ -161,8 +183,15 @@ def json_rows(path: str) -> Iterator[Item]:
             elif isinstance(record, RowError):
                 raise DataError(f"{record}")
             else:
-                yield where, RowError(where, "not an object", f"the list holds a {type(record).__name__}; expected "
-                                      'objects such as {"messages": [...]}. Correct or remove it.')  # fmt: skip
+                yield (
+                    where,
+                    RowError(
+                        where,
+                        "not an object",
+                        f"the list holds a {type(record).__name__}; expected "
+                        'objects such as {"messages": [...]}. Correct or remove it.',
+                    ),
+                )
             following = text.peek()
             if following == ",":
                 text.skip(",")
@@ -175,8 +204,10 @@ def json_rows(path: str) -> Iterator[Item]:
             )
         text.skip("]")
         if following := text.peek():
-            raise DataError(f"{path}:{text.line}: {following!r} follows the JSON list; expected the end of the file. Put all "
-                            "rows into one list.")  # fmt: skip
+            raise DataError(
+                f"{path}:{text.line}: {following!r} follows the JSON list; expected the end of the file. Put all "
+                "rows into one list."
+            )
 
 
 class _TextBuffer:

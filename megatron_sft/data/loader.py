@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from megatron_sft.config import TrainConfig
+from megatron_sft.config.run import TrainConfig
 from megatron_sft.data.packing import attention_cost, padded_lengths, token_counts
 from megatron_sft.data.sft_dataset import SFTDataset
 
@@ -150,7 +150,7 @@ def total_samples(train: TrainConfig, num_packs: int, global_batch_size: int) ->
         return train.train_samples
     if train.num_epoch is not None:
         return math.ceil(round(train.num_epoch * num_packs, 6))
-    assert train.train_iters is not None, "one of train_iters, train_samples and num_epoch is set (config.problems)"
+    assert train.train_iters is not None, "one of train_iters, train_samples and num_epoch is set (problems.py)"
     return samples_of_steps(train.train_iters, num_packs, global_batch_size)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.mixture import epochs_from_weights, mixture_documents
 from megatron_sft.data.packing import PackPlan, pack
 from megatron_sft.data.sources import open_source

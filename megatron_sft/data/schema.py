@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.errors import DataError
 
 Message = dict[str, Any]
@@ -92,21 +92,35 @@ def to_row(record: Mapping[str, Any] | RowError, where: str, config: DataConfig)
     if isinstance(record, RowError):
         raise record
     if not isinstance(record, Mapping):
-        raise RowError(where, "not an object", f"the row is {_kind(record)}; expected a JSON object such as "
-                       '{"messages": [...]}. Remove or rewrite the row.')  # fmt: skip
+        raise RowError(
+            where,
+            "not an object",
+            f'the row is {_kind(record)}; expected a JSON object such as {{"messages": [...]}}. Remove or rewrite the row.',
+        )
     name = schema_of(record, config)
     if name is None:
-        wanted = f"those of --data-schema {config.data_schema}" if config.data_schema else (
-            "messages, conversations, instruction/output, prompt/response or text")  # fmt: skip
-        raise RowError(where, "unknown schema", f"no known schema has the columns {_shorten(sorted(map(str, record)))}; "
-                       f"expected {wanted}. Name the columns with --input-key, or with --prompt-key and "
-                       "--response-key.")  # fmt: skip
+        wanted = (
+            f"those of --data-schema {config.data_schema}"
+            if config.data_schema
+            else ("messages, conversations, instruction/output, prompt/response or text")
+        )
+        raise RowError(
+            where,
+            "unknown schema",
+            f"no known schema has the columns {_shorten(sorted(map(str, record)))}; "
+            f"expected {wanted}. Name the columns with --input-key, or with --prompt-key and "
+            "--response-key.",
+        )
     if name == "text":
         return Row([], where=where, text=_text(record["text"], where, "column text"), schema=name)
     messages = SCHEMAS[name](record, where, config)
     if not any(m["role"] == "assistant" for m in messages) and config.train_on != "all":
-        raise RowError(where, "no assistant turn", "the conversation has no assistant message; expected at least one, "
-                       "as only these are trained. Remove the row, or pass --train-on all.")  # fmt: skip
+        raise RowError(
+            where,
+            "no assistant turn",
+            "the conversation has no assistant message; expected at least one, "
+            "as only these are trained. Remove the row, or pass --train-on all.",
+        )
     return Row(messages, _tools(record, where, config), _template_kwargs(record, where), where, schema=name)
 
 
@@ -134,8 +148,12 @@ def _messages(record: Mapping[str, Any], where: str, config: DataConfig) -> list
     found = _maybe_json(record[key])
     if not isinstance(found, list) or not found:
         what = "an empty list" if found == [] else _kind(found)
-        raise RowError(where, "no messages", f"column {key} is {what}; expected a list of messages "
-                       '[{"role": ..., "content": ...}, ...]. Remove or rewrite the row.')  # fmt: skip
+        raise RowError(
+            where,
+            "no messages",
+            f"column {key} is {what}; expected a list of messages "
+            '[{"role": ..., "content": ...}, ...]. Remove or rewrite the row.',
+        )
     return _with_system(record, [_message(m, i, where, config) for i, m in enumerate(found)], where)
 
 
@@ -151,8 +169,9 @@ def _alpaca(record: Mapping[str, Any], where: str, config: DataConfig) -> list[M
             prompt += "\n" + _text(record[key], where, f"column {key}")
     turns = _maybe_json(record.get("history")) or []
     if not isinstance(turns, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in turns):
-        raise RowError(where, "bad history", f"column history is {_shorten(turns)}; expected a list of [prompt, response]. "
-                       "Correct the row.")  # fmt: skip
+        raise RowError(
+            where, "bad history", f"column history is {_shorten(turns)}; expected a list of [prompt, response]. Correct the row."
+        )
     history = [part for turn in turns for part in turn]
     texts = [_text(part, where, "column history") for part in history]
     texts += [prompt, _text(record[answer], where, f"column {answer}")]
@@ -193,8 +212,11 @@ def _column(record: Mapping[str, Any], key: str, dict_keys: tuple[str, ...], whe
             value = value[0]
         if not isinstance(value, Mapping) or step not in value:
             have = sorted(map(str, value)) if isinstance(value, Mapping) else _kind(value)
-            raise RowError(where, "missing column", f"column {step!r} is missing; found {_shorten(have)}. "
-                           "Correct --prompt-key, --response-key or their -dict-keys.")  # fmt: skip
+            raise RowError(
+                where,
+                "missing column",
+                f"column {step!r} is missing; found {_shorten(have)}. Correct --prompt-key, --response-key or their -dict-keys.",
+            )
         value = value[step]
     return value
 
@@ -209,8 +231,11 @@ def _message(found: Any, index: int, where: str, config: DataConfig) -> Message:
     """One message in OpenAI's form; None values are left out, as apply_chat_template does."""
     here = f"message {index + 1}"
     if not isinstance(found, Mapping):
-        raise RowError(where, "message is no object", f"{here} is {_kind(found)}; expected an object with role and "
-                       "content. Remove or rewrite the row.")  # fmt: skip
+        raise RowError(
+            where,
+            "message is no object",
+            f"{here} is {_kind(found)}; expected an object with role and content. Remove or rewrite the row.",
+        )
     message: Message = {
         WEIGHT_ALIASES.get(str(k), str(k)): v for k, v in found.items() if v is not None and k not in ("from", "value")
     }
@@ -236,8 +261,12 @@ def _role(given: Any, here: str, where: str, config: DataConfig) -> str:
     if role in ROLES:
         return role
     what = f"role {given!r}" if given is not None else "no role"
-    raise RowError(where, "unknown role", f"{here} has {what}; expected system, user, assistant or tool. "
-                   f"Rename it or pass --role-map {given if isinstance(given, str) else 'NAME'}=assistant.")  # fmt: skip
+    raise RowError(
+        where,
+        "unknown role",
+        f"{here} has {what}; expected system, user, assistant or tool. "
+        f"Rename it or pass --role-map {given if isinstance(given, str) else 'NAME'}=assistant.",
+    )
 
 
 def _check_weight(message: Message, here: str, where: str) -> None:
@@ -248,8 +277,11 @@ def _check_weight(message: Message, here: str, where: str) -> None:
         raise RowError(where, "bad train flag", f"{here} has train {train!r}; expected true or false. Correct the row.")
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if weight is not None and not (is_number and (weight == 0 or 1e-6 <= weight <= 1e6)):
-        raise RowError(where, "bad weight", f"{here} has weight {_shorten(weight)}; expected 0 or a number from 1e-6 to 1e6. "
-                       "Correct the row.")  # fmt: skip
+        raise RowError(
+            where,
+            "bad weight",
+            f"{here} has weight {_shorten(weight)}; expected 0 or a number from 1e-6 to 1e6. Correct the row.",
+        )
 
 
 def _tool_calls(found: Any, here: str, where: str) -> list[dict[str, Any]]:
@@ -259,8 +291,12 @@ def _tool_calls(found: Any, here: str, where: str) -> list[dict[str, Any]]:
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowError(where, "bad tool call", f"{here} has a tool call without a function name: {_shorten(call)}; "
-                           'expected {"function": {"name": ..., "arguments": {...}}}. Correct the row.')  # fmt: skip
+            raise RowError(
+                where,
+                "bad tool call",
+                f"{here} has a tool call without a function name: {_shorten(call)}; "
+                'expected {"function": {"name": ..., "arguments": {...}}}. Correct the row.',
+            )
         arguments = _maybe_json(function.get("arguments", {}))
         function = {**function, "arguments": arguments}
         result.append({**call, "function": function} if "function" in call else {"type": "function", "function": function})
@@ -274,19 +310,30 @@ def _tools(record: Mapping[str, Any], where: str, config: DataConfig) -> list[di
     tools = [_maybe_json(tool) for tool in tools] if isinstance(tools, list) else [tools]
     bad = [tool for tool in tools if not isinstance(tool, Mapping)]
     if bad:
-        raise RowError(where, "bad tools", f"column {config.tool_key} holds {_shorten(bad[0])}; expected a list of "
-                       "function schemas. Correct the row, or name the column with --tool-key.")  # fmt: skip
+        raise RowError(
+            where,
+            "bad tools",
+            f"column {config.tool_key} holds {_shorten(bad[0])}; expected a list of "
+            "function schemas. Correct the row, or name the column with --tool-key.",
+        )
     return [dict(tool) for tool in tools]
 
 
 def _template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     kwargs = _maybe_json(record.get("chat_template_kwargs")) or {}
     if not isinstance(kwargs, Mapping):
-        raise RowError(where, "bad chat_template_kwargs", f"chat_template_kwargs is {_kind(kwargs)}; expected an "
-                       'object such as {"enable_thinking": false}. Correct the row.')  # fmt: skip
+        raise RowError(
+            where,
+            "bad chat_template_kwargs",
+            f'chat_template_kwargs is {_kind(kwargs)}; expected an object such as {{"enable_thinking": false}}. Correct the row.',
+        )
     if taken := sorted(TEMPLATE_ARGUMENTS & kwargs.keys()):
-        raise RowError(where, "bad chat_template_kwargs", f"chat_template_kwargs sets {', '.join(taken)}; expected names that "
-                       "the template itself knows, such as enable_thinking. Correct the row.")  # fmt: skip
+        raise RowError(
+            where,
+            "bad chat_template_kwargs",
+            f"chat_template_kwargs sets {', '.join(taken)}; expected names that "
+            "the template itself knows, such as enable_thinking. Correct the row.",
+        )
     return dict(kwargs)
 
 
@@ -305,14 +352,19 @@ def _text(value: Any, where: str, here: str) -> str:
     if isinstance(value, list) and value and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in value):
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
-        raise RowError(where, "content is no text", f"{here} has content that is {_kind(value)}; expected text. "
-                       "Remove or rewrite the row.")  # fmt: skip
+        raise RowError(
+            where, "content is no text", f"{here} has content that is {_kind(value)}; expected text. Remove or rewrite the row."
+        )
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise RowError(where, "lone surrogate", f"{here} has a lone surrogate at character {error.start}; expected "
-                           "valid Unicode. Correct the escape \\ud800-\\udfff in the row.") from None  # fmt: skip
+            raise RowError(
+                where,
+                "lone surrogate",
+                f"{here} has a lone surrogate at character {error.start}; expected "
+                "valid Unicode. Correct the escape \\ud800-\\udfff in the row.",
+            ) from None
     return value
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.packing import PackPlan, pack, padded_lengths
 from megatron_sft.data.store import DocumentStore
 

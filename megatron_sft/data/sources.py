@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.json_rows import Item, json_rows, jsonl_rows, parse_line
 from megatron_sft.data.schema import RowError
 from megatron_sft.errors import DataError
@@ -58,8 +58,9 @@ class Source:
             yield item
         self.num_rows = count
         if not count:
-            raise DataError(f"{self.path}: no row is there; expected at least one. Correct the path or its slice, or leave the "
-                            "source out.")  # fmt: skip
+            raise DataError(
+                f"{self.path}: no row is there; expected at least one. Correct the path or its slice, or leave the source out."
+            )
 
     def __len__(self) -> int:
         """Rows; makes one pass when none was made before."""
@@ -105,14 +106,27 @@ class CustomSource(Source):
             try:
                 text = json.dumps(record)  # a copy, of what JSON has alone: it must reach another process and the quarantine
             except (TypeError, ValueError, RecursionError) as error:
-                yield where, RowError(where, "not JSON", f"{self._spec} gave a value that JSON has not ({error}); expected "
-                                      "text, numbers, lists and dicts. Correct the class.")  # fmt: skip
+                yield (
+                    where,
+                    RowError(
+                        where,
+                        "not JSON",
+                        f"{self._spec} gave a value that JSON has not ({error}); expected "
+                        "text, numbers, lists and dicts. Correct the class.",
+                    ),
+                )
                 continue
             if isinstance(record, dict):
                 yield where, parse_line(text.encode(), where)
             else:
-                yield where, RowError(where, "not an object", f"{self._spec} gave a {type(record).__name__}; expected a dict. "
-                                      "Correct the class.")  # fmt: skip
+                yield (
+                    where,
+                    RowError(
+                        where,
+                        "not an object",
+                        f"{self._spec} gave a {type(record).__name__}; expected a dict. Correct the class.",
+                    ),
+                )
 
 
 def open_source(path: str, config: DataConfig, name: str | None = None) -> Source:
@@ -152,29 +166,37 @@ def _local_files(path: str, split: str) -> list[str]:
             return _local_files(os.path.join(path, split), split)
         files = sorted(file for file in _files_below(path) if _ending(file))
         if not files:
-            raise DataError(f"{path}: the folder has no data file; expected {', '.join(ENDINGS)} (also .gz, .zst). "
-                            "Correct the path.")  # fmt: skip
+            raise DataError(
+                f"{path}: the folder has no data file; expected {', '.join(ENDINGS)} (also .gz, .zst). Correct the path."
+            )
     elif os.path.lexists(path):
         files = [path]
     else:
         files = sorted(f for f in glob.glob(path, recursive=True) if _ending(f))
     if not files and (_ending(path) or path.startswith((".", "/", "~")) or path.count("/") > 1 or glob.has_magic(path)):
-        raise DataError(f"{path}: no such file or folder; expected a data file, a folder, a glob or a hub name, and @[a:b] or "
-                        "@N% for a part of it. Correct the path.")  # fmt: skip
+        raise DataError(
+            f"{path}: no such file or folder; expected a data file, a folder, a glob or a hub name, and @[a:b] or "
+            "@N% for a part of it. Correct the path."
+        )
     for file in files:
         try:
             mode = os.stat(file).st_mode
         except OSError as error:
-            raise DataError(f"{file}: cannot be opened ({error.strerror}); expected a data file or folder. "
-                            "Correct the path.") from None  # fmt: skip
+            raise DataError(
+                f"{file}: cannot be opened ({error.strerror}); expected a data file or folder. Correct the path."
+            ) from None
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in file):
-            raise DataError(f"{file!a}: control characters in the name, or it is not UTF-8; expected a name that can be printed. "
-                            "Rename the file.")  # fmt: skip
+            raise DataError(
+                f"{file!a}: control characters in the name, or it is not UTF-8; expected a name that can be printed. "
+                "Rename the file."
+            )
         if _ending(file) is None:
             raise DataError(f"{file}: unknown ending; expected {', '.join(ENDINGS)} (also .gz, .zst). Rename the file.")
         if not stat.S_ISREG(mode):
-            raise DataError(f"{file}: a pipe, device or folder; expected a file, which can be read more than once. "
-                            "Write the rows into a file.")  # fmt: skip
+            raise DataError(
+                f"{file}: a pipe, device or folder; expected a file, which can be read more than once. "
+                "Write the rows into a file."
+            )
     return files
 
 
@@ -182,8 +204,10 @@ def _files_below(folder: str) -> Iterator[str]:
     """Files of a folder and its subfolders, linked ones too, each folder once; not hidden ones, nor what datasets writes."""
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be opened ({error.strerror}); expected a folder that can be read. "
-                        "Correct its rights, or the path.")  # fmt: skip
+        raise DataError(
+            f"{error.filename}: cannot be opened ({error.strerror}); expected a folder that can be read. "
+            "Correct its rights, or the path."
+        )
 
     seen = set()
     for top, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
@@ -217,8 +241,10 @@ def _parquet_rows(path: str) -> Iterator[Item]:
     try:
         yield from _batch_rows(pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=512), path)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}); expected Parquet. "
-                        "Write or copy it again.") from None  # fmt: skip
+        raise DataError(
+            f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}); expected Parquet. "
+            "Write or copy it again."
+        ) from None
 
 
 def _arrow_rows(path: str) -> Iterator[Item]:
@@ -233,8 +259,10 @@ def _arrow_rows(path: str) -> Iterator[Item]:
                 batches = iter(pyarrow.ipc.open_stream(data))
             yield from _batch_rows((part for b in batches for part in _parts(b)), path)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not an Arrow file that can be read ({str(error).splitlines()[0]}); expected Arrow IPC. "
-                        "Write or copy it again.") from None  # fmt: skip
+        raise DataError(
+            f"{path}: not an Arrow file that can be read ({str(error).splitlines()[0]}); expected Arrow IPC. "
+            "Write or copy it again."
+        ) from None
 
 
 def _parts(batch: Any) -> Iterator[Any]:
@@ -251,14 +279,29 @@ def _hub_rows(name: str, config: DataConfig) -> Iterator[Item]:
         rows = datasets.load_dataset(name, split=config.data_split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{name}: neither a local file nor a data set that the hub gave ({reason}); expected a path or a "
-                        "hub name with that split. Correct the name, or --finetune-data-split.") from None  # fmt: skip
+        raise DataError(
+            f"{name}: neither a local file nor a data set that the hub gave ({reason}); expected a path or a "
+            "hub name with that split. Correct the name, or --finetune-data-split."
+        ) from None
     for index, record in enumerate(rows, start=1):
         yield f"{name}:{index}", _without_nulls(record)
 
 
-USER_FAULTS = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NameError, OSError,
-               RuntimeError, StopIteration, SyntaxError, TypeError, ValueError)  # fmt: skip
+USER_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    StopIteration,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 
 
 @contextmanager
@@ -270,8 +313,10 @@ def _users_code(spec: str) -> Iterator[None]:
         file = spec.rpartition(":")[0]
         places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = error.lineno if isinstance(error, SyntaxError) else places[-1] if places else None
-        raise DataError(f"{file}:{line or 1}: {type(error).__name__}: {error}. Expected a class whose CLASS(path) yields "
-                        "dicts. Correct the class.") from error  # fmt: skip
+        raise DataError(
+            f"{file}:{line or 1}: {type(error).__name__}: {error}. Expected a class whose CLASS(path) yields "
+            "dicts. Correct the class."
+        ) from error
 
 
 def _custom_class(spec: str) -> type:
@@ -285,6 +330,8 @@ def _custom_class(spec: str) -> type:
     module_spec.loader.exec_module(module)
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
-        raise DataError(f"--custom-dataset {spec}: {file} has no class {class_name}; expected a class whose CLASS(path) "
-                        "yields dicts. Correct the name.")  # fmt: skip
+        raise DataError(
+            f"--custom-dataset {spec}: {file} has no class {class_name}; expected a class whose CLASS(path) "
+            "yields dicts. Correct the name."
+        )
     return found

@@ -168,9 +168,13 @@ class Template:
             TemplateError: the template refuses the conversation.
         """
         values = {
-            **self._special_tokens, **(kwargs or {}),
-            "messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": add_generation_prompt,
-        }  # fmt: skip
+            **self._special_tokens,
+            **(kwargs or {}),
+            "messages": messages,
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
             with limited_time(self.is_expendable):
                 marked = self._compiled.render(**values)

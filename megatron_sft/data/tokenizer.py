@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.fast_bpe import Tokens
 from megatron_sft.errors import ConfigError
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.chat import CHECKED_ROWS, ChatEncoder, check_masks
 from megatron_sft.data.fingerprint import store_fingerprint
 from megatron_sft.data.schema import Row, RowError, to_row
@@ -335,9 +335,12 @@ def _build(config: DataConfig, sources: Sequence[Any], fingerprint: str, folder:
     tokens = sum(entry["tokens"] for entry in collector.ledger.values())
     elapsed = max(time.monotonic() - start, 1e-9)
     logger.info(
-        "tokens: %s rows, %s tokens in %.1f s (%.2f Mtok/s)", f"{collector.num_rows:,}", f"{tokens:,}", elapsed,
+        "tokens: %s rows, %s tokens in %.1f s (%.2f Mtok/s)",
+        f"{collector.num_rows:,}",
+        f"{tokens:,}",
+        elapsed,
         tokens / elapsed / 1e6,
-    )  # fmt: skip
+    )
 
 
 def _log_progress(collector: _Collector, total_rows: int | None, elapsed_s: float) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.fast_bpe import text_tokenizer
 from megatron_sft.data.templates import TOO_LONG, limited_memory
 from megatron_sft.errors import DataError, UserError

@@ -8,7 +8,7 @@ saves its input instead of logits. Not here: weights, gradients, optimizer state
 
 from dataclasses import dataclass
 
-from megatron_sft.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sft.config.run import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sft.model.loss import chunk_rows
 from megatron_sft.model.mamba import CHUNK
 

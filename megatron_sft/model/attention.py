@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_sft.config import ModelConfig
+from megatron_sft.config.run import ModelConfig
 from megatron_sft.core_compat import varlen_attention
 from megatron_sft.model.cache import CachedSeqParams
 from megatron_sft.model.context import Span, gather_keys, heads_to_tokens, spans_of, tokens_to_heads

@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_sft.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sft.config.run import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sft.core_compat import apply_gathered_rope, balance_experts_by_row, device, provide_latent_projections
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.attention import PackedAttention

@@ -70,7 +70,7 @@ def tokens_to_heads(x: torch.Tensor, group: Any) -> torch.Tensor:
     """[T / c, heads, dim] -> [T, heads / c, dim]; fewer heads than ranks: each is given to several ranks."""
     size = group.size()
     if x.shape[1] % size:
-        assert size % x.shape[1] == 0, f"{x.shape[1]} heads over {size} context-parallel ranks"  # config.problems
+        assert size % x.shape[1] == 0, f"{x.shape[1]} heads over {size} context-parallel ranks"  # problems.py
         x = x.repeat_interleave(size // x.shape[1], dim=1)
     parts = x.unflatten(1, (size, -1)).transpose(0, 1).contiguous()  # [c, T / c, heads / c, dim]
     return all_to_all(group, parts).flatten(0, 1)

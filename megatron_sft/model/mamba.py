@@ -99,10 +99,12 @@ class MambaMixer(MegatronModule):
         size = pg_collection.tp.size()
         if config.mamba_num_groups % size or config.mamba_num_heads % size or pg_collection.cp.size() > 1:
             raise ConfigError(
-                [f"{config.mamba_num_groups} groups of Mamba states over {size} tensor-parallel and {pg_collection.cp.size()} "
-                 "context-parallel ranks: expected a number that divides the groups, and no context parallelism. "
-                 "Choose another --tensor-model-parallel-size, and --context-parallel-size 1."]
-            )  # fmt: skip
+                [
+                    f"{config.mamba_num_groups} groups of Mamba states over {size} tensor-parallel and {pg_collection.cp.size()} "
+                    "context-parallel ranks: expected a number that divides the groups, and no context parallelism. "
+                    "Choose another --tensor-model-parallel-size, and --context-parallel-size 1."
+                ]
+            )
         self.heads, self.groups = config.mamba_num_heads // size, config.mamba_num_groups // size
         self.head_dim, self.state_dim = config.mamba_head_dim, config.mamba_state_dim
         inner, state = self.heads * self.head_dim, self.groups * self.state_dim
@@ -122,9 +124,11 @@ class MambaMixer(MegatronModule):
         """[tokens, 1, hidden] -> the same."""
         if isinstance(packed, CachedSeqParams):
             raise ConfigError(
-                ["generation: Mamba layers have no state cache here; expected a model of attention layers. "
-                 "Write an HF folder (export.sh) and generate with transformers or vLLM."]
-            )  # fmt: skip
+                [
+                    "generation: Mamba layers have no state cache here; expected a model of attention layers. "
+                    "Write an HF folder (export.sh) and generate with transformers or vLLM."
+                ]
+            )
         projected, _ = self.in_proj(hidden)
         gate, convolved, step = projected[:, 0].split(
             [self.bands["z"], sum(self.bands[name] for name in "xBC"), self.heads], dim=-1

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_sft.config import ModelConfig
+from megatron_sft.config.run import ModelConfig
 from megatron_sft.errors import ConfigError
 
 

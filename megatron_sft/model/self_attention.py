@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-from megatron_sft.config import ModelConfig
+from megatron_sft.config.run import ModelConfig
 from megatron_sft.model.attention import layer_window
 from megatron_sft.model.layers import HeadsNorm
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_sft.config import ModelConfig
+from megatron_sft.config.run import ModelConfig
 from megatron_sft.model.attention import PackedAttention
 from megatron_sft.model.layers import BiasedRowParallelLinear, L2Norm, LayerNorm, NormedRowParallelLinear, RMSNorm
 from megatron_sft.model.mamba import hybrid_layer

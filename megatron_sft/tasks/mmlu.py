@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from megatron_sft import parallel
-from megatron_sft.config import DataConfig, MMLUConfig, RunConfig
+from megatron_sft.config.run import DataConfig, MMLUConfig, RunConfig
 from megatron_sft.core_compat import device
 from megatron_sft.data.sources import open_source, read_file
 from megatron_sft.errors import ConfigError, DataError
-from megatron_sft.generation import from_all_shards, from_last_stage, last_logits, packed_rows, prefill_params
-from megatron_sft.inference import load_for_inference
+from megatron_sft.inference.generation import from_all_shards, from_last_stage, last_logits, packed_rows, prefill_params
+from megatron_sft.inference.load import load_for_inference
+from megatron_sft.inference.prompts import write_whole
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
-from megatron_sft.prompts import write_whole
 
 LETTERS = "ABCD"
 MAX_FEW_SHOTS = 5

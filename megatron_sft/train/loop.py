@@ -13,16 +13,16 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_sft.config import RunConfig
+from megatron_sft.config.run import RunConfig
 from megatron_sft.core_compat import device
 from megatron_sft.data.loader import Step, TrainLoader, ValidLoader
 from megatron_sft.errors import TrainingError
 from megatron_sft.log import logger
-from megatron_sft.metrics import MetricsWriter
+from megatron_sft.model.flops import train_flops
 from megatron_sft.parallel import Ranks
 from megatron_sft.train.evaluate import evaluate
-from megatron_sft.train.flops import train_flops
 from megatron_sft.train.loss import LossTotals
+from megatron_sft.train.metrics import MetricsWriter
 from megatron_sft.train.optim import ScheduleLengths, whole_parameters
 from megatron_sft.train.state import TrainState
 from megatron_sft.train.step import StepResult, train_step

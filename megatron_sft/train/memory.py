@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_sft.config import RunConfig
+from megatron_sft.config.run import RunConfig
 from megatron_sft.errors import TrainingError
 from megatron_sft.parallel import Ranks
 

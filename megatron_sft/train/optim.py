@@ -13,7 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sft.checkpoint.background import torch_optimizers
-from megatron_sft.config import OptimConfig, ParallelConfig, RunConfig
+from megatron_sft.config.run import OptimConfig, ParallelConfig, RunConfig
 from megatron_sft.core_compat import fuse_gradient_norm, provide_adam
 from megatron_sft.model.build import DTYPES
 from megatron_sft.train.adam import FusedAdam, NarrowGradientOptimizer
@@ -116,14 +116,12 @@ def schedule_lengths(run: RunConfig, total_iterations: int, total_samples: int) 
     """Resolves warm-up and decay lengths; what is not given is the whole run.
 
     Args:
-        run: flags; *_iters and *_samples are not mixed (config.problems).
+        run: flags; *_iters and *_samples are not mixed (problems.py).
         total_iterations: optimizer steps of the whole run.
         total_samples: packs of the whole run.
     """
     optim = run.optim
-    by_samples = bool(
-        run.train.train_samples or optim.lr_decay_samples or optim.lr_warmup_samples or optim.lr_wsd_decay_samples
-    )
+    by_samples = bool(run.train.train_samples or optim.lr_decay_samples or optim.lr_warmup_samples or optim.lr_wsd_decay_samples)
     if by_samples:
         decay, warmup = optim.lr_decay_samples or total_samples, optim.lr_warmup_samples
         wsd_decay = optim.lr_wsd_decay_samples

@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron_sft.checkpoint import tracker
 from megatron_sft.checkpoint.distributed import CheckpointSaver
-from megatron_sft.checkpoint.hf import save_hf
 from megatron_sft.checkpoint.resume import FINGERPRINT
-from megatron_sft.config import RunConfig
+from megatron_sft.config.run import RunConfig
+from megatron_sft.hf.weights import save_hf
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
 from megatron_sft.train.state import TrainState

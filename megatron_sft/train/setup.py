@@ -13,11 +13,9 @@ import torch
 
 from megatron_sft import parallel
 from megatron_sft.checkpoint.distributed import load_checkpoint
-from megatron_sft.checkpoint.importer import load_weights
 from megatron_sft.checkpoint.resume import refuse_changed
-from megatron_sft.checkpoint.source import WeightSource, find_source, resolve_model
-from megatron_sft.checkpoint.verify import quick_check
-from megatron_sft.config import RunConfig
+from megatron_sft.config.problems import problems
+from megatron_sft.config.run import RunConfig
 from megatron_sft.core_compat import use_deterministic_algorithms
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.data.loader import TrainLoader, ValidLoader
@@ -26,10 +24,11 @@ from megatron_sft.data.report import as_table, data_report
 from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
 from megatron_sft.data.tokens import TokenStore
 from megatron_sft.errors import ConfigError, DataError, TrainingError
+from megatron_sft.hf.importer import load_weights
+from megatron_sft.hf.verify import quick_check
 from megatron_sft.log import logger
 from megatron_sft.model.build import build_model
 from megatron_sft.parallel import Ranks
-from megatron_sft.problems import problems
 from megatron_sft.train import memory
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loop import Job, loss_metrics, train
@@ -37,6 +36,7 @@ from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_
 from megatron_sft.train.saving import METRIC, Saving
 from megatron_sft.train.state import TrainState
 from megatron_sft.train.watch import Watch
+from megatron_sft.weights import WeightSource, find_source, resolve_model
 
 EXIT_DURATION = 4
 
@@ -139,9 +139,7 @@ def _require_known_tokens(run: RunConfig, store: TokenStore) -> None:
         )
 
 
-def build_job(
-    run: RunConfig, ranks: Ranks, source: WeightSource, data: Data, watch: Watch
-) -> tuple[Job, TrainState, Saving]:
+def build_job(run: RunConfig, ranks: Ranks, source: WeightSource, data: Data, watch: Watch) -> tuple[Job, TrainState, Saving]:
     """Model, weights, optimizer and loaders. The state is that of the checkpoint, or a new one."""
     fingerprint = data.store.fingerprint
     if source.resumes:

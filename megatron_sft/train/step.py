@@ -116,9 +116,7 @@ def _is_spike(loss: float, limit: float) -> bool:
     return bool(flag)
 
 
-def _rows_where(
-    is_meant: Callable[[float], bool], reports: list[dict], batches: list[Batch], name_document: Any
-) -> list[str]:
+def _rows_where(is_meant: Callable[[float], bool], reports: list[dict], batches: list[Batch], name_document: Any) -> list[str]:
     """Collective: the rows of all ranks whose own mean loss (NaN if any token's is) is meant, worst first."""
     found = []
     for report, batch in zip(reports, batches, strict=False):

@@ -12,7 +12,7 @@ import torch
 
 from megatron_sft.checkpoint import torch_dist
 from megatron_sft.checkpoint.state import content_metadata, sharded_state
-from megatron_sft.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.config.run import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.parallel import Ranks, initialize
 
 MODEL = ModelConfig(
@@ -76,9 +76,7 @@ class Rig:
             self.chunks, self.optimizer, None, content_metadata(self.run.parallel.use_distributed_optimizer), False
         )
         return {
-            t.key: t.data.detach().clone()
-            for t in torch_dist._leaves(state)
-            if hasattr(t, "data") and torch.is_tensor(t.data)
+            t.key: t.data.detach().clone() for t in torch_dist._leaves(state) if hasattr(t, "data") and torch.is_tensor(t.data)
         }
 
 
@@ -86,9 +84,7 @@ def compacted(tensor: torch.Tensor) -> bytes:
     return torch_dist.compact(tensor).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def build(
-    parallel: ParallelConfig, checkpoint: CheckpointConfig | None = None, dtype: str = "fp32", **model: Any
-) -> Rig:
+def build(parallel: ParallelConfig, checkpoint: CheckpointConfig | None = None, dtype: str = "fp32", **model: Any) -> Rig:
     """Builds the rig for a layout; weights differ from seed to seed of torch's generator, set here."""
     from megatron_sft.model.build import DTYPES
     from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, wrap_ddp

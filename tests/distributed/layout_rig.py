@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_sft.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from tests.unit.checkpoint.tiny_models import tiny_folder
+from megatron_sft.config.run import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from tests.unit.hf.tiny_models import tiny_folder
 
 STEPS, STEP_PACKS, NUM_PACKS, SEQ_LENGTH = 10, 8, 36, 32
 LOSS_BAR, NORM_BAR, PARAMETER_BAR = 1e-6, 1e-5, 1e-5
@@ -119,7 +119,7 @@ def train_cases(cases: dict[str, Case], hf: dict[str, str]) -> dict[str, Outcome
 
 def train(case: Case, ranks: Any, folder: str) -> Outcome:
     """STEPS steps from the weights of `folder`."""
-    from megatron_sft.checkpoint.hf import load_hf_weights
+    from megatron_sft.hf.weights import load_hf_weights
     from megatron_sft.model.build import build_model
     from megatron_sft.model.context import shard_tokens
     from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
@@ -153,7 +153,7 @@ def train(case: Case, ranks: Any, folder: str) -> Outcome:
 
 def model_of(name: str, folder: str) -> ModelConfig:
     from megatron_sft import conversion
-    from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
+    from megatron_sft.hf.config import model_config_from_hf, read_hf_config
 
     model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 8)
     return dataclasses.replace(model, core={**model.core, **MODELS[name]})
@@ -171,14 +171,19 @@ def loader_of(run: RunConfig, ranks: Any) -> Any:
     plan = PackPlan(np.arange(len(documents)), np.cumsum([0, *map(len, rows)]))
     multiple = layout.context_parallel_size * (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
     return TrainLoader(
-        SFTDataset(MemoryStore(documents), plan, SEQ_LENGTH, 0), run.train, shuffle=False, prefetch=0,
-        dp_rank=ranks.dp_rank, dp_size=ranks.dp_size, multiple=multiple,
-    )  # fmt: skip
+        SFTDataset(MemoryStore(documents), plan, SEQ_LENGTH, 0),
+        run.train,
+        shuffle=False,
+        prefetch=0,
+        dp_rank=ranks.dp_rank,
+        dp_size=ranks.dp_size,
+        multiple=multiple,
+    )
 
 
 def exported(chunks: list[Any], model: ModelConfig, ranks: Any, folder: str) -> dict[str, torch.Tensor] | None:
     """All parameters under their HF names, on rank 0."""
-    from megatron_sft.checkpoint.hf import save_hf
+    from megatron_sft.hf.weights import save_hf
 
     with tempfile.TemporaryDirectory() as root:
         shared = [root]
@@ -220,10 +225,16 @@ def relative(found: list[float], wanted: list[float]) -> float:
 TP2, TP4, PP2, PP4, CP2, CP4, EP2, EP4 = (
     {f"{kind}_parallel_size": size}
     for kind, size in (
-        ("tensor_model", 2), ("tensor_model", 4), ("pipeline_model", 2), ("pipeline_model", 4), ("context", 2), ("context", 4),
-        ("expert_model", 2), ("expert_model", 4),
+        ("tensor_model", 2),
+        ("tensor_model", 4),
+        ("pipeline_model", 2),
+        ("pipeline_model", 4),
+        ("context", 2),
+        ("context", 4),
+        ("expert_model", 2),
+        ("expert_model", 4),
     )
-)  # fmt: skip
+)
 SP, GATHER, VPP2 = {"sequence_parallel": True}, {"cp_comm_type": "allgather"}, {"virtual_pipeline_model_parallel_size": 2}
 ETP2, SHARDED = {"expert_tensor_parallel_size": 2}, {"use_distributed_optimizer": True}
 OVERLAPS = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}

@@ -5,14 +5,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sft.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.config.run import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.errors import TrainingError
 from tests.gloo import run_ranks
 
 MODEL = ModelConfig(
-    num_layers=2, hidden_size=16, ffn_hidden_size=32, num_attention_heads=2, num_query_groups=2, kv_channels=8,
-    vocab_size=32, padded_vocab_size=32, max_position_embeddings=32,
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=16,
+    ffn_hidden_size=32,
+    num_attention_heads=2,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=32,
+    padded_vocab_size=32,
+    max_position_embeddings=32,
+)
 MARKER = 31
 """The token that only document 5 has; rank 1 meets it."""
 

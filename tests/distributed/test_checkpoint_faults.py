@@ -16,7 +16,7 @@ import torch
 
 from megatron_sft.checkpoint import manifest, torch_dist, tracker
 from megatron_sft.checkpoint.distributed import CheckpointSaver, latest_iteration, load_checkpoint
-from megatron_sft.config import CheckpointConfig, DataConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.config.run import CheckpointConfig, DataConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.errors import CheckpointError, DataError, TrainingError, UserError
 from tests.distributed.checkpoint_rig import Rig, build
 from tests.gloo import run_ranks
@@ -290,11 +290,11 @@ def _refusals(kind: type[UserError], write: Callable[[], object], sizes: list[in
 
 def _writers(root: str) -> dict[str, list[str]]:
     """Every place that a run writes to beside its checkpoints: first on full disks, then where a file is in the way."""
-    from megatron_sft.checkpoint.hf import load_hf_weights, save_hf
-    from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
     from megatron_sft.data.prepare import open_store
-    from megatron_sft.metrics import MetricsWriter
+    from megatron_sft.hf.config import model_config_from_hf, read_hf_config
+    from megatron_sft.hf.weights import load_hf_weights, save_hf
     from megatron_sft.model.build import build_model
+    from megatron_sft.train.metrics import MetricsWriter
 
     place, found = Path(root), {}
     rig = build(ParallelConfig())
@@ -344,8 +344,12 @@ def _writers(root: str) -> dict[str, list[str]]:
 def test_every_other_writer_says_that_it_cannot(tmp_path: Path) -> None:
     [found] = run_ranks(_writers, 1, str(tmp_path))
     assert {name: len(messages) for name, messages in found.items()} == {
-        "tokens": 4, "metrics": 4, "best": 2, "export": 4, "checkpoint": 3,
-    }  # fmt: skip
+        "tokens": 4,
+        "metrics": 4,
+        "best": 2,
+        "export": 4,
+        "checkpoint": 3,
+    }
     reasons = {"tokens": "cache", "metrics": "metrics.jsonl", "best": "run", "export": "out", "checkpoint": "iter_0000002"}
     for name, messages in found.items():
         full, blocked = (messages[:-1], messages[-1:]) if name in ("tokens", "metrics", "export") else (messages, [])

@@ -16,7 +16,7 @@ import torch
 
 from megatron_sft.checkpoint import state, torch_dist, tracker
 from megatron_sft.checkpoint.distributed import load_checkpoint, save_checkpoint
-from megatron_sft.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.config.run import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.parallel import Ranks, initialize
 from tests.distributed.checkpoint_rig import MODEL, Rig, build
 from tests.gloo import run_ranks

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sft.checkpoint.distributed import load_checkpoint, save_checkpoint
-from megatron_sft.config import ParallelConfig
+from megatron_sft.config.run import ParallelConfig
 from tests.distributed.checkpoint_rig import build
 from tests.gloo import run_ranks
 

@@ -4,9 +4,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sft import conversion
-from megatron_sft.config import ParallelConfig
+from megatron_sft.config.run import ParallelConfig
 from tests.gloo import run_ranks
-from tests.unit.checkpoint.tiny_models import tiny_folder
+from tests.unit.hf.tiny_models import tiny_folder
 
 
 def at_tp2(root):

@@ -6,14 +6,14 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from megatron_sft import conversion, parallel
-from megatron_sft.checkpoint.hf import core_module, load_hf_weights, save_hf
-from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
-from megatron_sft.checkpoint.verify import changed_tensors, quick_check
-from megatron_sft.config import ParallelConfig, TrainConfig
+from megatron_sft.config.run import ParallelConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
+from megatron_sft.hf.config import model_config_from_hf, read_hf_config
+from megatron_sft.hf.verify import changed_tensors, quick_check
+from megatron_sft.hf.weights import core_module, load_hf_weights, save_hf
 from megatron_sft.model.build import build_model
 from tests.gloo import run_ranks
-from tests.unit.checkpoint.tiny_models import KEYS, tiny_folder
+from tests.unit.hf.tiny_models import KEYS, tiny_folder
 
 MOE = tuple(name for name, keys in KEYS.items() if "num_experts_per_tok" in keys)
 UNBIASED = tuple(name for name in MOE if name != "gpt_oss")  # megatron-core cuts no expert that has biases

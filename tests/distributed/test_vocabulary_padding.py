@@ -6,9 +6,9 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_sft.checkpoint.distributed import load_checkpoint, save_checkpoint
-from megatron_sft.checkpoint.source import padded
-from megatron_sft.config import ModelConfig, ParallelConfig
+from megatron_sft.config.run import ModelConfig, ParallelConfig
 from megatron_sft.parallel import finalize
+from megatron_sft.weights import padded
 from tests.distributed.checkpoint_rig import build
 from tests.gloo import run_ranks
 

@@ -23,8 +23,10 @@ def test_the_best_checkpoint_is_kept_and_hf_folders_follow_the_saves(finetune, t
     best = min(valid, key=valid.get)
     assert sorted(valid) == [2, 4, 6, 8] and best != 8, "this test needs a run that gets worse"
     assert json.loads((save / "best_checkpoint.json").read_text()) == {
-        "iteration": best, "metric": "valid/loss", "value": valid[best],
-    }  # fmt: skip
+        "iteration": best,
+        "metric": "valid/loss",
+        "value": valid[best],
+    }
     assert sorted(path.name for path in save.glob("iter_*")) == [f"iter_{number:07d}" for number in (best, 8)]
     assert f"best checkpoint so far: iteration {best}, valid/loss {valid[best]:.6f}" in done.stdout
     folders = {number: load_file(tmp_path / f"hf-{number}" / "model.safetensors") for number in (2, 4, 6, 8)}

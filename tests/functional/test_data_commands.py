@@ -132,9 +132,15 @@ def test_a_bare_sentencepiece_model_can_be_prepared(flags: list[str], tmp_path: 
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["Hi <b>", "big small 0 1 2 3"] * 20), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300,
-        byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity", minloglevel=2, num_threads=1,
-    )  # fmt: skip
+        sentence_iterator=iter(["Hi <b>", "big small 0 1 2 3"] * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+        num_threads=1,
+    )
     template = (TEMPLATE.parent / "instruct.jinja").read_text()
     own = [*flags[:5], *flags[7:], "--tokenizer-model", str(tmp_path / "tokenizer.model"), "--chat-template", template]
     assert main(["preview", *own, "--rows", "1"]) == 0

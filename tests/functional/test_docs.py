@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sft.__main__ import COMMANDS
-from megatron_sft.arguments import parse, parse_generate, parse_mmlu
+from megatron_sft.config.arguments import parse, parse_generate, parse_mmlu
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

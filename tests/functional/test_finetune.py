@@ -82,7 +82,7 @@ def plain_losses(folder: Path, cache: Path) -> list[float]:
     """A loop with nothing of ours but the packs: one document at a time, token sums, one division, AdamW, cosine."""
     from transformers import AutoModelForCausalLM
 
-    from megatron_sft.config import TrainConfig
+    from megatron_sft.config.run import TrainConfig
     from megatron_sft.data.loader import TrainLoader
     from megatron_sft.data.packing import pack
     from megatron_sft.data.sft_dataset import SFTDataset
@@ -250,10 +250,16 @@ def test_every_rank_ends_by_itself_within_10_seconds_when_a_row_is_bad(tiny_fold
         port = free.getsockname()[1]
     world = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen(list(map(str, command)), cwd=ROOT, env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(3)
-    ]  # fmt: skip
+    ]
     while all(rank.poll() is None for rank in ranks):
         time.sleep(0.1)
     try:

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sft import conversion, parallel
 from megatron_sft.checkpoint.distributed import read_run_config
-from megatron_sft.checkpoint.hf import load_hf_weights, save_hf
-from megatron_sft.checkpoint.importer import architecture_of, load_weights
-from megatron_sft.checkpoint.verify import quick_check
-from megatron_sft.config import ParallelConfig, TrainConfig
+from megatron_sft.config.run import ParallelConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
+from megatron_sft.hf.importer import architecture_of, load_weights
+from megatron_sft.hf.verify import quick_check
+from megatron_sft.hf.weights import load_hf_weights, save_hf
 from megatron_sft.model.build import build_model
-from tests.unit.checkpoint import tiny_models
-from tests.unit.checkpoint.tiny_models import tiny_folder
+from tests.unit.hf import tiny_models
+from tests.unit.hf.tiny_models import tiny_folder
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 MULTIMODAL = {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"]}

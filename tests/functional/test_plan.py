@@ -8,16 +8,24 @@ import pytest
 import torch
 
 from megatron_sft.__main__ import main
-from megatron_sft.arguments import parse_plan
-from megatron_sft.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.config.arguments import parse_plan
+from megatron_sft.config.run import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.model.activations import Activations, layer_kinds
 from megatron_sft.parallel import finalize, imagined, initialize
 from megatron_sft.plan import conf_flags, plan, rank_parameters
 
 TINY = ModelConfig(
-    num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, kv_channels=24,
-    vocab_size=120, padded_vocab_size=128, max_position_embeddings=256, normalization="LayerNorm",
-)  # fmt: skip
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=24,
+    vocab_size=120,
+    padded_vocab_size=128,
+    max_position_embeddings=256,
+    normalization="LayerNorm",
+)
 EXPERTS = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_layer_freq": [0, 1, 1, 1]}
 EXPERTS["moe_shared_expert_intermediate_size"] = 48
 LATENT = {"multi_latent_attention": True, "q_lora_rank": 20, "kv_lora_rank": 16, "qk_head_dim": 16, "qk_pos_emb_head_dim": 8}

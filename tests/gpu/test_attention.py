@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_sft.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sft.config.run import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sft.model.attention import PackedAttention, fits_flash, packed_seq_params
 from megatron_sft.model.build import transformer_config
 from megatron_sft.parallel import finalize, initialize
@@ -43,9 +43,17 @@ def groups():
 def attention(case, dtype, groups, where):
     heads, kv, dim, fields = CASES[case]
     model = ModelConfig(
-        num_layers=1, hidden_size=64, ffn_hidden_size=64, num_attention_heads=heads, num_query_groups=kv, kv_channels=dim,
-        vocab_size=8, padded_vocab_size=8, max_position_embeddings=512, **fields,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=64,
+        ffn_hidden_size=64,
+        num_attention_heads=heads,
+        num_query_groups=kv,
+        kv_channels=dim,
+        vocab_size=8,
+        padded_vocab_size=8,
+        max_position_embeddings=512,
+        **fields,
+    )
     config = transformer_config(model, ParallelConfig(), TrainConfig(params_dtype=dtype))
     module = PackedAttention(config, 1, None, "self", pg_collection=groups).to(where)
     if module.softmax_offset is not None:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_sft import parallel
 from megatron_sft.checkpoint.distributed import CheckpointSaver, load_checkpoint
-from megatron_sft.config import CheckpointConfig, ParallelConfig
+from megatron_sft.config.run import CheckpointConfig, ParallelConfig
 from megatron_sft.core_compat import use_deterministic_algorithms
 from tests.gpu.place import CUDA, error, on_cuda, on_device
 from tests.gpu.training import STEPS, Training, trained

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_sft import parallel
-from megatron_sft.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.config.run import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.data.loader import TrainLoader
 from megatron_sft.data.packing import pack
 from megatron_sft.data.sft_dataset import SFTDataset
@@ -23,9 +23,18 @@ from megatron_sft.train.step import train_step
 
 SEQ_LENGTH, STEPS = 128, 4
 MODEL = ModelConfig(
-    num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, kv_channels=32, vocab_size=500,
-    padded_vocab_size=512, max_position_embeddings=256, qk_layernorm=True, share_embeddings_and_output_weights=True,
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=32,
+    vocab_size=500,
+    padded_vocab_size=512,
+    max_position_embeddings=256,
+    qk_layernorm=True,
+    share_embeddings_and_output_weights=True,
+)
 
 
 @dataclass

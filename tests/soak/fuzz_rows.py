@@ -1,6 +1,6 @@
 """100,000 mutated lines: each is kept or refused with a reason, none raises anything else.
 
-    PYTHONPATH=. python tests/soak/fuzz_rows.py [LINES]
+PYTHONPATH=. python tests/soak/fuzz_rows.py [LINES]
 """
 
 import sys

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.schema import Row
 from megatron_sft.data.sources import open_source
 from megatron_sft.data.store import Document

@@ -35,7 +35,7 @@ def work(root: Path, asynchronous: bool, environment: dict[str, str], log: str) 
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(1)
     from megatron_sft.checkpoint.distributed import CheckpointSaver, latest_iteration, load_checkpoint
-    from megatron_sft.config import CheckpointConfig, ParallelConfig
+    from megatron_sft.config.run import CheckpointConfig, ParallelConfig
     from tests.distributed.checkpoint_rig import build
 
     parallel = ParallelConfig(tensor_model_parallel_size=int(environment["WORLD_SIZE"]))
@@ -132,8 +132,16 @@ def soak(case: str, kills: int, seed: int, folder: Path) -> dict[str, object]:
         digests |= {event["iteration"]: event["digest"] for event in after if event["event"] == "step"}
         resumed += any(event["event"] == "start" and event["iteration"] for event in after)
         before = after
-    return {"case": case, "kills": kills, "mid-save": leftovers, "resumed": resumed, "reached": max(digests, default=0),
-            "bad": len(bad), "seconds": round(time.monotonic() - started), "problems": bad}  # fmt: skip
+    return {
+        "case": case,
+        "kills": kills,
+        "mid-save": leftovers,
+        "resumed": resumed,
+        "reached": max(digests, default=0),
+        "bad": len(bad),
+        "seconds": round(time.monotonic() - started),
+        "problems": bad,
+    }
 
 
 def main() -> int:
@@ -148,8 +156,11 @@ def main() -> int:
         print(f"{'case':10}{'kills':>7}{'mid-save':>10}{'resumed':>9}{'reached':>9}{'bad':>5}{'s':>6}")
         for case in cases:
             row = soak(case, options.kills // len(cases), options.seed, Path(folder))
-            print(f"{row['case']:10}{row['kills']:>7}{row['mid-save']:>10}{row['resumed']:>9}{row['reached']:>9}"
-                  f"{row['bad']:>5}{row['seconds']:>6}", flush=True)  # fmt: skip
+            print(
+                f"{row['case']:10}{row['kills']:>7}{row['mid-save']:>10}{row['resumed']:>9}{row['reached']:>9}"
+                f"{row['bad']:>5}{row['seconds']:>6}",
+                flush=True,
+            )
             for problem in row["problems"]:
                 print(" ", problem)
             worst |= int(row["bad"] > 0)

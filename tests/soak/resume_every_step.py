@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_sft.arguments import parse
+from megatron_sft.config.arguments import parse
 from megatron_sft.train.loop import Job
 from megatron_sft.train.state import TrainState
 from tests.distributed.checkpoint_rig import compacted
@@ -39,8 +39,25 @@ from tests.text_models import text_model
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
-FLAGS = ["--train-iters", str(STEPS), "--global-batch-size", "4", "--micro-batch-size", "1", "--lr", "1e-3", "--seq-length",
-         "128", "--lr-warmup-iters", "5", "--rollout-shuffle", "--save-interval", "1", "--num-workers", "1"]  # fmt: skip
+FLAGS = [
+    "--train-iters",
+    str(STEPS),
+    "--global-batch-size",
+    "4",
+    "--micro-batch-size",
+    "1",
+    "--lr",
+    "1e-3",
+    "--seq-length",
+    "128",
+    "--lr-warmup-iters",
+    "5",
+    "--rollout-shuffle",
+    "--save-interval",
+    "1",
+    "--num-workers",
+    "1",
+]
 SHARDED = ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", "--async-save"]
 Log = dict[int, tuple[Any, ...]]
 """A step -> loss, gradient norm, learning rate, digest."""
@@ -107,10 +124,10 @@ class Runs:
         from megatron.core import parallel_state
 
         from megatron_sft import parallel
-        from megatron_sft.checkpoint.source import find_source
         from megatron_sft.train import setup
         from megatron_sft.train.loop import train
         from megatron_sft.train.watch import Watch
+        from megatron_sft.weights import find_source
 
         run, explicit = parse([*self.flags, "--save", str(save)], int(os.environ.get("WORLD_SIZE", 1)))
         source = find_source(run.checkpoint)

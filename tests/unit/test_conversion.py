@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from megatron_sft import conversion
 from megatron_sft.__main__ import main
-from megatron_sft.config import ModelConfig, ParallelConfig
+from megatron_sft.config.run import ModelConfig, ParallelConfig
 from megatron_sft.errors import CheckpointError, ConfigError
-from tests.unit.checkpoint.tiny_models import tiny_folder
+from tests.unit.hf.tiny_models import tiny_folder
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = "import json, sys; print('RUN ' + json.dumps(sys.argv[2:]))"

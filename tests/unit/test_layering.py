@@ -14,29 +14,22 @@ EVERY = {"config", "core_compat", "errors", "log"}
 ALLOWED: Mapping[str, set[str]] = {
     "errors": set(),
     "log": set(),
-    "config": {"errors"},
-    "problems": {"config"},
-    "flags": set(),
-    "derived_flags": set(),
     "core_compat": {"errors", "log"},
-    "metrics": {"config", "errors", "log"},
+    "config": {"errors", "log", "core_compat"},
     "parallel": EVERY,
     "data": {"config", "errors", "log"},
     "model": EVERY | {"parallel"},
-    "checkpoint": EVERY | {"parallel", "model"},
-    "conversion": EVERY | {"parallel", "model", "checkpoint"},
-    "inference": EVERY | {"problems", "parallel", "model", "checkpoint", "data"},
-    "generation": EVERY | {"parallel", "model", "data"},
-    "prompts": EVERY | {"parallel", "data", "generation", "inference"},
-    "tasks": EVERY | {"parallel", "data", "generation", "inference", "prompts"},
-    "train": EVERY | {"problems", "parallel", "data", "model", "checkpoint", "metrics"},
-    "plan": EVERY | {"problems", "parallel", "model", "checkpoint", "conversion", "train"},
-    "arguments": EVERY | {"flags", "derived_flags", "problems"},
-    "__main__": EVERY
-    | {"arguments", "checkpoint", "conversion", "data", "generation", "inference", "parallel", "plan"}
-    | {"prompts", "tasks", "train"},
+    "hf": EVERY | {"parallel", "model"},
+    "checkpoint": EVERY | {"parallel"},
+    "weights": EVERY | {"parallel", "model", "hf", "checkpoint"},
+    "conversion": EVERY | {"parallel", "model", "hf", "checkpoint", "weights"},
+    "inference": EVERY | {"parallel", "model", "hf", "checkpoint", "weights", "data"},
+    "tasks": EVERY | {"parallel", "data", "inference"},
+    "train": EVERY | {"parallel", "data", "model", "hf", "checkpoint", "weights"},
+    "plan": EVERY | {"parallel", "model", "hf", "weights", "conversion", "train"},
+    "__main__": EVERY | {"checkpoint", "conversion", "data", "inference", "parallel", "plan", "tasks", "train"},
 }
-USES_CORE = {"core_compat", "parallel", "model", "checkpoint", "conversion", "generation", "inference", "plan", "tasks", "train"}
+USES_CORE = set(ALLOWED) - {"errors", "log", "config", "data", "__main__"}
 
 
 def imported_modules(tree: ast.AST, dotted: str) -> Iterator[str]:
@@ -78,6 +71,17 @@ def test_the_table_has_no_cycle() -> None:
 
 def test_every_import_is_in_the_table() -> None:
     assert violations(ROOT) == []
+
+
+def test_config_needs_no_torch() -> None:
+    """So that --help and configuration errors are quick; parsing is timed in config/test_arguments.py."""
+    found = [
+        f"{path.name}: {name}"
+        for path in sorted(Path(ROOT, PACKAGE, "config").glob("*.py"))
+        for name in imported_modules(ast.parse(path.read_text(encoding="utf-8")), f"{PACKAGE}.config.{path.stem}")
+        if name.split(".")[0] in {"torch", "megatron", "transformers"}
+    ]
+    assert found == []
 
 
 def test_a_forbidden_import_is_found(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data import templates
 from megatron_sft.data.chat import ChatEncoder, check_masks
 from megatron_sft.data.schema import Row, RowError, to_row

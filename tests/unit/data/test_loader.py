@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from megatron_sft.config import TrainConfig
+from megatron_sft.config.run import TrainConfig
 from megatron_sft.data.loader import (
     TrainLoader,
     ValidLoader,

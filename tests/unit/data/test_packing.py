@@ -73,8 +73,12 @@ def test_counts_and_costs():
     assert token_counts(plan, lengths).tolist() == [10, 7]
     assert attention_cost(plan, lengths).tolist() == [52, 25]
     assert packing_figures(plan, lengths, 10) == {
-        "packs": 2, "documents": 4, "tokens": 17, "documents_per_pack": 2.0, "efficiency": 0.85,
-    }  # fmt: skip
+        "packs": 2,
+        "documents": 4,
+        "tokens": 17,
+        "documents_per_pack": 2.0,
+        "efficiency": 0.85,
+    }
 
 
 def test_a_plan_is_remapped_to_a_selection_with_repeats():

@@ -8,14 +8,30 @@ from megatron_sft.data.store import MemoryStore
 
 LEDGER = {
     "chat": {
-        "rows": 4, "kept": 1, "truncated": 1, "split": 0, "dropped": {"no trained token": 2}, "schemas": {"messages": 4},
-        "documents": 2, "tokens": 10, "trained_tokens": 4, "lost_tokens": 3,
+        "rows": 4,
+        "kept": 1,
+        "truncated": 1,
+        "split": 0,
+        "dropped": {"no trained token": 2},
+        "schemas": {"messages": 4},
+        "documents": 2,
+        "tokens": 10,
+        "trained_tokens": 4,
+        "lost_tokens": 3,
     },
     "<b>": {
-        "rows": 1, "kept": 1, "truncated": 0, "split": 0, "dropped": {}, "schemas": {"text": 1},
-        "documents": 1, "tokens": 6, "trained_tokens": 6, "lost_tokens": 0,
+        "rows": 1,
+        "kept": 1,
+        "truncated": 0,
+        "split": 0,
+        "dropped": {},
+        "schemas": {"text": 1},
+        "documents": 1,
+        "tokens": 6,
+        "trained_tokens": 6,
+        "lost_tokens": 0,
     },
-}  # fmt: skip
+}
 
 
 def report():

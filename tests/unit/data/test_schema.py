@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.json_rows import parse_line
 from megatron_sft.data.schema import RowError, schema_of, to_row
 

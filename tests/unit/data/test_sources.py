@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data import json_rows
 from megatron_sft.data.schema import RowError, to_row
 from megatron_sft.data.sources import open_source

@@ -151,12 +151,18 @@ def test_analysis_and_final_of_gptoss_are_one_turn() -> None:
     ("text", "reason"),
     [
         ("{% for m in messages %}[{{ m.role }}]{{ m.content }}<e>{% endfor %}", "no generation prompt"),
-        ("{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
-         "no special token ends an answer"),
-        ("{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}<e>{% endfor %}{{ '[assistant]' if add_generation_prompt}}",
-         "not rendered once"),
+        (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% endif %}",
+            "no special token ends an answer",
+        ),
+        (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}<e>{% endfor %}"
+            "{{ '[assistant]' if add_generation_prompt}}",
+            "not rendered once",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_no_route_decides_is_refused(text: str, reason: str) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(Undecided, match=reason):

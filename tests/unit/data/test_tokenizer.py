@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 from transformers import PythonBackend
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.chat import ChatEncoder, check_masks, load_tokenizer
 from megatron_sft.data.schema import Row, RowError
 from megatron_sft.data.tokenizer import SlowText
@@ -40,10 +40,19 @@ CHAT = [
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Path of a sentencepiece model of 340 pieces; it keeps white space as it is, as Llama's does."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES * 20), model_prefix=str(tmp_path / "tokenizer"), vocab_size=340, model_type=request.param,
-        byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, user_defined_symbols=["<|im_start|>", "<|im_end|>"], minloglevel=2, num_threads=1,
-    )  # fmt: skip
+        sentence_iterator=iter(LINES * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=340,
+        model_type=request.param,
+        byte_fallback=True,
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<|im_start|>", "<|im_end|>"],
+        minloglevel=2,
+        num_threads=1,
+    )
     return str(tmp_path / "tokenizer.model")
 
 

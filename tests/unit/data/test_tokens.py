@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_sft.config import DataConfig
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data import tokens as tokens_module
 from megatron_sft.data.fingerprint import store_fingerprint
 from megatron_sft.data.schema import RowError
@@ -31,9 +31,7 @@ class WordEncoder:
             mask += [message.get("weight", 1) if message["role"] == "assistant" else 0] * len(words)
         is_weighted = any("weight" in message for message in row.messages)
         return [
-            SimpleNamespace(
-                tokens=np.array(tokens, np.int32), loss_mask=np.array(mask, np.float32 if is_weighted else np.uint8)
-            )
+            SimpleNamespace(tokens=np.array(tokens, np.int32), loss_mask=np.array(mask, np.float32 if is_weighted else np.uint8))
         ]
 
 
@@ -51,9 +49,7 @@ def write(path, rows):
 
 
 def build(tmp_path, rows, name="rows.jsonl", **settings):
-    config = DataConfig(
-        seq_length=settings.pop("seq_length", 8), num_workers=settings.pop("num_workers", 1), **settings
-    )
+    config = DataConfig(seq_length=settings.pop("seq_length", 8), num_workers=settings.pop("num_workers", 1), **settings)
     source = open_source(write(tmp_path / name, rows), config)
     return build_token_store(config, [source], tmp_path / "cache", make_word_encoder)
 
@@ -115,17 +111,28 @@ def test_store_has_documents_masks_places_and_a_ledger(tmp_path):
     assert store.source_ids.tolist() == [0, 0, 0] and store.source_names == ("rows",)
     assert store.ledger == {
         "rows": {
-            "rows": 4, "kept": 2, "truncated": 1, "split": 0, "dropped": {"no trained token": 1}, "schemas": {"messages": 4},
-            "routes": {}, "documents": 3, "tokens": 14, "trained_tokens": 10, "lost_tokens": 3,
+            "rows": 4,
+            "kept": 2,
+            "truncated": 1,
+            "split": 0,
+            "dropped": {"no trained token": 1},
+            "schemas": {"messages": 4},
+            "routes": {},
+            "documents": 3,
+            "tokens": 14,
+            "trained_tokens": 10,
+            "lost_tokens": 3,
         }
-    }  # fmt: skip
+    }
 
 
 def test_several_processes_give_the_same_store_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens_module, "CHUNK_ROWS", 16)
     random = np.random.default_rng(0)
-    rows = [chat("q " * random.integers(1, 9), "a " * random.integers(1, 9), **({"weight": 0.25} if i % 7 == 0 else {}))
-            for i in range(300)]  # fmt: skip
+    rows = [
+        chat("q " * random.integers(1, 9), "a " * random.integers(1, 9), **({"weight": 0.25} if i % 7 == 0 else {}))
+        for i in range(300)
+    ]
     (tmp_path / "one").mkdir()
     one = build(tmp_path / "one", rows, truncation="split")
     (tmp_path / "three").mkdir()

@@ -1,4 +1,4 @@
-"""Every family of names.py against transformers, fp32: logits, losses, all gradients, and 20 steps of training.
+"""Every family of families.py against transformers, fp32: logits, losses, all gradients, and 20 steps of training.
 
 `python -m tests.unit.model.test_families 2>/dev/null` prints the largest differences of every family, and the bars.
 """
@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_sft.checkpoint.hf import exported_tensors, load_hf_weights
-from megatron_sft.checkpoint.hf_config import model_config_from_hf, read_hf_config
-from megatron_sft.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sft.config.run import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sft.hf.config import model_config_from_hf, read_hf_config
+from megatron_sft.hf.weights import exported_tensors, load_hf_weights
 from megatron_sft.model.attention import packed_seq_params
 from megatron_sft.model.build import build_model
 from megatron_sft.parallel import Ranks, finalize, initialize
-from tests.unit.checkpoint.tiny_models import KEYS, tiny_folder
+from tests.unit.hf.tiny_models import KEYS, tiny_folder
 
 LENGTHS = [14, 1, 4, 11]
 CURVE_LENGTHS = [12, 12]

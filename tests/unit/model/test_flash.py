@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
-from megatron_sft.config import ParallelConfig
+from megatron_sft.config.run import ParallelConfig
 from megatron_sft.model import attention
 from megatron_sft.model.attention import PackedAttention, packed_seq_params
 from megatron_sft.parallel import finalize, initialize

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_sft.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sft.config.run import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.attention import packed_seq_params
 from megatron_sft.model.build import build_model
@@ -14,9 +14,17 @@ from megatron_sft.model.loss import linear_cross_entropy
 from megatron_sft.parallel import finalize, initialize
 
 MODEL = ModelConfig(
-    num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=8,
-    vocab_size=90, padded_vocab_size=96, max_position_embeddings=64, qk_layernorm=True,
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=90,
+    padded_vocab_size=96,
+    max_position_embeddings=64,
+    qk_layernorm=True,
+)
 LENGTHS = [7, 1, 20, 12]
 VARIANTS = {
     "full": {},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_sft.config import OptimConfig, RunConfig, TrainConfig
+from megatron_sft.config.run import OptimConfig, RunConfig, TrainConfig
 from megatron_sft.train.adam import FusedAdam
 from megatron_sft.train.optim import ScheduleLengths, schedule_lengths
 

@@ -1,0 +1,132 @@
+"""Flags whose spelling is not the name of a field of run.py, as tables. arguments.py makes the parser.
+
+Every field `x_y` of run.py is a flag `--x-y` already, and so is every field of megatron-core's TransformerConfig.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+SWITCHES: Mapping[str, tuple[tuple[str, Any], ...]] = {
+    "--swiglu": (("model.activation", "silu"), ("model.gated_mlp", True)),
+    "--squared-relu": (("model.activation", "squared_relu"), ("model.gated_mlp", False)),
+    "--geglu": (("model.activation", "gelu_tanh"), ("model.gated_mlp", True)),
+    "--quick-geglu": (("model.activation", "quick_gelu"), ("model.gated_mlp", True)),
+    "--disable-bias-linear": (("model.add_bias_linear", False),),
+    "--untie-embeddings-and-output-weights": (("model.share_embeddings_and_output_weights", False),),
+    "--apply-layernorm-1p": (("model.norm_zero_centered", True),),
+    "--use-rotary-position-embeddings": (("model.position_embedding_type", "rope"),),
+    "--bf16": (("train.params_dtype", "bf16"),),
+    "--fp32": (("train.params_dtype", "fp32"),),
+    "--recompute-activations": (("train.recompute_granularity", "selective"),),
+    "--no-check-for-nan-in-loss-and-grad": (("train.check_for_nan", False),),
+    "--check-for-nan-in-loss-and-grad": (("train.check_for_nan", True),),
+    "--rollout-shuffle": (("data.shuffle", True),),
+    "--group-query-attention": (),
+}
+"""Flag without a value -> fields it sets."""
+
+SPELLINGS: Mapping[str, str] = {
+    "--num-experts": "core.num_moe_experts",
+    "--max-length": "data.seq_length",
+    "--rollout-batch-size": "train.global_batch_size",
+    "--num-iterations": "train.train_iters",
+    "--num-virtual-stages-per-pipeline-rank": "parallel.virtual_pipeline_model_parallel_size",
+    "--finetune-data-split": "data.data_split",
+    "--chat-template-path": "data.chat_template",
+    "--num-train-epochs": "train.num_epoch",
+    "--total-epochs": "train.num_epoch",
+    "--ulysses-sequence-parallel-size": "parallel.context_parallel_size",
+    "--hybrid-layer-pattern": "core.hybrid_layer_pattern",
+    "--hybrid-override-pattern": "core.hybrid_layer_pattern",
+    "--tensorboard-logdir": "log.tensorboard_dir",
+    "--prompt-data-epochs": "data.train_epochs",
+    "--prompt-data-weights": "data.train_weights",
+}
+"""Flag with a value -> the one field it is another name of."""
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "data.packing": ("best-fit", "sequential", "none"),
+    "data.truncation": ("error", "right", "left", "drop", "split"),
+    "data.train_on": ("assistant", "last-turn", "all"),
+    "data.history_thinking": ("keep", "drop", "mask", "expand"),
+    "data.data_schema": ("messages", "alpaca", "pair", "text"),
+    "optim.optimizer": ("adam",),
+    "optim.main_grads_dtype": ("fp32", "bf16"),
+    "optim.exp_avg_dtype": ("fp32", "bf16"),
+    "optim.exp_avg_sq_dtype": ("fp32", "bf16"),
+    "optim.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    "optim.lr_wsd_decay_style": ("exponential", "linear", "cosine", "minus_sqrt"),
+    "parallel.cp_comm_type": ("a2a", "allgather", "p2p"),
+    "parallel.distributed_backend": ("nccl", "gloo"),
+    "train.loss_spike_action": ("skip", "stop"),
+    "checkpoint.importer": ("builtin", "modelopt"),
+    "train.recompute_granularity": ("selective", "full"),
+    "train.recompute_method": ("uniform", "block"),
+    "model.normalization": ("RMSNorm", "LayerNorm"),
+    "model.position_embedding_type": ("rope", "yarn", "none"),
+}
+
+_KERNEL = "this project chooses kernels by what the machine has"
+_TRUE = "that is how this project always works"
+_RL = "there is no rollout engine here: rows are read from files"
+NO_EFFECT: Mapping[str, tuple[int, str]] = {
+    "--use-mcore-models": (0, _TRUE),
+    "--calculate-per-token-loss": (0, _TRUE),
+    "--auto-detect-ckpt-format": (0, _TRUE),
+    "--no-position-embedding": (0, "RoPE models have no position table"),
+    "--no-masked-softmax-fusion": (0, _KERNEL),
+    "--no-rope-fusion": (0, _KERNEL),
+    "--no-bias-swiglu-fusion": (0, _KERNEL),
+    "--no-bias-gelu-fusion": (0, _KERNEL),
+    "--no-bias-dropout-fusion": (0, _KERNEL),
+    "--no-gradient-accumulation-fusion": (0, _KERNEL),
+    "--cross-entropy-loss-fusion": (0, "the loss is always fused with the head"),
+    "--cross-entropy-fusion-impl": (1, "the loss is always fused with the head"),
+    "--use-fused-weighted-squared-relu": (0, _KERNEL),
+    "--attention-backend": (1, _KERNEL),
+    "--attention-softmax-in-fp32": (0, "softmax is always in fp32"),
+    "--use-flash-attn": (0, _KERNEL),
+    "--export-te-mcore-model": (0, "checkpoints have one set of names with and without TransformerEngine"),
+    "--export-force-local-attention": (0, _KERNEL),
+    "--export-default-te-spec": (0, _KERNEL),
+    "--export-model-type": (1, "the model type follows from the architecture"),
+    "--export-qk-l2-norm": (0, "it follows from the checkpoint's config.json"),
+    "--export-moe-apply-probs-on-input": (0, "it follows from the checkpoint's config.json"),
+    "--enable-gpt-oss": (0, "it follows from the checkpoint's config.json"),
+    "--modelopt-enabled": (0, "there is no quantisation state here"),
+    "--sft": (0, _TRUE),
+    "--use-checkpoint-args": (0, _TRUE),
+    "--use-dist-ckpt": (0, _TRUE),
+    "--ckpt-format": (1, "checkpoints are torch_dist; others are recognised when loaded"),
+    "--dist-ckpt-format": (1, "checkpoints are torch_dist; others are recognised when loaded"),
+    "--use-persistent-ckpt-worker": (0, "the writer of --async-save needs no worker of its own"),
+    "--disable-gloo-process-groups": (0, "gloo groups cost nothing"),
+    "--enable-experimental": (0, "nothing here depends on it"),
+    "--log-throughput": (0, _TRUE),
+    "--log-params-norm": (0, "not a metric of this project"),
+    "--log-num-zeros-in-grad": (0, "not a metric of this project"),
+    "--timing-log-level": (1, "there are no timers"),
+    "--dataloader-type": (1, "order is a function of seed, epoch and consumed samples"),
+    "--num-dataset-builder-threads": (1, "see --num-workers"),
+    "--tiktoken-pattern": (1, "tokenizers are Hugging Face or sentencepiece ones"),
+    "--trust-local-cache": (0, _TRUE),
+    "--loss-type": (1, "cross-entropy over trained tokens is the only loss"),
+    "--disable-compute-advantages-and-returns": (0, _RL),
+    "--debug-train-only": (0, _RL),
+    "--rollout-function-path": (1, _RL),
+    "--n-samples-per-prompt": (1, _RL),
+    "--use-remove-padding": (0, "rows are always packed without padding"),
+    "--rotary-seq-len-interpolation-factor": (1, "RoPE scaling follows from the checkpoint's config.json"),
+    "--moe-layer-recompute": (0, "see --recompute-granularity"),
+    "--disable-tqdm": (0, "the bar shows only in a terminal"),
+    "--init-model-with-meta-device": (0, "weights are never initialised twice"),
+    "--distributed-timeout-seconds-after-init": (1, "see --distributed-timeout-minutes"),
+}
+"""Accepted flag -> (number of values, why it has no effect here). Each prints one line."""
+
+PROBLEMS: Mapping[str, str] = {
+    "--fp16": "fp16 needs loss scaling, which this project does not have. Use --bf16.",
+    "--fp8-format": "fp8 training needs TransformerEngine kernels that this project does not drive. Use --bf16.",
+    "--main-params-dtype": "master weights are always fp32. Leave it out.",
+}
+"""Known flag that cannot work -> what to do."""

@@ -1,0 +1,304 @@
+"""Whether the model here computes what the HF checkpoint computes. The other side is always transformers' own code.
+
+quick_check: in every conversion of finetune.py; settings, rotary frequencies and the first two layers.
+first_difference: `megatron-sft verify`; all layers and the logits on one process.
+changed_tensors: `megatron-sft verify`; every tensor, written back and compared bit for bit.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_sft.config.run import ModelConfig
+from megatron_sft.core_compat import device
+from megatron_sft.errors import CheckpointError
+from megatron_sft.hf.config import model_config_from_hf, read_hf_config
+from megatron_sft.hf.conflicts import conflicts
+from megatron_sft.hf.folder import open_file, stored_tensors
+from megatron_sft.hf.importer import architecture_of
+from megatron_sft.hf.weights import agreed, core_module, exported_tensors
+from megatron_sft.log import logger
+from megatron_sft.parallel import Ranks
+
+THEIR_NAMES = {"kimi_k2": "deepseek_v3"}
+"""A model_type that transformers knows under another name."""
+QUICK_LAYERS = 2
+PROBE_TOKENS = 48
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+"""Largest relative error (2-norm) of a layer's output, by the dtype of the parameters."""
+
+
+class _Reached(Exception):
+    """Ends a forward pass behind the layer that was wanted."""
+
+
+@contextmanager
+def _recorded(module: Any, last: int | None) -> Iterator[dict[str, torch.Tensor]]:
+    """Collects the outputs of the embedding and of every layer; leaves the forward pass after layer `last`."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, ends: bool) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            outputs[name] = (output[0] if isinstance(output, tuple) else output).detach()
+            if ends:
+                raise _Reached
+
+        return hook
+
+    named = [(f"layer {layer.layer_number - 1}", layer) for layer in module.decoder.layers]
+    handles = [layer.register_forward_hook(keep(name, n == last)) for n, (name, layer) in enumerate(named)]
+    if module.pre_process:
+        handles.append(module.embedding.register_forward_hook(keep("embedding", False)))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(chunk: nn.Module, tokens: torch.Tensor, last: int | None) -> dict[str, torch.Tensor]:
+    """Outputs [tokens, hidden] of embedding and layers of one chunk, and the logits if the forward pass is not cut."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    length = tokens.shape[1]
+    ends = torch.tensor([0, length], dtype=torch.int32, device=tokens.device)
+    packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=length, max_seqlen_kv=length)
+    training, module = chunk.training, core_module(chunk)
+    chunk.eval()
+    with torch.no_grad(), _recorded(module, last) as outputs:
+        try:
+            positions = torch.arange(length, device=tokens.device)[None]
+            outputs["logits"] = chunk(tokens, positions, None, packed_seq_params=packed)[0]
+        except _Reached:
+            pass
+    chunk.train(training)
+    if "embedding" in outputs and getattr(module, "embedding_scale", None):
+        outputs["embedding"] = outputs["embedding"] * module.embedding_scale
+    return {name: value.reshape(-1, value.shape[-1]) for name, value in outputs.items()}
+
+
+def _their_model(folder: Path, num_layers: int | None, dtype: torch.dtype) -> Any:
+    """transformers' own class of the model, on the CPU, with all layers and a head or with the first layers alone.
+
+    Code that came with the checkpoint is never run, even where config.json's auto_map names some.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+    name = str(read_hf_config(folder).get("model_type"))
+    kind = AutoModelForCausalLM if num_layers is None else AutoModel
+    refusals = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError)
+    try:
+        config: Any = CONFIG_MAPPING[THEIR_NAMES.get(name, name)].from_pretrained(str(folder))
+        config.model_type = type(config).model_type  # transformers merges the experts' tensors by it
+        if num_layers is not None:
+            config.get_text_config().num_hidden_layers = num_layers
+        if config.model_type == "nemotron_h":  # its layers are a list; steps have no lower limit where it was trained
+            config.layers_block_type, config.time_step_min = config.layers_block_type[:num_layers], 1e-30
+        settings: dict[str, Any] = dict(config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
+        with _quiet_transformers():
+            return kind.from_pretrained(str(folder), **settings).eval()
+    except refusals as error:
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it ({type(error).__name__}: {error}); expected a model that it knows. Correct "
+            "config.json, or go on without the comparison: --no-verify-conversion."
+        ) from None
+
+
+def _reference(
+    folder: Path, tokens: torch.Tensor, num_layers: int | None, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, torch.Tensor], Any]:
+    """The same from transformers on the CPU, and its model; num_layers None: all, with logits."""
+    model = _their_model(folder, num_layers, dtype)
+    inner = getattr(model, "language_model", None)
+    model = inner if hasattr(inner, "lm_head") else model  # Llama 4's wrapper fails on text alone in transformers 5.24
+    body = getattr(model, "language_model", model)
+    body = body if hasattr(body, "layers") else body.model
+    body = getattr(body, "language_model", body)
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            outputs[name] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        return hook
+
+    body.get_input_embeddings().register_forward_hook(keep("embedding"))
+    for number, layer in enumerate(body.layers):
+        layer.register_forward_hook(keep(f"layer {number}"))
+    with torch.no_grad():
+        result = model(tokens.cpu(), use_cache=False)
+    if num_layers is None:
+        outputs["logits"] = result.logits
+    return {name: value.reshape(-1, value.shape[-1]) for name, value in outputs.items()}, body
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hides the progress bar and the list of layers that were left out on purpose."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    ours, theirs = ours.float().cpu(), theirs.float().cpu()
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+
+
+def _probe_tokens(model: ModelConfig, length: int = PROBE_TOKENS) -> torch.Tensor:
+    """Ids spread over the vocabulary, [1, length] int64; a text is not needed to see a difference."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(min(model.vocab_size, 2**31), (1, length), generator=generator).to(device())
+
+
+def first_difference(chunk: nn.Module, folder: str | Path, tokens: torch.Tensor | None = None) -> tuple[str | None, float]:
+    """Runs the whole model on one process beside transformers.
+
+    Args:
+        chunk: the model, fp32, not cut over ranks.
+        folder: the HF folder.
+        tokens: ids [1, n]; None: random ones.
+
+    Returns:
+        (name of the first place whose output differs, or None; largest absolute difference of the logits).
+    """
+    module = core_module(chunk)
+    model = model_config_from_hf(read_hf_config(folder))
+    tokens = _probe_tokens(model) if tokens is None else tokens
+    theirs, body = _reference(Path(folder), tokens, None)
+    ours = _run(chunk, tokens, None)
+    ours["logits"] = ours["logits"][:, : model.vocab_size]
+    tolerance = TOLERANCE[next(module.parameters()).dtype]
+    places = [name for name in theirs if name in ours]
+    odd = next((name for name in places if not _relative_error(ours[name], theirs[name]) <= tolerance), None)
+    faults = _rotary_faults(module, body)
+    difference = float((ours["logits"].float().cpu() - theirs["logits"]).abs().max())
+    return (faults[0] if odd is None and faults else odd), difference
+
+
+def _rotary_faults(module: Any, body: Any) -> list[str]:
+    """Compares the rotary frequencies where both sides keep one table."""
+    table = getattr(module, "rotary_table", None)
+    ours = None if table is None else table.inverse_frequencies(PROBE_TOKENS)[0][0]
+    theirs = getattr(getattr(body, "rotary_emb", None), "inv_freq", None)
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return []
+    error = float((ours.float().cpu() / theirs.float().cpu() - 1).abs().max())
+    return [f"rotary frequencies (theta or scaling; largest relative error {error:.1e})"] if error > 1e-5 else []
+
+
+def _setting_faults(module: Any, model: ModelConfig, hf: ModelConfig) -> list[str]:
+    """What the built modules say against config.json: the run's settings, and the epsilon of every norm."""
+    fields = frozenset(ModelConfig.__dataclass_fields__)
+    faults = conflicts(model, fields, hf)
+    for name, part in module.named_modules():
+        epsilon = getattr(part, "eps", getattr(part, "variance_epsilon", None))
+        if isinstance(epsilon, float) and abs(epsilon - hf.norm_epsilon) > 1e-12:
+            faults.append(f"{name} has epsilon {epsilon}, config.json says {hf.norm_epsilon}")
+            break
+    return faults
+
+
+def _refuse_infinite(chunks: Sequence[nn.Module], folder: str | Path) -> None:
+    """Raises CheckpointError for the first parameter with a NaN or an infinity; its sum is then one too."""
+    for chunk in chunks:
+        for name, parameter in core_module(chunk).named_parameters():
+            if not bool(parameter.detach().sum().isfinite()):
+                raise CheckpointError(
+                    f"{folder}: {name} holds NaN or infinite values; expected numbers. Download the folder again, or take an "
+                    "earlier checkpoint; --no-verify-conversion trains on regardless."
+                )
+
+
+def quick_check(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> None:
+    """Compares a freshly converted model with the first layers of transformers'. All ranks call it.
+
+    The first pipeline stage runs two layers on 48 tokens; its tensor rank 0 of the first replica runs transformers'
+    two layers in fp32 on the CPU. Costs seconds; needs memory for the embeddings and two layers there.
+
+    Raises:
+        CheckpointError: on every rank, naming the first thing that differs.
+    """
+    module = core_module(chunks[0])
+    faults = _setting_faults(module, model, architecture_of(folder, model, "modelopt"))
+    agreed(lambda: _refuse_infinite(chunks, folder))
+    if read_hf_config(folder).get("quantization_config"):
+        logger.info("layers not compared with transformers, which needs GPU kernels for quantised weights")
+    elif ranks.is_first_stage and ranks.cp_size == 1 and not faults:
+        last = min(QUICK_LAYERS, len(module.decoder.layers)) - 1
+        tokens = _probe_tokens(model)
+        ours = _run(chunks[0], tokens, last)
+        if ranks.tp_rank == ranks.dp_rank == 0:
+            theirs, body = _reference(Path(folder), tokens, last + 1)
+            dtype = next(module.parameters()).dtype
+            rounded = theirs if dtype == torch.float32 else _reference(Path(folder), tokens, last + 1, dtype)[0]
+            faults = _rotary_faults(module, body) + _layer_faults(ours, theirs, rounded, TOLERANCE[dtype])
+    if ranks.world_size > 1:
+        everyone: list[Any] = [None] * ranks.world_size
+        torch.distributed.all_gather_object(everyone, faults)
+        faults = next((found for found in everyone if found), [])
+    if faults:
+        raise CheckpointError(
+            f"{folder}: converted weights do not compute what transformers computes: {faults[0]}; expected the same. "
+            "Report it; --no-verify-conversion trains on regardless."
+        )
+    logger.info("conversion checked against transformers: settings, rotary frequencies, first layers")
+
+
+def _layer_faults(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], rounded: dict[str, torch.Tensor], tolerance: float
+) -> list[str]:
+    """The first output that differs. With sequence parallelism a rank has the first rows only.
+
+    Args:
+        ours: by name.
+        theirs: transformers' in fp32.
+        rounded: transformers' in our dtype; three times its own distance from fp32 is rounding, not a mistake.
+        tolerance: relative error that is always allowed.
+    """
+    for name, value in ours.items():
+        expected = theirs[name][: value.shape[0]]
+        allowed = max(tolerance, 3 * _relative_error(rounded[name][: value.shape[0]], expected))
+        error = _relative_error(value, expected)
+        if not error <= allowed:
+            return [f"the output of {name} differs (relative error {error:.1e}, at most {allowed:.0e} expected)"]
+    return []
+
+
+def changed_tensors(chunks: list[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> list[tuple[str, str, str]]:
+    """Writes every HF tensor back in memory and compares it with the folder's. All ranks call it.
+
+    Returns:
+        On rank 0 (name, its sha256, the folder's sha256) of every tensor that differs; elsewhere nothing.
+    """
+    stored, changed = stored_tensors(folder), []
+    for name, tensor in exported_tensors(chunks, model, folder, ranks):
+        with open_file(stored[name].file) as file:
+            theirs = file.get_tensor(stored[name].name)
+            if not torch.equal(_bytes(tensor), _bytes(theirs)):
+                changed.append((name, checksum(tensor), checksum(theirs)))
+    return changed
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """sha256 of the tensor's bytes in row order, the first 16 digits."""
+    return hashlib.sha256(_bytes(tensor).numpy().tobytes()).hexdigest()[:16]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes in row order [n] uint8; as numbers a NaN would differ from itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

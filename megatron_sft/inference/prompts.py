@@ -1,0 +1,215 @@
+"""Prompts in, answers out: what generate.py reads and writes around generation.py."""
+
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sft import parallel
+from megatron_sft.config.run import DataConfig, GenerateConfig, RunConfig
+from megatron_sft.data.schema import Message
+from megatron_sft.data.sources import ENDINGS, open_source
+from megatron_sft.errors import ConfigError, DataError
+from megatron_sft.inference.generation import Generation, generate
+from megatron_sft.inference.load import load_for_inference
+from megatron_sft.log import logger
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and where it stands."""
+
+    messages: list[Message]
+    where: str
+    tools: list[dict[str, Any]] | None = None
+
+
+def answer_prompts(run: RunConfig, explicit: frozenset[str], options: GenerateConfig) -> list[dict[str, Any]]:
+    """Everything that generate.py does, from flags to written answers. Collective.
+
+    Returns:
+        answer_rows on rank 0; nothing elsewhere.
+    """
+    import torch.distributed as dist
+
+    first = parallel.process_environment()[0] == 0
+    check_options(options)
+    prompts = read_prompts(options, run.data) if first else []  # a mistake in them shows before the weights are read
+    loaded = load_for_inference(run, explicit)
+    encoded = [encode_prompts(loaded.tokenizer, prompts, not options.no_chat_template)]
+    dist.broadcast_object_list(encoded, src=0)
+    ends = end_token_ids(loaded.tokenizer, loaded.tokenizer_folder, not options.no_chat_template)
+    start = time.monotonic()
+    answers = generate(loaded.chunk, encoded[0], options, ends, loaded.ranks, loaded.model.max_position_embeddings or None)
+    seconds, total = time.monotonic() - start, sum(len(answer.tokens) for answer in answers)
+    logger.info("%d prompts, %d tokens in %.1f s: %.1f tokens/s", len(answers), total, seconds, total / seconds)
+    rows = answer_rows(loaded.tokenizer, prompts, encoded[0], answers) if first else []
+    if first and options.output:
+        write_whole(options.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    parallel.finalize()
+    return rows
+
+
+def check_options(options: GenerateConfig) -> None:
+    """Raises ConfigError with every option that makes no sense."""
+    rules = [
+        (options.osl < 1, f"--osl is {options.osl}; expected 1 or more."),
+        (options.batch_size < 1, f"--batch-size is {options.batch_size}; expected 1 or more."),
+        (options.temperature < 0, f"--temperature is {options.temperature}; expected 0 (greedy) or more."),
+        (not 0 < options.top_p <= 1, f"--top-p is {options.top_p}; expected more than 0, at most 1."),
+        (options.top_k < 0, f"--top-k is {options.top_k}; expected 0 (all) or more."),
+        (not 0 < options.fraction <= 1, f"--fraction is {options.fraction}; expected more than 0, at most 1."),
+        (options.draft_length != 0, f"--draft-length is {options.draft_length}; expected 0, there are no draft models."),
+    ]
+    found = [sentence for broken, sentence in rules if broken]
+    if found:
+        raise ConfigError(found)
+
+
+def read_prompts(options: GenerateConfig, config: DataConfig) -> list[Prompt]:
+    """The prompts of --prompts-path, else of --prompt, else of the training data flags, else of standard input.
+
+    Raises:
+        DataError: there is none, or a row has no messages; the message names file and line.
+    """
+    path = options.prompts_path or (config.train_data[0] if config.train_data and not options.prompt else None)
+    if path is not None:
+        if os.path.isfile(path) and not any(ending in os.path.basename(path) for ending in ENDINGS):
+            prompts = _from_lines(_text_lines(path), path)
+        else:
+            prompts = [_from_record(record, where) for where, record in open_source(path, config)]
+    elif options.prompt:
+        prompts = [Prompt([{"role": "user", "content": text}], "--prompt") for text in options.prompt]
+    else:
+        path = "standard input"
+        prompts = _from_lines(sys.stdin, path)
+    if not prompts:
+        raise DataError(f"{path}: has no prompt; expected at least one. Pass --prompt TEXT or fill the file.")
+    return list(itertools.islice(prompts, math.ceil(len(prompts) * options.fraction)))
+
+
+def _text_lines(path: str) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}); expected one prompt a line. Convert the file.") from None
+
+
+def _from_lines(lines: Iterable[str], path: str) -> list[Prompt]:
+    """One prompt a line; blank lines are none."""
+    numbered = ((number, line.rstrip("\r\n")) for number, line in enumerate(lines, start=1))
+    return [Prompt([{"role": "user", "content": line}], f"{path}:{number}") for number, line in numbered if line.strip()]
+
+
+def _from_record(record: Any, where: str) -> Prompt:
+    """A row of messages (or prompt, question, instruction, text); a trailing assistant answer is left out."""
+    if isinstance(record, DataError):
+        raise record
+    messages = record.get("messages")
+    if messages is None:
+        keys = ("prompt", "question", "instruction", "text")
+        text = next((record[key] for key in keys if isinstance(record.get(key), str)), None)
+        if text is None:
+            raise DataError(
+                f"{where}: no prompt among the columns {', '.join(sorted(record))}; expected messages, prompt, question, "
+                "instruction or text. Rename the column."
+            )
+        messages = [{"role": "user", "content": text}]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+        raise DataError(f'{where}: messages are not a list of {{"role": ..., "content": ...}}. Rewrite the row.')
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise DataError(f"{where}: no message before the assistant's; expected a user message. Remove or rewrite the row.")
+    return Prompt(messages, where, record.get("tools"))
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], use_template: bool) -> list[list[int]]:
+    """Token ids of each prompt, through the chat template with its generation prompt, or as raw text.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        DataError: the template refuses a prompt.
+    """
+    if use_template and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            [
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template; expected one. "
+                "Pass --no-chat-template or --chat-template."
+            ]
+        )
+    return [_encode(tokenizer, prompt, use_template) for prompt in prompts]
+
+
+def _encode(tokenizer: Any, prompt: Prompt, use_template: bool) -> list[int]:
+    from jinja2 import TemplateError
+
+    if not use_template:
+        return list(tokenizer("\n".join(str(m["content"]) for m in prompt.messages))["input_ids"])
+    try:
+        text = tokenizer.apply_chat_template(prompt.messages, tools=prompt.tools, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError) as error:
+        raise DataError(
+            f"{prompt.where}: the chat template refuses the messages ({error}); expected roles that it knows. Rewrite the row."
+        ) from None
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def end_token_ids(tokenizer: Any, folder: str | Path, use_template: bool = True) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's, generation_config.json's and the chat template's end of turn.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        folder: HF folder; need not have a generation_config.json.
+        use_template: also the token with which the chat template ends a turn.
+    """
+    found = {tokenizer.eos_token_id} - {None}
+    file = Path(folder) / "generation_config.json"
+    if file.is_file():
+        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        found |= set(named if isinstance(named, list) else [named]) - {None}
+    if use_template and getattr(tokenizer, "chat_template", None):
+        marker = "the answer"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2].lstrip()
+        ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+        if ids and ids[0] in tokenizer.added_tokens_decoder:
+            found.add(ids[0])
+    return frozenset(found)
+
+
+def answer_rows(
+    tokenizer: Any, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]], answers: Sequence[Generation]
+) -> list[dict]:
+    """One JSON-able object a prompt: prompt (as the model saw it), messages, response, tokens, finish_reason."""
+    return [
+        {
+            "prompt": tokenizer.decode(ids, skip_special_tokens=False),
+            "messages": prompt.messages,
+            "response": tokenizer.decode(answer.tokens, skip_special_tokens=True),
+            "tokens": answer.tokens,
+            "finish_reason": answer.finish_reason,
+        }
+        for prompt, ids, answer in zip(prompts, encoded, answers, strict=True)
+    ]
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Writes a file that is there completely or not at all."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        raise DataError(f"--output {target}: {error.strerror}; expected a file that can be written. Choose another.") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,143 @@
+"""What a run prints and writes while it trains: console line, metrics.jsonl, TensorBoard, Weights & Biases.
+
+One flat dict an iteration goes to every place. Names: sft/* (data and loss), perf/*, data/* (loader), valid/*, and
+Megatron's own `grad_norm` and `lr`. Only rank 0 writes.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_sft.config.run import RunConfig
+from megatron_sft.errors import ConfigError, TrainingError
+from megatron_sft.log import logger
+
+Metrics = Mapping[str, Any]
+
+
+def console_line(metrics: Metrics, train_iters: int) -> str:
+    """The line that Megatron-LM prints (megatron/training/training.py:training_log), our fields at its end.
+
+    Args:
+        metrics: of one iteration; times in ms, loss in nats a trained token.
+        train_iters: iterations of the whole run.
+    """
+    now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    line = (
+        f" [{now}] iteration {metrics['iteration']:8d}/{train_iters:8d} |"
+        f" consumed samples: {metrics['consumed_samples']:12d} |"
+        f" elapsed time per iteration (ms): {metrics['perf/step_ms']:.1f} |"
+        f" throughput per GPU (TFLOP/s/GPU): {metrics['perf/tflops_per_gpu']:.1f} |"
+        f" learning rate: {metrics['lr']:.6E} | global batch size: {metrics['global_batch_size']:5d} |"
+        f" lm loss: {metrics['sft/loss']:.6E} | loss scale: 1.0 | grad norm: {metrics['grad_norm']:.3f} |"
+        f" number of skipped iterations: {metrics.get('skipped_iterations', 0):3d} | number of nan iterations:   0 |"
+        f" tokens/s: {metrics['perf/tokens_per_s']:.0f} | trained tokens: {metrics['sft/trained_tokens']} |"
+        f" epoch: {metrics['sft/epoch']:.3f} |"
+    )
+    if "valid/loss" in metrics:
+        line += f" validation loss: {metrics['valid/loss']:.6E} |"
+    return line
+
+
+def keep_until(path: Path, iteration: int) -> None:
+    """Cuts lines of later iterations off a metrics.jsonl, so that a resumed run continues the file it broke off.
+
+    A half-written last line is cut off too. The file is replaced in one step.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            break
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+class MetricsWriter:
+    """Writes the metrics of every iteration; made on rank 0 only.
+
+    Args:
+        run: log.tensorboard_dir, log.wandb_project and checkpoint.save say where to.
+        iteration: the iteration that training starts after; later lines of an earlier attempt are cut off.
+        train_iters: iterations of the whole run, for the console line.
+    """
+
+    def __init__(self, run: RunConfig, iteration: int, train_iters: int):
+        self._log_interval = run.log.log_interval
+        self._train_iters = train_iters
+        self._jsonl = None
+        save = run.checkpoint.save
+        tensorboard = run.log.tensorboard_dir or (save and f"{save}/tensorboard")
+        self._places = " and ".join(place for place in (save and f"{save}/metrics.jsonl", tensorboard) if place)
+        with self._explained():
+            if save:
+                path = Path(save) / "metrics.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                keep_until(path, iteration)
+                self._jsonl = path.open("a", buffering=1)
+            self._tensorboard = _tensorboard(tensorboard, iteration)
+        self._wandb = _wandb(run)
+
+    def write(self, metrics: Metrics) -> None:
+        """Writes one iteration: files always, the console line every log_interval iterations and on the last."""
+        iteration = metrics["iteration"]
+        if iteration % self._log_interval == 0 or iteration == self._train_iters or "valid/loss" in metrics:
+            logger.info(console_line(metrics, self._train_iters))
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        with self._explained():
+            if self._jsonl:
+                self._jsonl.write(json.dumps(metrics) + "\n")
+            if self._tensorboard:
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, iteration)
+        if self._wandb:
+            self._wandb.log(numbers, step=iteration)
+
+    def close(self) -> None:
+        """Flushes and closes every place."""
+        with self._explained():
+            if self._jsonl:
+                self._jsonl.close()
+            if self._tensorboard:
+                self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{self._places}: cannot be written ({error.strerror}); expected a writable folder with room. Make room and "
+                "give the same command again: the run goes on from its last checkpoint."
+            ) from None
+
+
+def _tensorboard(folder: str | None, iteration: int) -> Any:
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError([f"--tensorboard-dir {folder} needs tensorboard ({error}). Run: pip install tensorboard"]) from None
+    return SummaryWriter(folder, purge_step=iteration + 1)
+
+
+def _wandb(run: RunConfig) -> Any:
+    if run.log.wandb_project is None:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(["--wandb-project needs the package wandb. Run: pip install wandb"]) from None
+    return wandb.init(project=run.log.wandb_project, name=run.log.wandb_exp_name)

@@ -1,0 +1,158 @@
+"""Generation against transformers, cache against no cache, and the choice of tokens."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sft.config.run import CheckpointConfig, DataConfig, GenerateConfig, RunConfig
+from megatron_sft.core_compat import install_cpu_mode
+from tests.text_models import byte_tokenizer, greedy, text_model
+
+install_cpu_mode()
+
+from megatron_sft import parallel  # noqa: E402
+from megatron_sft.errors import ConfigError, DataError  # noqa: E402
+from megatron_sft.inference import prompts  # noqa: E402
+from megatron_sft.inference.generation import generate, last_logits, packed_rows, prefill_params, sample  # noqa: E402
+from megatron_sft.inference.load import Inference, load_for_inference  # noqa: E402
+from megatron_sft.model.attention import packed_seq_params  # noqa: E402
+
+PROMPTS = [[1, 2, 3, 4, 5], [60, 61], [9, 8, 7, 6, 5, 4, 3, 2, 1], [100], [33, 44, 55]]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def models(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("model")
+    reference = text_model(request.param, folder)
+    run = RunConfig(checkpoint=CheckpointConfig(load=str(folder)), data=DataConfig(tokenizer_model=str(folder)))
+    loaded = load_for_inference(run, frozenset())
+    yield loaded, reference
+    parallel.finalize()
+
+
+def test_greedy_tokens_equal_transformers(models: tuple[Inference, Any]) -> None:
+    loaded, reference = models
+    expected = [greedy(reference, prompt, 20, []) for prompt in PROMPTS]
+    for batch_size in (1, 2, 8):
+        options = GenerateConfig(osl=20, batch_size=batch_size)
+        answers = generate(loaded.chunk, PROMPTS, options, (), loaded.ranks)
+        assert [answer.tokens for answer in answers] == expected
+        assert {answer.finish_reason for answer in answers} == {"length"}
+
+
+def test_stops_at_any_end_token_and_keeps_the_others_going(models: tuple[Inference, Any]) -> None:
+    loaded, reference = models
+    ends = [greedy(reference, PROMPTS[0], 20, [])[3], greedy(reference, PROMPTS[1], 20, [])[5]]
+    answers = generate(loaded.chunk, PROMPTS, GenerateConfig(osl=20), ends, loaded.ranks)
+    assert [answer.tokens for answer in answers] == [greedy(reference, prompt, 20, ends) for prompt in PROMPTS]
+    assert answers[0].finish_reason == "stop" and len(answers[0].tokens) <= 3
+
+
+def test_logits_with_cache_equal_logits_without(models: tuple[Inference, Any]) -> None:
+    chunk = models[0].chunk
+    sequences = [prompt + prompt for prompt in PROMPTS]
+    tokens, positions = packed_rows(sequences, torch.device("cpu"))
+    whole = prefill_params([len(s) for s in sequences], None, torch.device("cpu"))
+    with torch.no_grad():
+        expected = chunk(tokens, positions, None, packed_seq_params=packed_seq_params(whole.cu_seqlens_q, 18))[0]
+        params = prefill_params([1] * 5, [17] * 5, torch.device("cpu"))
+        row, at = packed_rows([s[:1] for s in sequences], torch.device("cpu"))
+        for step in range(1, 3):
+            logits = last_logits(chunk, row, at, params)
+            assert logits is not None
+            rows = whole.cu_seqlens_q[:-1].long() + step - 1
+            torch.testing.assert_close(logits, expected[rows], atol=2e-5, rtol=0)
+            params.advance(step + 1)
+            row, at = torch.tensor([[s[min(step, len(s) - 1)] for s in sequences]]), params.lengths[None]
+
+
+def test_a_prompts_sample_does_not_depend_on_its_batch_mates(models: tuple[Inference, Any]) -> None:
+    loaded = models[0]
+    options = GenerateConfig(osl=12, temperature=1.5, top_k=50, top_p=0.95, seed=7)
+    runs = [generate(loaded.chunk, PROMPTS, dataclasses.replace(options, batch_size=n), (), loaded.ranks) for n in (1, 3, 8)]
+    assert runs[0] == runs[1] == runs[2]
+    other = generate(loaded.chunk, PROMPTS, dataclasses.replace(options, seed=8), (), loaded.ranks)
+    assert other != runs[0]
+
+
+def test_answer_ends_at_the_last_position(models: tuple[Inference, Any]) -> None:
+    loaded = models[0]
+    answers = generate(loaded.chunk, PROMPTS, GenerateConfig(osl=20), (), loaded.ranks, max_positions=12)
+    assert [len(answer.tokens) for answer in answers] == [7, 10, 3, 11, 9]
+    with pytest.raises(DataError, match="prompt 3 has 9 tokens; expected 1 to 8"):
+        generate(loaded.chunk, PROMPTS, GenerateConfig(osl=20), (), loaded.ranks, max_positions=9)
+
+
+def test_sample_frequencies_follow_temperature_top_k_and_top_p() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
+    draws = [(i + 0.5) / 1000 for i in range(1000)]
+    rows = logits.expand(1000, -1)
+
+    def shares(**options: Any) -> list[float]:
+        return (torch.bincount(sample(rows, GenerateConfig(**options), draws), minlength=4) / 1000).tolist()
+
+    for temperature in (0.5, 1.0, 2.0):
+        assert shares(temperature=temperature) == pytest.approx((logits[0] / temperature).softmax(-1).tolist(), abs=1.1e-3)
+    two = logits[0, 1:3].softmax(-1).tolist()
+    assert shares(temperature=1.0, top_k=2) == pytest.approx([0, two[0], two[1], 0], abs=1.1e-3)
+    assert shares(temperature=1.0, top_p=0.7) == pytest.approx([0, two[0], two[1], 0], abs=1.1e-3)
+    assert shares(temperature=1.0, top_p=0.5) == [0, 1, 0, 0]
+    assert shares(temperature=0.0) == [0, 1, 0, 0]
+
+
+def test_prompts_of_text_and_jsonl_and_command_line(tmp_path: Path) -> None:
+    text, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    text.write_text("one\n\ntwo\r\n")
+    rows.write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+        '{"prompt": "c"}\n{"question": "d"}\n'
+    )
+    read = prompts.read_prompts(GenerateConfig(prompts_path=str(text)), DataConfig())
+    assert [(p.messages[0]["content"], p.where) for p in read] == [("one", f"{text}:1"), ("two", f"{text}:3")]
+    read = prompts.read_prompts(GenerateConfig(prompts_path=str(rows)), DataConfig())
+    assert [p.messages for p in read] == [[{"role": "user", "content": letter}] for letter in "acd"]
+    read = prompts.read_prompts(GenerateConfig(prompts_path=str(rows), fraction=0.5), DataConfig())
+    assert [p.where for p in read] == [f"{rows}:1", f"{rows}:2"]
+    read = prompts.read_prompts(GenerateConfig(prompt=("x", "y")), DataConfig())
+    assert [p.messages[0]["content"] for p in read] == ["x", "y"]
+
+
+def test_bad_prompts_name_file_and_line(tmp_path: Path) -> None:
+    rows = tmp_path / "p.jsonl"
+    for line, message in (
+        ("{broken", ":2:"),
+        ('{"messages": [{"role": "assistant", "content": "b"}]}', ":2: no message before the assistant's"),
+        ('{"answer": "b"}', ":2: no prompt among the columns answer"),
+        ('{"messages": "b"}', ":2: messages are not a list"),
+    ):
+        rows.write_text('{"prompt": "c"}\n' + line + "\n")
+        with pytest.raises(DataError, match=message):
+            prompts.read_prompts(GenerateConfig(prompts_path=str(rows)), DataConfig())
+
+
+def test_end_tokens_are_the_tokenizers_the_folders_and_the_templates(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    assert prompts.end_token_ids(tokenizer, tmp_path) == {257, 259}
+    assert prompts.end_token_ids(tokenizer, tmp_path, use_template=False) == {257}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert prompts.end_token_ids(tokenizer, tmp_path) == {5, 6, 257, 259}
+
+
+def test_all_wrong_options_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        prompts.check_options(GenerateConfig(osl=0, top_p=0.0, fraction=2.0))
+    assert len(error.value.problems) == 3
+
+
+def test_a_tokenizer_without_template_asks_for_no_chat_template() -> None:
+    tokenizer = byte_tokenizer()
+    prompt = prompts.Prompt([{"role": "user", "content": "ab"}], "p.txt:1")
+    ids = prompts.encode_prompts(tokenizer, [prompt], True)[0]
+    assert tokenizer.decode(ids) == "<|start|>user\nab<|end|>\n<|start|>assistant\n"
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="--no-chat-template"):
+        prompts.encode_prompts(tokenizer, [prompt], True)
+    assert tokenizer.decode(prompts.encode_prompts(tokenizer, [prompt], False)[0]) == "ab"

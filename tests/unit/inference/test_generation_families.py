@@ -1,0 +1,35 @@
+"""Generation of every family that has a cache, against transformers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sft import parallel
+from megatron_sft.config.run import GenerateConfig, ParallelConfig, TrainConfig
+from megatron_sft.hf.config import model_config_from_hf, read_hf_config
+from megatron_sft.hf.weights import load_hf_weights
+from megatron_sft.inference.generation import generate
+from megatron_sft.model.build import build_model
+from tests.text_models import greedy
+from tests.unit.hf.tiny_models import KEYS, tiny_folder
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Any:
+    yield parallel.initialize(ParallelConfig(), 1)
+    parallel.finalize()
+
+
+@pytest.mark.parametrize("name", [name for name in KEYS if not name.startswith("nemotron_h")])  # no state cache
+def test_greedy_tokens_of_every_family_equal_transformers(name: str, tmp_path: Path, ranks: Any) -> None:
+    """Answers go past windows, chunks, temperature steps and longrope's original length."""
+    reference = tiny_folder(name, tmp_path, num_layers=2)
+    model = model_config_from_hf(read_hf_config(tmp_path))
+    model = dataclasses.replace(model, padded_vocab_size=model.vocab_size)
+    chunk = build_model(model, ParallelConfig(), TrainConfig())[0]
+    load_hf_weights([chunk], model, tmp_path, ranks)
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [60, 61, 62]]
+    answers = generate(chunk, prompts, GenerateConfig(osl=8), (), ranks)
+    assert [answer.tokens for answer in answers] == [greedy(reference, prompt, 8, []) for prompt in prompts]

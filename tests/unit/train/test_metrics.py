@@ -1,0 +1,47 @@
+"""Console line and metrics.jsonl."""
+
+import json
+import re
+
+from megatron_sft.config.run import CheckpointConfig, LogConfig, RunConfig
+from megatron_sft.train.metrics import MetricsWriter, console_line, keep_until
+
+METRICS = {
+    "iteration": 3,
+    "consumed_samples": 24,
+    "global_batch_size": 8,
+    "sft/loss": 1.25,
+    "sft/trained_tokens": 4000,
+    "sft/epoch": 0.5,
+    "grad_norm": 2.5,
+    "lr": 1e-4,
+    "perf/step_ms": 1500.04,
+    "perf/tokens_per_s": 5461.3,
+    "perf/tflops_per_gpu": 0.25,
+}
+
+
+def test_console_line_is_megatrons_with_ours_at_the_end():
+    line = re.sub(r"^ \[.*?\]", "", console_line(METRICS, 10))
+    assert line == (
+        " iteration        3/      10 | consumed samples:           24 | elapsed time per iteration (ms): 1500.0 |"
+        " throughput per GPU (TFLOP/s/GPU): 0.2 | learning rate: 1.000000E-04 | global batch size:     8 |"
+        " lm loss: 1.250000E+00 | loss scale: 1.0 | grad norm: 2.500 | number of skipped iterations:   0 |"
+        " number of nan iterations:   0 | tokens/s: 5461 | trained tokens: 4000 | epoch: 0.500 |"
+    )
+
+
+def test_resumed_run_continues_the_file_where_the_checkpoint_was(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n{"iteration": 2}\n{"iteration": 3}\n{"itera')
+    keep_until(path, 2)
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
+
+
+def test_writer_has_one_object_an_iteration(tmp_path):
+    run = RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path)), log=LogConfig(log_interval=100))
+    writer = MetricsWriter(run, 0, 10)
+    writer.write(METRICS)
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == METRICS
+    assert list((tmp_path / "tensorboard").iterdir())
