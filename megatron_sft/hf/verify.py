@@ -114,8 +114,8 @@ def _reference(
     folder: Path, tokens: torch.Tensor, num_layers: int | None, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, torch.Tensor], Any]:
     """The same from transformers on the CPU, and its model; num_layers None: all, with logits."""
-    model = _their_model(folder, num_layers, dtype)
-    inner = getattr(model, "language_model", None)
+    model: Any = _their_model(folder, num_layers, dtype)
+    inner: Any = getattr(model, "language_model", None)
     model = inner if hasattr(inner, "lm_head") else model  # Llama 4's wrapper fails on text alone in transformers 5.24
     body = getattr(model, "language_model", model)
     body = body if hasattr(body, "layers") else body.model
