@@ -14,7 +14,7 @@
 # BENCH_ARGS    further flags of bench/gpu.py
 set -uo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/..")
 usage="usage: [WHEELS=folder] bench/gpu.sh [--cpu] OUT_DIR"
 cpu=
 if [[ ${1:-} == --cpu ]]; then
@@ -25,9 +25,20 @@ if [[ $# -ne 1 || $1 == -* ]]; then
   echo "bench/gpu.sh: $# arguments: expected a folder for the results. $usage" >&2
   exit 2
 fi
+for limit in "${TESTS_S:=180}" "${BENCH_S:=360}"; do # before any arithmetic, in which bash runs x[$(command)]
+  if [[ ! $limit =~ ^[1-9][0-9]{0,5}$ ]]; then
+    echo "bench/gpu.sh: '$limit' seconds: expected a whole number. Correct TESTS_S or BENCH_S." >&2
+    exit 2
+  fi
+done
+read -ra bench_args <<<"${BENCH_ARGS:-}"
 mkdir -p "$1" || exit 2
-out=$(cd "$1" && pwd)
+out=$(realpath -- "$1")
 base=${PYTHON:-python3}
+paths=":${PYTHONPATH:-}:"
+while [[ $paths == *::* ]]; do paths=${paths//::/:}; done # an empty entry is the current folder
+paths=${paths#:}
+export PYTHONPATH=${paths%:} PYTHONSAFEPATH=1 # no module comes from the folder where this is called
 
 # A virtual environment that sees the packages of the base interpreter, also when that is itself a virtual environment
 # (--system-site-packages would then show those of the system).
@@ -46,7 +57,11 @@ make_environment() {
 }
 
 if [[ -n ${BENCH_PYTHON:-} ]]; then
-  python=$(cd "$(dirname "$(command -v "$BENCH_PYTHON")")" && pwd)/$(basename "$BENCH_PYTHON")
+  python=$(type -P -- "$BENCH_PYTHON") || {
+    echo "bench/gpu.sh: BENCH_PYTHON=$BENCH_PYTHON is no program. Set it to a Python interpreter." >&2
+    exit 2
+  }
+  python=$(realpath -- "$(dirname -- "$python")")/$(basename -- "$python") # itself a link in a virtual environment
 else
   echo "== environment"
   venv=$(mktemp -d) || exit 1
@@ -71,7 +86,7 @@ cd "$root" || exit 1
 failed=0
 echo "== tests/gpu"
 rm -f "$out/tests.xml" "$out/gpu.json"
-timeout --kill-after=10 "${TESTS_S:-180}" "$python" -m pytest tests/gpu -q -p no:cacheprovider --junitxml="$out/tests.xml" \
+timeout --kill-after=10 "$TESTS_S" "$python" -m pytest tests/gpu -q -p no:cacheprovider --junitxml="$out/tests.xml" \
   >"$out/tests.log" 2>&1
 status=$?
 tail -3 "$out/tests.log"
@@ -82,10 +97,8 @@ if [[ $status -ne 0 ]]; then
 fi
 
 echo "== bench/gpu.py"
-limit=${BENCH_S:-360}
-# shellcheck disable=SC2086  # BENCH_ARGS is a list of words
-timeout --kill-after=10 "$limit" "$python" bench/gpu.py --out "$out/gpu.json" --tests "$out/tests.xml" --tests-status "$status" \
-  --budget-seconds "$((limit * 9 / 10))" ${cpu:+--cpu} ${BENCH_ARGS:-} 2>"$out/bench.log" || failed=1
+timeout --kill-after=10 "$BENCH_S" "$python" bench/gpu.py --out "$out/gpu.json" --tests "$out/tests.xml" --tests-status "$status" \
+  --budget-seconds "$((BENCH_S * 9 / 10))" ${cpu:+--cpu} "${bench_args[@]}" 2>"$out/bench.log" || failed=1
 tail -5 "$out/bench.log"
 echo "results in $out/gpu.json"
 exit "$failed"

@@ -2,19 +2,24 @@
 # shellcheck disable=SC2034  # what is set here is read by the scripts that source it
 # Environment variables -> command line, shared by the scripts of examples/post_training/modelopt. Sourced, not run.
 #
-#   $1 (MLM_MODEL_CFG)                    conf/<org>/<model>.sh, which sets HF_MODEL_CKPT and MODEL_ARGS
-#   TP PP CP EP ETP DP                    parallel sizes
+#   $1 (MLM_MODEL_CFG)                    which conf is sourced; it sets HF_MODEL_CKPT and MODEL_ARGS:
+#                                           Qwen/Qwen3-0.6B           conf/Qwen/Qwen3-0.6B.sh, never anything outside conf/
+#                                           ./my.sh, /path/to/my.sh   that file: begins with / ./ or ../ and ends in .sh
+#   TP PP CP EP ETP DP                    parallel sizes, whole numbers
 #   LAUNCH_SCRIPT                         replaces the launcher; PYTHON: the interpreter
 #   MLM_{DATA,OPTIM,TRAIN,EVAL,RESUME}_ARGS  each replaces one block of defaults of finetune.sh
 #   MLM_EXTRA_ARGS                        comes last, so that it wins
 #   MLM_WORK_DIR                          where results go that no variable places
+#   SANDBOX_ROOT                          confs come from its conf/model instead of conf/
 #   SANDBOX_ENV_SETUP MLM_ENV_SETUP       files that are sourced first
 #
-# The MLM_*_ARGS are split as a shell splits a command line: quotes hold words together, nothing is expanded or run.
+# What is run: the conf, the two files above, PYTHON and LAUNCH_SCRIPT. No other value is: the MLM_*_ARGS are split as a shell
+# splits a command line (quotes hold words together, nothing is expanded), numbers are checked before anything counts with
+# them, and no module is imported from the folder where the script is called.
 set -e
 
 fail() {
-  echo "$0: $*" >&2
+  printf '%s: %s\n' "$0" "$*" >&2
   exit 2
 }
 
@@ -23,7 +28,7 @@ words() {
   local -n target=$1
   target=()
   [[ $2 == *[![:space:]]* ]] || return 0
-  mapfile -d '' -t target < <("${PYTHON}" -c '
+  mapfile -d '' -t target < <("${PYTHON}" -I -c '
 import shlex, sys
 try:
     words = shlex.split(sys.argv[1].replace("\\\n", " "))
@@ -33,26 +38,58 @@ sys.stdout.write("".join(word + "\0" for word in words))' "$2")
   wait $! || fail "an MLM_*_ARGS variable cannot be split into words. Check its quotes."
 }
 
-PYTHON="${PYTHON:-python3}"
+# require_numbers NAME...: each variable is a whole number from 1 to 99999. Before any arithmetic: bash runs what stands in
+# the index of an array there, as in TP='x[$(command)]'.
+require_numbers() {
+  local name wrong=()
+  for name in "$@"; do
+    [[ ${!name} =~ ^[1-9][0-9]{0,4}$ ]] || wrong+=("${name}='${!name}'")
+  done
+  ((${#wrong[@]} == 0)) || fail "${wrong[*]}: expected whole numbers from 1 to 99999. Correct these variables."
+}
+
+# find_conf: sets `conf` to the file that MLM_MODEL_CFG names.
+find_conf() {
+  local folder=${SANDBOX_ROOT:+${SANDBOX_ROOT}/conf/model} name='[A-Za-z0-9_][A-Za-z0-9_.-]*'
+  folder=$(realpath -- "${folder:-${SCRIPT_DIR}/conf}") || fail "SANDBOX_ROOT=${SANDBOX_ROOT} has no folder conf/model."
+  local ways="expected a conf below ${folder}, such as Qwen/Qwen3-0.6B, or a file of your own as ./NAME.sh or /PATH/NAME.sh"
+  if [[ ${MLM_MODEL_CFG} =~ ^\.{0,2}/.*\.sh$ ]]; then
+    conf=${MLM_MODEL_CFG}
+    MLM_MODEL_CFG=$(basename -- "${conf}" .sh)
+    [[ -f ${conf} ]] || fail "${conf} does not exist; ${ways}."
+    return
+  fi
+  if [[ -z ${MLM_MODEL_CFG} ]]; then
+    local known=("${folder}"/*/*.sh)
+    known=("${known[@]#"${folder}"/}")
+    fail "no model named; expected one of: ${known[*]%.sh}"
+  fi
+  [[ ${MLM_MODEL_CFG} =~ ^${name}(/${name})*$ ]] || fail "'${MLM_MODEL_CFG}' is no name of a conf; ${ways}."
+  conf=${folder}/${MLM_MODEL_CFG}.sh
+  [[ -f ${conf} ]] || fail "${conf} does not exist; ${ways}. 'megatron-sft conf FOLDER' writes one."
+  conf=$(realpath -- "${conf}")
+  [[ ${conf} == "${folder}"/* ]] || fail "${MLM_MODEL_CFG} leads to ${conf}; ${ways}."
+}
+
 [[ -n "${SCRIPT_DIR:-}" ]] || fail "SCRIPT_DIR is not set; expected the folder of the calling script."
-MLM_MODEL_CFG="${1:-}"
-CONF_DIR="${SCRIPT_DIR}/conf"
-if [[ -z "${MLM_MODEL_CFG}" ]]; then
-  fail "no model named; expected one of: $(cd "${CONF_DIR}/" && echo */*.sh)"
-fi
 for setup in "${SANDBOX_ENV_SETUP:-}" "${MLM_ENV_SETUP:-}"; do
+  [[ -n ${setup} ]] || continue
+  [[ ${setup} == */* ]] || setup=./${setup} # without a slash bash would look in PATH
+  [[ -r ${setup} && ! -d ${setup} ]] || fail "${setup} cannot be read; expected a file that sets variables."
   # shellcheck source=/dev/null
-  if [[ -n "${setup}" ]]; then source "${setup}"; fi
+  source "${setup}"
 done
-conf="${SANDBOX_ROOT:+${SANDBOX_ROOT}/conf/model}"
-conf="${conf:-${CONF_DIR}}/${MLM_MODEL_CFG}.sh"
-[[ -f "${conf}" ]] || fail "${conf} does not exist; expected a conf such as Qwen/Qwen3-0.6B. 'megatron-sft conf FOLDER' writes one."
+MLM_MODEL_CFG="${1:-}"
+find_conf
 
 TP="${TP:-1}" PP="${PP:-1}" CP="${CP:-1}" EP="${EP:-1}" DP="${DP:-1}"
 # shellcheck source=/dev/null
 source "${conf}"
 ETP="${ETP:-${TP}}"
-if ! declare -p MODEL_ARGS 2> /dev/null | grep -q '^declare -a'; then
+require_numbers TP PP CP EP ETP DP
+PYTHON="${PYTHON:-python3}"
+type -P -- "${PYTHON}" > /dev/null || fail "PYTHON=${PYTHON} is no program. Set it to a Python interpreter."
+if [[ ${MODEL_ARGS@a} != *a* ]]; then
   words MODEL_ARGS "${MODEL_ARGS:-}"
 fi
 [[ -n "${HF_MODEL_CKPT:-}" ]] || fail "HF_MODEL_CKPT is not set, and ${conf} has no default. Set it to the HF folder."
@@ -61,13 +98,14 @@ export MLM_WORK_DIR="${MLM_WORK_DIR:-/tmp/megatron_workspace}"
 words EXTRA_ARGS "${MLM_EXTRA_ARGS:-}"
 
 # Without experts in parallel TP is cut over PP x CP x DP; with them Megatron counts ETP x EP in its place.
-if ((EP == 1)); then
-  PROCESSES=$((TP * PP * CP * DP))
-else
-  PROCESSES=$((ETP * EP * PP * CP * DP))
-fi
-if [[ -n "${LAUNCH_SCRIPT:-}" ]]; then
-  words LAUNCH "${LAUNCH_SCRIPT}"
+PROCESSES=1
+for size in $((EP == 1 ? TP : ETP * EP)) "${PP}" "${CP}" "${DP}"; do
+  PROCESSES=$((PROCESSES * size))
+  ((PROCESSES <= 999999)) || fail "TP=${TP} PP=${PP} CP=${CP} EP=${EP} ETP=${ETP} DP=${DP}: more than 999999 processes."
+done
+words LAUNCH "${LAUNCH_SCRIPT:-}"
+if ((${#LAUNCH[@]})); then
+  type -P -- "${LAUNCH[0]}" > /dev/null || fail "LAUNCH_SCRIPT=${LAUNCH_SCRIPT}: ${LAUNCH[0]} is no program. Check it."
 elif ((PROCESSES == 1)); then
   LAUNCH=("${PYTHON}")
 else
@@ -78,7 +116,9 @@ PARALLEL_ARGS=(
   --expert-model-parallel-size "${EP}" --expert-tensor-parallel-size "${ETP}"
 )
 
-export PYTHONPATH="${SCRIPT_DIR}/../../..${PYTHONPATH:+:${PYTHONPATH}}"
+paths=":${PYTHONPATH:-}:"
+while [[ ${paths} == *::* ]]; do paths=${paths//::/:}; done # an empty entry is the current folder
+export PYTHONPATH="${SCRIPT_DIR}/../../..${paths%:}" PYTHONSAFEPATH=1
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-False}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export NCCL_IB_SL="${NCCL_IB_SL:-1}" NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}"

@@ -15,6 +15,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from megatron_sft.parallel import imagined
 from megatron_sft.weights import padded
 
 CONFS = Path(__file__).resolve().parents[1] / "conf"
+OWN_CONF = re.compile(r"\.{0,2}/.*\.sh", re.DOTALL)
+"""A conf of the user's own, which stands elsewhere."""
 RESERVED_GB = 2.0
 """Of each GPU: CUDA's context, NCCL's buffers, gaps between the allocator's blocks."""
 SPEED = {"flops": 400e12, "inside": 300e9, "between": 40e9, "machine": 8}
@@ -89,20 +92,20 @@ class Row:
 
 
 def conf_flags(name: str) -> list[str]:
-    """MODEL_ARGS of a conf: Qwen/Qwen3-8B, a .sh file, or an HF folder, whose conf `megatron-sft conf` would write."""
-    text = ""
+    """MODEL_ARGS of a conf, which bash sources: Qwen/Qwen3-8B, or a file of one's own (conf/arguments.sh has the same rule:
+    ./my.sh, /path/to/my.sh); or of an HF folder, whose conf `megatron-sft conf` would write."""
+    text, own = "", OWN_CONF.fullmatch(name)
     if (Path(name) / "config.json").is_file():
         source, text = "/dev/stdin", conf_of_folder(name)
-    elif Path(name).is_file():
+    elif own and Path(name).is_file():
         source = name
-    elif (CONFS / f"{name}.sh").is_file():
+    elif not own and (CONFS / f"{name}.sh").resolve().is_relative_to(CONFS) and (CONFS / f"{name}.sh").is_file():
         source = str(CONFS / f"{name}.sh")
     else:
         known = sorted(str(path.relative_to(CONFS))[:-3] for path in CONFS.glob("*/*.sh"))
         near = difflib.get_close_matches(name, known, n=3) or known
-        raise ConfigError(
-            [f"{name}: no such conf; expected one such as {', '.join(near[:3])}, a .sh file, or an HF folder with a config.json."]
-        )
+        expected = f"one such as {', '.join(near[:3])}, ./NAME.sh or /PATH/NAME.sh, or an HF folder with a config.json"
+        raise ConfigError([f"{name}: no such conf; expected {expected}."])
     command = ["bash", "-euc", 'source "$1"; printf "%s\\0" "${MODEL_ARGS[@]}"', "_", source]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -385,8 +388,11 @@ def _command(sizes: Mapping[str, int], gpus: int, conf: str, extra: Sequence[str
 
 
 def _conf_name(conf: str) -> str:
-    """conf/Qwen/Qwen3-8B.sh -> Qwen/Qwen3-8B."""
-    return "/".join(Path(conf).parts[-2:]).removesuffix(".sh")
+    """What finetune.sh takes: conf/Qwen/Qwen3-8B.sh -> Qwen/Qwen3-8B; a file of the user's own by its path."""
+    path = Path(conf).resolve()
+    if not OWN_CONF.fullmatch(conf):
+        return conf
+    return str(path.relative_to(CONFS)).removesuffix(".sh") if path.is_relative_to(CONFS) else shlex.quote(str(path))
 
 
 def as_table(rows: Sequence[Row], options: PlanConfig) -> str:

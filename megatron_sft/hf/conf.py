@@ -6,6 +6,7 @@ added for experts, with the values of Megatron-LM's confs.
 
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ LINE = 118
 """Longest line, in characters."""
 SEQ_LENGTH = 4096
 """Tokens a pack unless the model takes fewer."""
+PLAIN = re.compile(r"[A-Za-z0-9._/-]+")
+"""Names that need no quotes."""
 LATENT = (
     "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_scaling_factor "
     "original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim"
@@ -33,16 +36,17 @@ ELSEWHERE = frozenset(
 
 
 def conf_text(model: ModelConfig, name: str) -> str:
-    """The file.
+    """The file. Every value is one word to bash, whatever config.json or the name of the folder holds: sourcing runs nothing.
 
     Args:
         model: model_config_from_hf of the folder.
         name: its hub name (Qwen/Qwen3-0.6B) or path, the default of HF_MODEL_CKPT.
     """
+    plain = PLAIN.fullmatch(name)
     lines = [
         "#!/bin/bash",
-        f"# {name}: the values of its config.json.",
-        f'HF_MODEL_CKPT="${{HF_MODEL_CKPT:-{name}}}"',
+        f"# {name if plain else ascii(name)}: the values of its config.json.",
+        f'HF_MODEL_CKPT="${{HF_MODEL_CKPT:-{name}}}"' if plain else f"HF_MODEL_CKPT=${{HF_MODEL_CKPT:-{shlex.quote(name)}}}",
         "# shellcheck disable=SC2034  # read by arguments.sh",
         "MODEL_ARGS=(",
         *(line for group in _groups(model) for line in _wrapped(group)),
@@ -67,8 +71,8 @@ def _groups(model: ModelConfig) -> Iterator[list[str]]:
         yield _expert_training(core)
     yield [
         _flag("max_position_embeddings", model.max_position_embeddings),
-        f"--seq-length {min(SEQ_LENGTH, model.max_position_embeddings)}",
-        f"--padded-vocab-size {model.vocab_size}",
+        _flag("seq_length", min(SEQ_LENGTH, model.max_position_embeddings)),
+        _flag("padded_vocab_size", model.vocab_size),
         "--make-vocab-size-divisible-by 1",
         "--tokenizer-type HuggingFaceTokenizer",
     ]
@@ -81,9 +85,9 @@ def _shape_of_a_layer(model: ModelConfig) -> list[str]:
         ("quick_gelu", True): "--quick-geglu",
         ("squared_relu", False): "--squared-relu",
     }
-    activation = f"--activation {model.activation} {_flag('gated_mlp', model.gated_mlp)}"
+    activation = f"{_flag('activation', model.activation)} {_flag('gated_mlp', model.gated_mlp)}"
     switches = {
-        f"--normalization {model.normalization}": True,
+        _flag("normalization", model.normalization): True,
         _flag("norm_epsilon", model.norm_epsilon): True,
         "--apply-layernorm-1p": model.norm_zero_centered,
         named.get((model.activation, model.gated_mlp), activation): True,
@@ -109,7 +113,7 @@ def _attention(model: ModelConfig) -> list[str]:
 
 
 def _positions(model: ModelConfig) -> list[str]:
-    flags = [f"--position-embedding-type {model.position_embedding_type}"]
+    flags = [_flag("position_embedding_type", model.position_embedding_type)]
     if model.position_embedding_type == "none":
         return flags
     flags += [_flag("rotary_percent", model.rotary_percent), _flag("rotary_base", model.rotary_base)]
@@ -118,7 +122,7 @@ def _positions(model: ModelConfig) -> list[str]:
     scaling = dict(model.rope_scaling or {})
     llama3 = {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
     if scaling and {**scaling, **llama3} == scaling:
-        flags.append(f"--use-rope-scaling --rope-scaling-factor {_number(scaling['factor'])}")
+        flags.append(f"--use-rope-scaling {_flag('rope_scaling_factor', scaling['factor'])}")
     elif scaling:
         flags.append(f"--rope-scaling {shlex.quote(json.dumps(scaling))}")
     return flags

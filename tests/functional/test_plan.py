@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from megatron_sft.__main__ import main
 from megatron_sft.config.arguments import parse_plan
 from megatron_sft.config.run import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.errors import ConfigError
 from megatron_sft.model.activations import Activations, layer_kinds
 from megatron_sft.parallel import finalize, imagined, initialize
-from megatron_sft.plan import conf_flags, plan, rank_parameters
+from megatron_sft.plan import CONFS, conf_flags, plan, rank_parameters
 
 TINY = ModelConfig(
     num_layers=4,
@@ -151,8 +153,8 @@ def test_memory_and_traffic_of_a_tiny_model(tmp_path: Path) -> None:
     }
     for name, row in rows.items():
         assert row.sent_gb == pytest.approx({**dict.fromkeys(row.sent_gb, 0.0), **{k: v / 1e9 for k, v in sent[name].items()}})
-    assert rows["TP"].command == "TP=2 MLM_EXTRA_ARGS=--sequence-parallel ./finetune.sh org/tiny"
-    assert rows["DP"].command == "DP=2 ./finetune.sh org/tiny"
+    assert rows["TP"].command == f"TP=2 MLM_EXTRA_ARGS=--sequence-parallel ./finetune.sh {conf}"
+    assert rows["DP"].command == f"DP=2 ./finetune.sh {conf}"
 
 
 def test_8b_with_adam_fits_one_gpu_of_141_gb_at_12_bytes_a_parameter(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -190,6 +192,19 @@ def test_problems_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
         assert message in capsys.readouterr().out
     (tmp_path / "config.json").write_text((Path(__file__).parents[1] / "assets/hf_configs/Qwen__Qwen3-0.6B.json").read_text())
     assert conf_flags(str(tmp_path)) == conf_flags("Qwen/Qwen3-0.6B")
+
+
+@pytest.mark.parametrize("name", ["{way}/evil", "evil.sh", "evil", "{folder}/evil", "conf/Qwen"])
+def test_only_a_conf_or_a_named_script_is_sourced(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("evil.sh", "evil"):
+        (tmp_path / file).write_text(f"touch '{tmp_path}/marker'\nMODEL_ARGS=(--bf16)\n")
+    with pytest.raises(
+        ConfigError, match=r"no such conf; expected one such as .*, \./NAME\.sh or /PATH/NAME\.sh, or an HF folder"
+    ):
+        conf_flags(name.format(way=os.path.relpath(tmp_path, CONFS), folder=tmp_path))
+    assert not (tmp_path / "marker").exists()
+    assert conf_flags("./evil.sh") == ["--bf16"] and (tmp_path / "marker").exists()
 
 
 def test_the_pages_commands_fit(capsys: pytest.CaptureFixture) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.soak.hostile_shell import NUMBERS, VARIABLES, trial
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "post_training" / "modelopt"
 CONF = "Qwen/Qwen3-0.6B"
 OWN = ("MLM_", "HF_", "TP", "PP", "CP", "EP", "ETP", "DP", "DATASET", "LAUNCH_SCRIPT", "OMP_", "SANDBOX_", "TOKENIZER_", "PYTHON")
@@ -103,12 +105,50 @@ def test_dataset_with_a_space_is_one_word(launcher: str) -> None:
     assert value(arguments, "--finetune-hf-dataset") == "/my data/chats.jsonl"
 
 
-def test_nothing_in_a_variable_is_run(launcher: str, tmp_path: Path) -> None:
-    marker = tmp_path / "made"
-    text = f"$(touch {marker}) `touch {marker}` ; touch {marker}"
+@pytest.mark.parametrize("kind", ["index", "separators"])
+def test_no_hostile_value_of_any_variable_is_run(kind: str) -> None:
+    """All kinds: tests/soak/hostile_shell.py."""
+    faults = [said for variable in VARIABLES for fault, said in [trial("finetune.sh", variable, kind)] if fault]
+    assert not faults, "\n".join(faults)
+
+
+def test_words_of_a_variable_are_passed_on_as_they_are(launcher: str) -> None:
+    text = "$(touch marker) `touch marker` ; touch marker"
     arguments = arguments_of("finetune.sh", CONF, LAUNCH_SCRIPT=launcher, MLM_EXTRA_ARGS=text)
     assert arguments[-len(text.split()) :] == text.split()
-    assert not marker.exists()
+
+
+def test_sizes_are_whole_numbers_and_all_wrong_ones_are_named(launcher: str) -> None:
+    done = run("finetune.sh", CONF, LAUNCH_SCRIPT=launcher, TP="two", DP="x[1]", CP="08", PP="-1", EP="1.5", ETP="100000")
+    assert done.returncode == 2 and done.stdout == ""
+    for name, wrong in {"TP": "two", "DP": "x[1]", "CP": "08", "PP": "-1", "EP": "1.5", "ETP": "100000"}.items():
+        assert f"{name}='{wrong}'" in done.stderr
+    assert "expected whole numbers from 1 to 99999" in done.stderr
+    many = run("finetune.sh", CONF, LAUNCH_SCRIPT=launcher, **dict.fromkeys(NUMBERS, "99999"))
+    assert many.returncode == 2 and "more than 999999 processes" in many.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "Qwen/../../evil", "linked/evil", "-x", "Qwen/Qwen3-0.6B;true", ".hidden", "/", "evil"]
+)
+def test_a_conf_outside_its_folder_is_not_sourced(launcher: str, tmp_path: Path, name: str) -> None:
+    confs = tmp_path / "conf" / "model"
+    confs.mkdir(parents=True)
+    (tmp_path / "conf" / "evil.sh").write_text(f"touch '{tmp_path}/marker'\nMODEL_ARGS=()\n")
+    (confs / "linked").symlink_to("..")
+    done = run("finetune.sh", name, LAUNCH_SCRIPT=launcher, SANDBOX_ROOT=str(tmp_path), HF_MODEL_CKPT="m")
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "marker").exists()
+    assert f"expected a conf below {confs}, such as Qwen/Qwen3-0.6B, or a file of your own as ./NAME.sh" in done.stderr
+
+
+def test_a_conf_of_ones_own_is_named_by_its_path(launcher: str, tmp_path: Path) -> None:
+    conf = tmp_path / "my conf.sh"
+    conf.write_text("MODEL_ARGS=(--num-layers 3)\n")
+    common = {"LAUNCH_SCRIPT": launcher, "HF_MODEL_CKPT": "m", "MLM_WORK_DIR": "/w"}
+    arguments = arguments_of("finetune.sh", str(conf), **common)
+    assert (value(arguments, "--num-layers"), value(arguments, "--save")) == ("3", "/w/my conf_sft")
+    missing = run("finetune.sh", str(tmp_path / "none.sh"), **common)
+    assert missing.returncode == 2 and "none.sh does not exist" in missing.stderr
 
 
 def test_unbalanced_quote_is_an_error(launcher: str) -> None:
@@ -129,7 +169,7 @@ def test_unbalanced_quote_is_an_error(launcher: str) -> None:
 )
 def test_processes_follow_the_parallel_sizes(tmp_path: Path, sizes: dict[str, str], processes: int) -> None:
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/bash\n[[ $1 == -c ]] && exec "{sys.executable}" "$@"\nprintf "%s\\n" "$@"\n')
+    python.write_text(f'#!/bin/bash\n[[ $1 == -I ]] && exec "{sys.executable}" "$@"\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
     done = run("finetune.sh", CONF, **{**sizes, "PYTHON": str(python)})
     words = done.stdout.split("\n")
@@ -139,7 +179,7 @@ def test_processes_follow_the_parallel_sizes(tmp_path: Path, sizes: dict[str, st
 
 def test_one_process_needs_no_torchrun(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/bash\n[[ $1 == -c ]] && exec "{sys.executable}" "$@"\nprintf "%s\\n" "$@"\n')
+    python.write_text(f'#!/bin/bash\n[[ $1 == -I ]] && exec "{sys.executable}" "$@"\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
     done = run("finetune.sh", CONF, PYTHON=str(python))
     assert done.stdout.split("\n")[0] == str(SCRIPTS / "finetune.py")
@@ -172,3 +212,31 @@ def test_sandbox_files_are_sourced_first(launcher: str, tmp_path: Path) -> None:
     setup.write_text("export HF_MODEL_CKPT=/from/setup TP=2\n")
     arguments = arguments_of("finetune.sh", CONF, LAUNCH_SCRIPT=launcher, SANDBOX_ENV_SETUP=str(setup))
     assert (value(arguments, "--load"), value(arguments, "--tensor-model-parallel-size")) == ("/from/setup", "2")
+
+
+def test_a_setup_file_is_not_looked_up_in_the_search_path(launcher: str, tmp_path: Path) -> None:
+    (tmp_path / "setup").write_text(f"touch '{tmp_path}/marker'\n")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("finetune.sh", CONF, LAUNCH_SCRIPT=launcher, MLM_ENV_SETUP="setup", PATH=path)
+    assert done.returncode == 2 and "./setup cannot be read; expected a file that sets variables." in done.stderr
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "variable"),
+    [
+        (["bench/gpu.sh", "--cpu", "{tmp}"], "BENCH_S"),
+        (["bench/gpu.sh", "--cpu", "{tmp}"], "TESTS_S"),
+        (["examples/slurm/finetune.sbatch"], "SLURM_JOB_ID"),
+        (["examples/slurm/finetune.sbatch"], "MASTER_PORT"),
+        (["examples/slurm/finetune.sbatch"], "SLURM_GPUS_ON_NODE"),
+    ],
+)
+def test_other_scripts_count_with_numbers_only(tmp_path: Path, command: list[str], variable: str) -> None:
+    root = SCRIPTS.parents[2]
+    slurm = {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n"}
+    environment = {**os.environ, "BENCH_PYTHON": "true", **slurm, variable: f"x[$(touch {tmp_path}/marker)]"}
+    words = [word.format(tmp=tmp_path) for word in command]
+    done = subprocess.run(["bash", *words], cwd=root, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "whole number" in done.stderr
+    assert not (tmp_path / "marker").exists()

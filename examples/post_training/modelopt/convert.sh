@@ -1,7 +1,7 @@
 #!/bin/bash
 # Writes a Megatron checkpoint from an HF folder: HF_MODEL_CKPT=... MLM_MODEL_SAVE=... ./convert.sh Qwen/Qwen3-0.6B
 # With MLM_MODEL_CKPT set, that checkpoint is re-sharded. Variables: conf/arguments.sh.
-SCRIPT_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+SCRIPT_DIR="$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")"
 # shellcheck source=conf/arguments.sh
 source "${SCRIPT_DIR}/conf/arguments.sh"
 

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Writes an HF folder from a Megatron checkpoint: MLM_MODEL_CKPT=... EXPORT_DIR=... ./export.sh Qwen/Qwen3-0.6B
 # config.json, tokenizer and dtypes come from HF_MODEL_CKPT. Variables: conf/arguments.sh.
-SCRIPT_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+SCRIPT_DIR="$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")"
 # shellcheck source=conf/arguments.sh
 source "${SCRIPT_DIR}/conf/arguments.sh"
 

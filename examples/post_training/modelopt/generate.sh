@@ -1,7 +1,7 @@
 #!/bin/bash
 # Generates text: MLM_MODEL_CKPT=... PROMPTS_PATH=prompts.jsonl ./generate.sh Qwen/Qwen3-0.6B
 # Reads MLM_MODEL_CKPT (HF folder or Megatron checkpoint), else HF_MODEL_CKPT. Variables: conf/arguments.sh.
-SCRIPT_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+SCRIPT_DIR="$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")"
 # shellcheck source=conf/arguments.sh
 source "${SCRIPT_DIR}/conf/arguments.sh"
 

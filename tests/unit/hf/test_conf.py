@@ -87,6 +87,46 @@ def test_conf_is_what_the_command_writes(name):
         assert parse(flags_in(written), 1, training=False) == parse(shell_values()[name][1], 1, training=False)
 
 
+HOSTILE = [
+    "m$(touch {0})",
+    "`touch {0}`",
+    "x; touch {0}",
+    "x\ntouch {0}\n",
+    "'; touch {0}; '",
+    '"; touch {0}; "',
+    "}}; touch {0}; {{",
+    "${{x:-$(touch {0})}}",
+    "\\",
+    "~",
+    "*",
+    "-n",
+    "caf\u00e9 \u2028",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_sourcing_a_conf_runs_nothing_that_a_folder_or_its_config_says(text, tmp_path):
+    """As the name of the folder, and as every text and number of a config.json that reaches the conf."""
+    marker = tmp_path / "marker"
+    text = text.format(marker)
+    model = ModelConfig(
+        normalization=text,
+        activation=text,
+        position_embedding_type=text,
+        vocab_size=text,
+        core={"moe_router_score_function": text},
+    )  # type: ignore[arg-type]
+    model = dataclasses.replace(model, rope_scaling={"rope_type": text, "factor": text}, rotary_base=text)  # type: ignore[arg-type]
+    conf = tmp_path / "conf.sh"
+    conf.write_text(conf_text(model, text))
+    script = 'source "$1"; printf "%s\\0" "$HF_MODEL_CKPT" "${MODEL_ARGS[@]}"'
+    done = subprocess.run(["bash", "-euc", script, "_", conf], capture_output=True, text=True, check=True, cwd=tmp_path)
+    words = done.stdout.split("\0")[:-1]
+    assert words[0] == text and words[words.index("--normalization") + 1] == text
+    assert words[words.index("--padded-vocab-size") + 1] == text
+    assert not marker.exists() and done.stderr == ""
+
+
 def flags_in(text: str) -> list[str]:
     return shlex.split(text[text.index("MODEL_ARGS=(") + 12 : text.rindex(")")])
 
