@@ -52,6 +52,8 @@ def _train_data(raw: Values, values: Values, found: list[str]) -> None:
 def _split(raw: Values, values: Values, found: list[str]) -> None:
     try:
         shares = [float(part) for part in raw["--split"].split(",")]
+        if len(shares) > 3:
+            raise ValueError
         values["data.split"] = tuple([*shares, 0.0, 0.0][:3])
     except ValueError:
         found.append(f"--split {raw['--split']}: expected shares of training, validation and test such as 98,2,0.")

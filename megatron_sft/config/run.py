@@ -135,9 +135,9 @@ class DataConfig:
     train_weights: tuple[float, ...] = ()
     """Shares of the sources' documents in one epoch, instead of train_epochs (--prompt-data-weights)."""
     valid_data: tuple[str, ...] = ()
-    """Held-out sources; empty: taken from train_data by split."""
+    """Held-out sources, in place of the validation share of split. What is trained on does not depend on them."""
     split: tuple[float, float, float] = (100.0, 0.0, 0.0)
-    """Shares of the rows for training, validation and test; used when valid_data is empty."""
+    """Shares of the rows for training, validation and test; only the first is trained on, test rows are not read."""
     data_split: str = "train"
     """Split name of a hub data set (--finetune-data-split)."""
     tokenizer_model: str = ""

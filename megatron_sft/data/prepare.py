@@ -1,10 +1,11 @@
-"""DataConfig -> token store, the share held out for validation, packs of one epoch. No torch, no GPU.
+"""DataConfig -> token store, rows held out for validation and test, packs of one epoch. No torch, no GPU.
 
 What `megatron-sft prepare` does ahead of time, and training does again in an instant from the cached store.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,15 @@ from megatron_sft.data.sources import open_source
 from megatron_sft.data.store import DocumentStore
 from megatron_sft.data.tokens import TokenStore, build_token_store
 from megatron_sft.errors import DataError
+from megatron_sft.log import logger
+
+
+class Split(NamedTuple):
+    """Documents by what they are for: int64 ids, ascending; together every document once."""
+
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
 
 
 def open_store(config: DataConfig, paths: Sequence[str], names: Sequence[str] = ()) -> TokenStore:
@@ -42,22 +52,35 @@ def open_store(config: DataConfig, paths: Sequence[str], names: Sequence[str] = 
 def training_set(config: DataConfig) -> tuple[TokenStore, PackPlan]:
     """The token store of the training data, and the packs of one epoch of it."""
     store = open_store(config, config.train_data, config.train_names)
-    documents, _ = train_and_held_out(config, len(store))
-    return store, pack_documents(config, store, mixture(config, store, documents))
+    return store, pack_documents(config, store, mixture(config, store, split_documents(config, store).train))
 
 
-def train_and_held_out(config: DataConfig, num_documents: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 ids of the documents to train on, and of those that --split keeps for validation, chosen by the seed.
+def split_documents(config: DataConfig, store: DocumentStore) -> Split:
+    """Divides a store by --split. A row goes to one part with all its documents; the seed says which.
 
-    With valid_data nothing is held out. Both are in order; 10 documents at 90,10,0 -> 9 and 1.
+    --valid-data has no influence: what is trained on does not depend on what is validated on.
     """
-    everything = np.arange(num_documents)
-    if config.valid_data:
-        return everything, everything[:0]
-    share = config.split[1] / sum(config.split)
-    order = np.random.Generator(np.random.PCG64([config.seed, 1])).permutation(everything)
-    held_out = np.sort(order[: round(share * num_documents)])
-    return np.setdiff1d(everything, held_out), held_out
+    rows, row_of = np.unique(store.row_ids, return_inverse=True)
+    shares = np.array(config.split) / max(config.split)
+    ends = np.round(np.cumsum(shares[1:] / shares.sum()) * len(rows)).astype(np.int64)
+    order = np.random.Generator(np.random.PCG64([config.seed, 1])).permutation(np.arange(len(rows)))
+    part_of = np.zeros(len(rows), dtype=np.int8)  # 0 training, 1 validation, 2 test
+    part_of[order[: ends[1]]] = 2
+    part_of[order[: ends[0]]] = 1
+    if any(config.split[1:]):
+        _log_split(config, np.bincount(part_of, minlength=3).tolist())
+    return Split(*(np.flatnonzero(part_of[row_of] == part) for part in range(3)))
+
+
+def _log_split(config: DataConfig, counts: list[int]) -> None:
+    train, valid, test = counts
+    unread = " and not read, because --valid-data is" if config.valid_data and valid else ""
+    shares = ",".join(f"{share:g}" for share in config.split)
+    text = f"{train:,} rows to train on, {valid:,} held out for validation{unread}, {test:,} held out for test (not read here)"
+    logger.info("--split %s: %s.", shares, text)
+    for name, share, count in zip(("validation", "test"), config.split[1:], counts[1:], strict=True):
+        if share and not count:
+            logger.warning("--split %s: the %s share of %s rows is less than half a row: none.", shares, name, f"{sum(counts):,}")
 
 
 def mixture(config: DataConfig, store: DocumentStore, documents: np.ndarray) -> np.ndarray:
@@ -76,5 +99,8 @@ def pack_documents(config: DataConfig, store: DocumentStore, documents: np.ndarr
         DataError: there are none.
     """
     if not len(documents):
-        raise DataError(f"--split {config.split} leaves no row to train on of {len(store)}. Give training a larger share.")
+        raise DataError(
+            f"no row is left of {len(store)} documents by --split {config.split}, --prompt-data-epochs {config.train_epochs} and "
+            f"--prompt-data-weights {config.train_weights}; expected at least one. Give training a larger share."
+        )
     return pack(store.lengths[documents], config.seq_length, config.packing).remapped(documents)

@@ -8,6 +8,7 @@ Folder (little-endian, no pickles):
     loss_mask.bin         uint8 a token: an index into store.json's loss_weights ([0.0, 1.0, ...])
     lengths.npy           int32 [docs]
     source_ids.npy        int16 [docs]
+    row_ids.npy           int64 [docs]: the row that each document comes from, counted over all sources
     where.bin             UTF-8 "file:line" of each document, one a line
     where_offsets.npy     int64 [docs + 1], bytes in where.bin
 """
@@ -21,7 +22,7 @@ import numpy as np
 
 from megatron_sft.errors import DataError
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 
 
 class Document(NamedTuple):
@@ -41,6 +42,10 @@ class DocumentStore(Protocol):
     @property
     def source_ids(self) -> np.ndarray:
         """int16 [docs], indices into source_names."""
+
+    @property
+    def row_ids(self) -> np.ndarray:
+        """int64 [docs], ascending: documents of one row (history_thinking, truncation) have the same number."""
 
     @property
     def source_names(self) -> tuple[str, ...]: ...
@@ -65,6 +70,7 @@ class MemoryStore:
     Args:
         documents: (tokens, loss_mask) or objects with those two attributes, in order.
         source_ids: one a document; None: all 0.
+        row_ids: one a document; None: each is a row of its own.
         where: one a document; None: `memory:1`, `memory:2` ...
     """
 
@@ -76,11 +82,13 @@ class MemoryStore:
         source_names: Sequence[str] = ("memory",),
         ledger: Mapping[str, Any] | None = None,
         fingerprint: str = "memory",
+        row_ids: Sequence[int] | None = None,
     ):
         pairs = [d if isinstance(d, tuple) else (d.tokens, d.loss_mask) for d in documents]
         self._documents = [Document(np.asarray(tokens, dtype=np.int32), np.asarray(mask)) for tokens, mask in pairs]
         self.lengths = np.array([len(d.tokens) for d in self._documents], dtype=np.int32)
         self.source_ids = np.asarray(source_ids if source_ids is not None else [0] * len(pairs), dtype=np.int16)
+        self.row_ids = np.asarray(row_ids if row_ids is not None else range(len(pairs)), dtype=np.int64)
         self.source_names = tuple(source_names)
         self.fingerprint = fingerprint
         self.ledger = dict(ledger or {})
@@ -118,12 +126,14 @@ class TokenStore:
         self.max_token_id = int(meta["max_token_id"])
         self.lengths = np.load(self.folder / "lengths.npy")
         self.source_ids = np.load(self.folder / "source_ids.npy")
+        self.row_ids = np.load(self.folder / "row_ids.npy")
         self._where_offsets = np.load(self.folder / "where_offsets.npy", mmap_mode="r")
         self._weights = np.asarray(meta["loss_weights"], dtype=np.float32)
         self._offsets = np.zeros(len(self.lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=self._offsets[1:])
-        sizes = (len(self.source_ids), len(self._where_offsets) - 1, meta["file_bytes"]["tokens.bin"] / 4)
-        if sizes != (len(self), len(self), self._offsets[-1]) or self.lengths.min(initial=0) < 0:
+        counts = [len(self.source_ids), len(self.row_ids), len(self._where_offsets) - 1]
+        sizes = (*counts, meta["file_bytes"]["tokens.bin"] / 4)
+        if sizes != (*[len(self)] * 3, self._offsets[-1]) or self.lengths.min(initial=0) < 0:
             raise ValueError(f"{len(self)} documents of {self._offsets[-1]} tokens, but sizes of {sizes}")
         empty = not len(self.lengths)
         self._tokens = np.zeros(0, np.int32) if empty else np.memmap(self.folder / "tokens.bin", np.int32, "r")

@@ -108,19 +108,21 @@ def build_memory_store(config: DataConfig, sources: Sequence[Any], encoder: Any)
         where += result.where
     collector.check(is_end=True)
     source_ids = np.concatenate(collector.source_ids).tolist()
-    return MemoryStore(documents, source_ids, where, tuple(names), collector.ledger)
+    row_ids = np.concatenate(collector.row_ids).tolist()
+    return MemoryStore(documents, source_ids, where, tuple(names), collector.ledger, row_ids=row_ids)
 
 
 def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
     """Tokenises one chunk of rows; bad rows are returned, not raised."""
     tokens: list[np.ndarray] = []
     masks: list[np.ndarray] = []
+    rows_of: list[int] = []
     where_of: list[str] = []
     counts: Counter[str] = Counter()
     problems: list[Problem] = []
     routes = getattr(encoder, "routes", Counter())
     routes.clear()
-    for where, record in chunk.rows:
+    for number, (where, record) in enumerate(chunk.rows):
         try:
             row = to_row(record, where, config)
             counts[f"schemas:{row.schema}"] += 1
@@ -135,6 +137,7 @@ def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
         for document in documents:
             tokens.append(document.tokens)
             masks.append(document.loss_mask)
+            rows_of.append(number)
             where_of.append(where)
     counts.update({f"routes:{route}": count for route, count in routes.items()})
     return Result(
@@ -143,6 +146,7 @@ def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
         tokens=np.concatenate([np.zeros(0, np.int32), *tokens]).astype(np.int32, copy=False),
         loss_mask=np.concatenate([np.zeros(0, np.uint8), *masks]),
         lengths=np.array([len(t) for t in tokens], dtype=np.int32),
+        rows=np.array(rows_of, dtype=np.int64),
         where=where_of,
         counts=dict(counts),
         problems=problems,
@@ -198,7 +202,7 @@ def _cuts(length: int, seq_length: int, truncation: str, where: str) -> list[sli
 
 
 class _Collector:
-    """Adds up results: the ledger, source ids, bad rows."""
+    """Adds up results: the ledger, source and row ids, bad rows."""
 
     def __init__(self, config: DataConfig, names: Sequence[str]):
         self.config = config
@@ -209,6 +213,7 @@ class _Collector:
             tokens = dict.fromkeys(("documents", "tokens", "trained_tokens", "lost_tokens"), 0)
             self.ledger[unique] = {**zero, "dropped": {}, "schemas": {}, "routes": {}, **tokens}
         self.source_ids: list[np.ndarray] = [np.zeros(0, dtype=np.int16)]
+        self.row_ids: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
         self.problems: list[Problem] = []
         self.num_rows = 0
         self.max_token_id = -1
@@ -227,6 +232,7 @@ class _Collector:
             else:
                 entry[fate] += count
         self.source_ids.append(np.full(len(result.lengths), result.source_id, dtype=np.int16))
+        self.row_ids.append(result.rows + self.num_rows)
         self.num_rows += result.num_rows
         self.problems += result.problems
         self.check(is_end=False)
@@ -289,6 +295,7 @@ class _Writer:
         where_offsets = np.concatenate([[0], np.cumsum(np.concatenate(self._where_bytes))]).astype(np.int64)
         np.save(self.folder / "lengths.npy", np.concatenate(self._lengths))
         np.save(self.folder / "source_ids.npy", np.concatenate(collector.source_ids))
+        np.save(self.folder / "row_ids.npy", np.concatenate(collector.row_ids))
         np.save(self.folder / "where_offsets.npy", where_offsets)
         if collector.problems:
             lines = [json.dumps(dataclasses.asdict(problem), default=str) for problem in collector.problems]

@@ -66,6 +66,8 @@ class Result:
     """uint8 or float32 [n]."""
     lengths: np.ndarray
     """int32 [documents]."""
+    rows: np.ndarray
+    """int64 [documents]: each one's row in the chunk, from 0."""
     where: list[str]
     counts: dict[str, int]
     """Rows by fate (kept, truncated, split, dropped:REASON), and lost_tokens."""

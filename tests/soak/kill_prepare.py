@@ -29,7 +29,16 @@ from megatron_sft.data.store import Document
 from megatron_sft.data.tokens import build_token_store
 
 ROWS = 6000
-FILES = ("tokens.bin", "loss_mask.bin", "lengths.npy", "source_ids.npy", "where.bin", "where_offsets.npy", "store.json")
+FILES = (
+    "tokens.bin",
+    "loss_mask.bin",
+    "lengths.npy",
+    "source_ids.npy",
+    "row_ids.npy",
+    "where.bin",
+    "where_offsets.npy",
+    "store.json",
+)
 
 
 class WordEncoder:

@@ -261,3 +261,26 @@ def test_memory_store_is_the_same(tmp_path):
     memory = build_memory_store(config, [open_source(str(tmp_path / "rows.jsonl"), config)], WordEncoder())
     assert memory.ledger == store.ledger and memory.lengths.tolist() == store.lengths.tolist()
     assert [memory.where(i) for i in range(len(memory))] == [store.where(i) for i in range(len(store))]
+
+
+class TurnEncoder(WordEncoder):
+    """A sample for every assistant message, as history_thinking=expand has it."""
+
+    def encode(self, row):
+        turns = sum(message["role"] == "assistant" for message in row.messages)
+        return super().encode(row) * turns
+
+
+def test_documents_know_their_row_over_chunks_sources_and_bad_rows(tmp_path, monkeypatch):
+    """Rows 0 to 4 and 5 to 6; row 1 is bad, 0 and 6 have two turns, 3 is cut into two pieces."""
+    monkeypatch.setattr(tokens_module, "CHUNK_ROWS", 2)
+    twice = {"messages": [*chat("a", "b")["messages"], *chat("c", "d")["messages"]]}
+    first = [twice, {"messages": "no"}, chat("a", "b"), chat("a", "b c d e f g h i j"), chat("a", "b")]
+    config = DataConfig(seq_length=8, num_workers=1, max_bad_rows=1, truncation="split")
+    paths = [write(tmp_path / "first.jsonl", first), write(tmp_path / "second.jsonl", [chat("a", "b"), twice])]
+    sources = [open_source(path, config) for path in paths]
+    store = build_token_store(config, sources, tmp_path / "cache", lambda *_: TurnEncoder())
+    expected = [0, 0, 2, 3, 3, 4, 5, 6, 6]
+    assert store.row_ids.tolist() == TokenStore(store.folder).row_ids.tolist() == expected
+    assert store.row_ids.dtype == np.int64 and store.source_ids.tolist() == [0] * 6 + [1] * 3
+    assert build_memory_store(config, sources, TurnEncoder()).row_ids.tolist() == expected
