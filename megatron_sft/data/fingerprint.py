@@ -33,7 +33,9 @@ POLICY_FIELDS = (
     "custom_dataset",
     "max_bad_rows",
 )
-CODE_FILES = tuple(f"{name}.py" for name in "schema sources json_rows chat spans templates tokenizer fast_bpe tokens".split())
+CODE_FILES = tuple(
+    f"{name}.py" for name in "limits schema sources json_rows chat spans templates tokenizer fast_bpe tokens".split()
+)
 WHOLE_FILE_BYTES = 64 * 2**20
 PART_BYTES = 2**20
 

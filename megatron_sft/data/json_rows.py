@@ -3,14 +3,14 @@
 A line that cannot be read comes out as a RowError in the place of its record. Not here: which files there are (sources.py).
 """
 
-import gzip
+import codecs
 import io
-import json
-import zlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
+from megatron_sft.data.limits import ANY_JSON, MAX_ROW_BYTES, STRICT_JSON, TOO_DEEP, TOO_LONG, NotStrictError, is_deep
 from megatron_sft.data.schema import RowError
 from megatron_sft.errors import DataError
 
@@ -18,74 +18,37 @@ Record = dict[str, Any]
 Item = tuple[str, Record | RowError]
 """(file:line, one row)."""
 
-MAX_LINE_BYTES = 16 * 2**20
-MAX_DEPTH = 64
-TOO_DEEP = f"the JSON is nested too deep; expected at most {MAX_DEPTH} levels. Remove the row."
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+BLOCK_BYTES = 2**16
+WINDOW_BYTES = 2**20
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[IO[bytes]]:
+def _opened(path: str) -> Iterator[io.BufferedReader]:
     """The file's bytes, decompressed; damage that ends the file becomes a DataError."""
+    codec = next((codec for ending, codec in COMPRESSIONS.items() if path.lower().endswith(ending)), None)
     try:
-        with open(path, "rb") as raw:
-            if path.lower().endswith(".gz"):
-                with gzip.open(raw) as stream:
-                    yield stream  # type: ignore[misc]
-            elif path.lower().endswith(".zst"):
-                with _zstandard_reader(raw) as stream:
-                    yield stream
-            else:
-                yield raw
-    except (OSError, EOFError, zlib.error) as error:
+        with io.BufferedReader(_decompressed(path, codec) if codec else open(path, "rb", 0), BLOCK_BYTES) as stream:
+            yield stream
+    except OSError as error:
         raise DataError(
             f"{path}: cannot be read to its end ({error}); expected a whole file. Copy or compress it again."
         ) from None
 
 
-@contextmanager
-def _zstandard_reader(raw: IO[bytes]) -> Iterator[IO[bytes]]:
-    try:
-        import zstandard
-    except ImportError:
-        raise DataError(f"{raw.name}: .zst needs the zstandard package. pip install zstandard") from None
-    try:
-        yield io.BufferedReader(_ZstandardFrames(raw, zstandard.ZstdDecompressor().decompressobj))
-    except zstandard.ZstdError as error:
-        raise OSError(str(error)) from None
+def _decompressed(path: str, codec: str) -> Any:
+    import pyarrow
 
-
-class _ZstandardFrames(io.RawIOBase):
-    """The bytes of all frames. Unlike zstandard's own reader, which ends silently, it refuses a last frame that is cut off."""
-
-    def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any]):
-        self._raw, self._new_frame = raw, new_frame
-        self._frame: Any = None
-        self._rest = self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            data = self._rest or self._raw.read(2**14)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the last frame is cut off")
-                return 0
-            self._frame = self._frame or self._new_frame()
-            self._ready, self._rest = self._frame.decompress(data), b""
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
+    return pyarrow.input_stream(path, compression=codec, buffer_size=BLOCK_BYTES)
 
 
 def parse_line(line: bytes, where: str) -> Record | RowError:
     """One JSON object; a RowError says why it is none."""
+    if len(line) > MAX_ROW_BYTES:
+        return RowError(where, "row too long", TOO_LONG)
     try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        record = STRICT_JSON.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return RowError(
             where,
@@ -98,71 +61,50 @@ def parse_line(line: bytes, where: str) -> Record | RowError:
         return RowError(
             where, "bad JSON", f"not valid JSON ({error}); expected one JSON object a line. Correct or remove the line."
         )
-    if isinstance(record, dict):
-        return _flat(record, where)
-    return RowError(
-        where,
-        "not an object",
-        f"the line holds a JSON {type(record).__name__}; expected an object such as "
-        '{"messages": [...]}. Correct or remove the line.',
-    )
+    return _object(record, where, "line")
 
 
-def _flat(record: Record, where: str) -> Record | RowError:
-    """The record, or why not: deeper ones exceed the stack of pickle, Jinja or transformers."""
-    level: list[Any] = [record]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for value in level
-            for inner in (value.values() if isinstance(value, dict) else value)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return record
-    return RowError(where, "nested too deep", TOO_DEEP)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice in one object")
-    return record
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
+def _object(record: Any, where: str, what: str) -> Record | RowError:
+    if isinstance(record, RowError):
+        return record
+    if not isinstance(record, dict):
+        return RowError(
+            where,
+            "not an object",
+            f"the {what} holds a JSON {type(record).__name__}; expected an object such as "
+            f'{{"messages": [...]}}. Correct or remove the {what}.',
+        )
+    return RowError(where, "nested too deep", TOO_DEEP) if is_deep(record) else record
 
 
 def jsonl_rows(path: str) -> Iterator[Item]:
     with _opened(path) as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES + 1):
-            number += 1
+        number = 1
+        while line := stream.readline(MAX_ROW_BYTES + 1):
+            bare = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             where = f"{path}:{number}"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if len(line) > MAX_LINE_BYTES:
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(2**20)
-                yield (
-                    where,
-                    RowError(
-                        where,
-                        "line too long",
-                        f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB; "
-                        "expected one conversation a line. Split or remove it.",
-                    ),
-                )
-            elif line.strip():
-                yield where, parse_line(line, where)
+            if bare.strip():
+                yield where, parse_line(bare, where)
+            else:
+                number += _skip_blank_lines(stream)
+            number += line.endswith(b"\n")
+            while len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):  # what is left of a line that was too long
+                line = stream.readline(MAX_ROW_BYTES + 1)
+                number += line.endswith(b"\n")
+
+
+def _skip_blank_lines(stream: io.BufferedReader) -> int:
+    """Reads the white space that follows; returns how many lines ended in it. 300 MB of them, read singly, take a minute."""
+    count = 0
+    while blank := len(ahead := stream.peek()) - len(ahead.lstrip()):
+        count += stream.read(blank).count(b"\n")
+    return count
 
 
 def json_rows(path: str) -> Iterator[Item]:
     """Objects of a JSON list, or objects one after the other (JSON lines under the name .json), one at a time."""
     with _opened(path) as stream:
-        begin = stream.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
+        begin = stream.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     if begin[:1] == b"{" and begin.partition(b"\n")[0].strip() == b"{":
         raise DataError(
             f"{path}:1: an object over several lines; expected a list of objects, or one object a line. Write the "
@@ -171,102 +113,91 @@ def json_rows(path: str) -> Iterator[Item]:
     if begin[:1] != b"[":
         yield from jsonl_rows(path)
         return
-    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     with _opened(path) as stream:
-        text = _TextBuffer(stream, path)
-        text.skip("[")
-        while (following := text.peek()) not in ("]", ""):
+        text = _Window(stream, path)
+        following = text.after()
+        while (following := text.after(following)) not in ("]", ""):
             where = f"{path}:{text.line}"
-            record = text.value(decoder, where)
-            if isinstance(record, dict):
-                yield where, _flat(record, where)
-            elif isinstance(record, RowError):
-                raise DataError(f"{record}")
-            else:
-                yield (
-                    where,
-                    RowError(
-                        where,
-                        "not an object",
-                        f"the list holds a {type(record).__name__}; expected "
-                        'objects such as {"messages": [...]}. Correct or remove it.',
-                    ),
-                )
-            following = text.peek()
-            if following == ",":
-                text.skip(",")
-            elif following != "]":
+            yield where, _object(text.value(where), where, "list")
+            following = text.after()
+            if following != ",":
                 break
         if following != "]":
             raise DataError(
                 f"{path}:{text.line}: the JSON list is not closed; expected , or ] and found "
                 f"{following or 'the end of the file'!r}. The file is cut off or damaged: write it again."
             )
-        text.skip("]")
-        if following := text.peek():
+        if following := text.after("]"):
             raise DataError(
                 f"{path}:{text.line}: {following!r} follows the JSON list; expected the end of the file. Put all "
                 "rows into one list."
             )
 
 
-class _TextBuffer:
-    """A window on a JSON text that grows only to the longest value. `line`: 1-based line of the next character."""
+class _Window:
+    """What has been read of a JSON text around its next value: no more than the longest one and as much again.
 
-    def __init__(self, stream: IO[bytes], path: str):
+    `line` is that of the next character, from 1. A list of gigabytes is common, so the text is never whole in memory.
+    """
+
+    def __init__(self, stream: io.BufferedReader, path: str):
         self._stream, self._path = stream, path
-        self._text, self._rest, self.line, self._is_first = "", b"", 1, True
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._text, self._at, self.line = "", 0, 1
 
-    def _more(self, num_bytes: int) -> bool:
-        data = self._stream.read(num_bytes)
-        if self._is_first:
-            data, self._is_first = data.removeprefix(b"\xef\xbb\xbf"), False
-        block = self._rest + data
+    def _more(self) -> bool:
+        data = self._stream.read(max(WINDOW_BYTES, len(self._text) - self._at))
         try:
-            self._text, self._rest = self._text + block.decode("utf-8"), b""
+            new = self._decode(data, final=not data)
         except UnicodeDecodeError as error:
-            # A character cut by the end of the block waits for the next one.
-            if not data or len(block) - error.start > 3:
-                raise DataError(
-                    f"{self._path}:{self.line}: bytes that are not UTF-8 ({error.reason}) in or after the value that "
-                    "starts here; expected UTF-8 text. Convert the file with iconv."
-                ) from None
-            self._text, self._rest = self._text + block[: error.start].decode("utf-8"), block[error.start :]
+            raise DataError(
+                f"{self._path}:{self.line}: bytes that are not UTF-8 ({error.reason}) in or after the value that "
+                "starts here; expected UTF-8 text. Convert the file with iconv."
+            ) from None
+        self._text, self._at = self._text[self._at :] + new, 0
         return bool(data)
 
-    def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+    def _go_to(self, end: int) -> None:
+        self.line += self._text.count("\n", self._at, end)
+        self._at = end
+
+    def after(self, passed: str = "") -> str:
+        """The next character that is no white space, beyond `passed`, which stood there; empty at the end."""
+        self._at += len(passed)
         while True:
-            bare = self._text.lstrip(" \t\r\n")
-            self.line += self._text.count("\n", 0, len(self._text) - len(bare))
-            self._text = bare
-            if bare or not self._more(2**20):
-                return bare[:1]
+            self._go_to(_SPACE.match(self._text, self._at).end())  # type: ignore[union-attr]  # also matches nothing
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
 
-    def skip(self, character: str) -> None:
-        if self.peek() == character:
-            self._text = self._text[1:]
+    def value(self, where: str) -> Any:
+        """The next JSON value; a RowError in its place when it may not be used.
 
-    def value(self, decoder: json.JSONDecoder, where: str) -> Any:
-        """The next JSON value; a RowError when there is none."""
-        block = 2**20
+        Raises:
+            DataError: none is there, or it is so long or so deep that nobody knows where the next one begins.
+        """
         while True:
             try:
-                value, end = decoder.raw_decode(self._text)
+                value, end = _raw_decode(self._text, self._at, where)
             except RecursionError:
-                return RowError(where, "nested too deep", TOO_DEEP)
+                raise DataError(f"{where}: {TOO_DEEP}") from None
             except ValueError as error:
                 # Read on only when the text may have ended in the middle of the value.
-                if len(self._text) > MAX_LINE_BYTES:
-                    detail = f"longer than {MAX_LINE_BYTES // 2**20} MiB, or no valid JSON; expected one conversation. Split it."
-                    return RowError(where, "line too long", detail)
-                if self._more(block):
-                    block *= 2
+                if len(self._text) - self._at > MAX_ROW_BYTES:
+                    raise DataError(f"{where}: no valid JSON, or {TOO_LONG}") from None
+                if self._more():
                     continue
-                detail = f"not valid JSON ({error}); expected a list of objects. Correct the file."
-                return RowError(where, "bad JSON", detail)
-            if end == len(self._text) and self._more(block):
+                raise DataError(f"{where}: not valid JSON ({error}); expected a list of objects. Correct the file.") from None
+            if end == len(self._text) and self._more():
                 continue
-            self.line += self._text.count("\n", 0, end)
-            self._text = self._text[end:]
-            return value
+            is_long = end - self._at > MAX_ROW_BYTES
+            self._go_to(end)
+            return RowError(where, "row too long", TOO_LONG) if is_long else value
+
+
+def _raw_decode(text: str, start: int, where: str) -> tuple[Any, int]:
+    """The JSON value at `start` and where it ends; a RowError in its place when it is not strict JSON."""
+    try:
+        return STRICT_JSON.raw_decode(text, start)
+    except NotStrictError as error:
+        _, end = ANY_JSON.raw_decode(text, start)
+        return RowError(where, "bad JSON", f"not valid JSON ({error}); expected a list of objects. Correct or remove it."), end

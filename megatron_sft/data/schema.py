@@ -3,12 +3,12 @@
 Not here: reading files (sources.py), rendering and masks (chat.py). A new format is one function and one line in SCHEMAS.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sft.config.run import DataConfig
+from megatron_sft.data.limits import STRICT_JSON, TOO_DEEP, NotStrictError, is_deep
 from megatron_sft.errors import DataError
 
 Message = dict[str, Any]
@@ -28,6 +28,7 @@ ROLE_MAP = {
     "function_call": "assistant",
     "tool_call": "assistant",
 }
+SYSTEM_KEYS = ("system", "system_prompt")
 MESSAGE_KEYS = ("messages", "conversations", "conversation")
 PAIRS = (
     ("prompt", "response"),
@@ -46,7 +47,9 @@ TEMPLATE_ARGUMENTS = frozenset(
     "tokenize padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
 )
 """What a row's chat_template_kwargs cannot say: the arguments of transformers' apply_chat_template and its renderer."""
-WEIGHT_ALIASES = {"training": "train", "loss": "train", "loss_weight": "weight", "loss_scale": "weight"}
+SPELLINGS = {"content": ("value",), "train": ("training", "loss"), "weight": ("loss_weight", "loss_scale")}
+"""Of a message's keys; the first one is ours."""
+ALIASES = frozenset(("from", *(alias for aliases in SPELLINGS.values() for alias in aliases)))
 
 
 class RowError(DataError):
@@ -145,7 +148,7 @@ def _messages(record: Mapping[str, Any], where: str, config: DataConfig) -> list
     """OpenAI messages (role/content) and ShareGPT conversations (from/value), with an optional `system` column."""
     keys = (config.input_key,) if config.input_key else MESSAGE_KEYS
     key = next(k for k in keys if record.get(k) is not None or config.input_key)
-    found = _maybe_json(record[key])
+    found = _maybe_json(record[key], where)
     if not isinstance(found, list) or not found:
         what = "an empty list" if found == [] else _kind(found)
         raise RowError(
@@ -167,7 +170,7 @@ def _alpaca(record: Mapping[str, Any], where: str, config: DataConfig) -> list[M
     for key in ("input", "context"):
         if record.get(key):
             prompt += "\n" + _text(record[key], where, f"column {key}")
-    turns = _maybe_json(record.get("history")) or []
+    turns = _maybe_json(record.get("history"), where) or []
     if not isinstance(turns, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in turns):
         raise RowError(
             where, "bad history", f"column history is {_shorten(turns)}; expected a list of [prompt, response]. Correct the row."
@@ -198,10 +201,28 @@ SCHEMAS: dict[str, Callable[[Mapping[str, Any], str, DataConfig], list[Message]]
 
 
 def _with_system(record: Mapping[str, Any], messages: list[Message], where: str) -> list[Message]:
-    system = record.get("system") or record.get("system_prompt")
-    if not system or (messages and messages[0]["role"] == "system"):
-        return messages
-    return [{"role": "system", "content": _text(system, where, "column system")}, *messages]
+    """The messages behind the text of column system or system_prompt, unless they begin with the same text themselves."""
+    columns = {f"column {key}": _text(record[key], where, f"column {key}") for key in SYSTEM_KEYS if record.get(key)}
+    first = {"message 1": messages[0]["content"]} if messages and messages[0]["role"] == "system" else {}
+    system = _only_one(first | columns, where)
+    return messages if first or not columns else [{"role": "system", "content": system}, *messages]
+
+
+def _only_one(given: Mapping[str, Any], where: str) -> Any:
+    """The first of values that stand in several places for the same thing and so must be equal; None: there is none.
+
+    Args:
+        given: place -> value; values that are None do not count.
+    """
+    values = {place: value for place, value in given.items() if value is not None}
+    first = next(iter(values.values()), None)
+    if any(value != first for value in values.values()):
+        raise RowError(
+            where,
+            "said twice",
+            f"{' and '.join(values)} differ ({_shorten(list(values.values()))}); expected one value. Remove the others.",
+        )
+    return first
 
 
 def _column(record: Mapping[str, Any], key: str, dict_keys: tuple[str, ...], where: str) -> Any:
@@ -236,15 +257,15 @@ def _message(found: Any, index: int, where: str, config: DataConfig) -> Message:
             "message is no object",
             f"{here} is {_kind(found)}; expected an object with role and content. Remove or rewrite the row.",
         )
-    message: Message = {
-        WEIGHT_ALIASES.get(str(k), str(k)): v for k, v in found.items() if v is not None and k not in ("from", "value")
-    }
+    message: Message = {str(k): v for k, v in found.items() if v is not None and k not in ALIASES}
+    for name, names in SPELLINGS.items():
+        if any(other in found for other in names):
+            value = _only_one({f"{key} of {here}": found.get(key) for key in (name, *names)}, where)
+            message |= {} if value is None else {name: value}
     given = found.get("role", found.get("from"))
     message["role"] = role = _role(given, here, where, config)
-    content = found.get("content", found.get("value"))
-    message.setdefault("content", content)
     if given in ("function_call", "tool_call"):
-        message["content"], message["tool_calls"] = "", _maybe_json(content)
+        message["content"], message["tool_calls"] = "", _maybe_json(message.get("content"), where)
     if message.get("tool_calls"):
         message["tool_calls"] = _tool_calls(message["tool_calls"], here, where)
     if message.get("content") is None and role == "assistant" and message.get("tool_calls"):
@@ -286,7 +307,7 @@ def _check_weight(message: Message, here: str, where: str) -> None:
 
 def _tool_calls(found: Any, here: str, where: str) -> list[dict[str, Any]]:
     """[{"type": "function", "function": {"name", "arguments": dict}}]; arguments in a JSON string are parsed."""
-    calls = [found] if isinstance(found, Mapping) else _maybe_json(found)
+    calls = [found] if isinstance(found, Mapping) else _maybe_json(found, where)
     result = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
@@ -297,17 +318,17 @@ def _tool_calls(found: Any, here: str, where: str) -> list[dict[str, Any]]:
                 f"{here} has a tool call without a function name: {_shorten(call)}; "
                 'expected {"function": {"name": ..., "arguments": {...}}}. Correct the row.',
             )
-        arguments = _maybe_json(function.get("arguments", {}))
+        arguments = _maybe_json(function.get("arguments", {}), where)
         function = {**function, "arguments": arguments}
         result.append({**call, "function": function} if "function" in call else {"type": "function", "function": function})
     return result
 
 
 def _tools(record: Mapping[str, Any], where: str, config: DataConfig) -> list[dict[str, Any]] | None:
-    tools = _maybe_json(record.get(config.tool_key))
+    tools = _maybe_json(record.get(config.tool_key), where)
     if tools in (None, "", []):
         return None
-    tools = [_maybe_json(tool) for tool in tools] if isinstance(tools, list) else [tools]
+    tools = [_maybe_json(tool, where) for tool in tools] if isinstance(tools, list) else [tools]
     bad = [tool for tool in tools if not isinstance(tool, Mapping)]
     if bad:
         raise RowError(
@@ -320,7 +341,7 @@ def _tools(record: Mapping[str, Any], where: str, config: DataConfig) -> list[di
 
 
 def _template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    kwargs = _maybe_json(record.get("chat_template_kwargs")) or {}
+    kwargs = _maybe_json(record.get("chat_template_kwargs"), where) or {}
     if not isinstance(kwargs, Mapping):
         raise RowError(
             where,
@@ -337,14 +358,27 @@ def _template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     return dict(kwargs)
 
 
-def _maybe_json(value: Any) -> Any:
-    """Parses text that looks like a JSON object or list; anything else comes back as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+def _maybe_json(value: Any, where: str) -> Any:
+    """Parses text that is a JSON object or list; anything else comes back as it is.
+
+    Raises:
+        RowError: it is JSON, but of a kind that no line of a file may be either (limits.py).
+    """
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
+        return value
+    try:
+        parsed = STRICT_JSON.decode(value)
+    except NotStrictError as error:
+        raise RowError(
+            where, "bad JSON", f"JSON inside text: {error}; expected each key once, and finite numbers. Correct the row."
+        ) from None
+    except RecursionError:
+        raise RowError(where, "nested too deep", TOO_DEEP) from None
+    except ValueError:
+        return value
+    if is_deep(parsed):
+        raise RowError(where, "nested too deep", TOO_DEEP)
+    return parsed
 
 
 def _text(value: Any, where: str, here: str) -> str:

@@ -16,18 +16,20 @@ import re
 import stat
 import traceback
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_sft.config.run import DataConfig
-from megatron_sft.data.json_rows import Item, json_rows, jsonl_rows, parse_line
+from megatron_sft.data.json_rows import COMPRESSIONS, Item, json_rows, jsonl_rows, parse_line
+from megatron_sft.data.limits import MAX_ROW_BYTES, TOO_DEEP, TOO_LONG, NotStrictError, is_deep, num_characters, unique_keys
 from megatron_sft.data.schema import RowError
 from megatron_sft.errors import DataError
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
-COMPRESSIONS = ("", ".gz", ".zst")
+BATCH_ROWS = 512
+BATCH_BYTES = 2**26
 _SLICE = re.compile(r"^(?P<path>.+)@(?:\[(?P<start>\d*):(?P<stop>\d*)\]|(?P<percent>\d+(?:\.\d+)?)%)$")
 
 
@@ -156,7 +158,7 @@ def _stem(path: str) -> str:
 
 
 def _ending(path: str) -> str | None:
-    return next((e for e in ENDINGS if path.lower().endswith(tuple(e + c for c in COMPRESSIONS))), None)
+    return next((e for e in ENDINGS if path.lower().endswith(tuple(e + c for c in ("", *COMPRESSIONS)))), None)
 
 
 def _local_files(path: str, split: str) -> list[str]:
@@ -219,19 +221,52 @@ def _files_below(folder: str) -> Iterator[str]:
         yield from (os.path.join(top, name) for name in names if not name.startswith((".", "dataset_info", "state.")))
 
 
-def _without_nulls(value: Any) -> Any:
-    """Arrow fills each struct with every key that any row has; the nulls among them were not in the data."""
+def _plain(value: Any) -> Any:
+    """Arrow fills each struct with every key that any row has; the nulls among them were not in the data. Maps come as pairs."""
+    if isinstance(value, list) and value and isinstance(value[0], tuple):
+        value = unique_keys(value)
     if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
-def _batch_rows(batches: Iterator[Any], path: str) -> Iterator[Item]:
-    number = 0
-    for batch in batches:
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{path}:{number}", _without_nulls(record)
+def _item(record: Any, where: str) -> Item:
+    """A row that did not come as JSON text, held to the same limits."""
+    try:
+        row = _plain(record)
+    except NotStrictError as error:
+        return where, RowError(where, "bad map", f"a map of which {error}; expected each key once. Correct the row.")
+    if num_characters(row) > MAX_ROW_BYTES:
+        return where, RowError(where, "row too long", TOO_LONG)
+    return where, RowError(where, "nested too deep", TOO_DEEP) if is_deep(row) else row
+
+
+def _batch_rows(batches: Iterable[Any], schema: Any, path: str) -> Iterator[Item]:
+    _refuse_repeated_columns(schema, path)
+    records = (record for batch in batches for part in _parts(batch) for record in part.to_pylist())
+    for number, record in enumerate(records, start=1):
+        yield _item(record, f"{path}:{number}")
+
+
+def _refuse_repeated_columns(schema: Any, path: str) -> None:
+    left = [list(schema)]
+    while left:
+        fields = left.pop()
+        names = [field.name for field in fields]
+        if len(set(names)) < len(names):
+            name = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{path}: column {name!r} occurs twice; expected it once. Rename or remove one of them.")
+        left += [[field.type.field(i) for i in range(field.type.num_fields)] for field in fields]
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """The rows of a batch, so few at a time that their Python objects fit into memory."""
+    if batch.num_rows <= 1 or (batch.num_rows <= BATCH_ROWS and batch.nbytes <= MAX_ROW_BYTES):
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _parts(batch.slice(0, half))
+    yield from _parts(batch.slice(half))
 
 
 def _parquet_rows(path: str) -> Iterator[Item]:
@@ -239,7 +274,11 @@ def _parquet_rows(path: str) -> Iterator[Item]:
     import pyarrow.parquet
 
     try:
-        yield from _batch_rows(pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=512), path)
+        file = pyarrow.parquet.ParquetFile(path)
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+        rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(row_bytes, 1)))
+        yield from _batch_rows(file.iter_batches(batch_size=rows), file.schema_arrow, path)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}); expected Parquet. "
@@ -256,8 +295,8 @@ def _arrow_rows(path: str) -> Iterator[Item]:
                 reader = pyarrow.ipc.open_file(data)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             except pyarrow.ArrowInvalid:
-                batches = iter(pyarrow.ipc.open_stream(data))
-            yield from _batch_rows((part for b in batches for part in _parts(b)), path)
+                batches = reader = pyarrow.ipc.open_stream(data)
+            yield from _batch_rows((_checked(batch) for batch in batches), reader.schema, path)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not an Arrow file that can be read ({str(error).splitlines()[0]}); expected Arrow IPC. "
@@ -265,9 +304,9 @@ def _arrow_rows(path: str) -> Iterator[Item]:
         ) from None
 
 
-def _parts(batch: Any) -> Iterator[Any]:
+def _checked(batch: Any) -> Any:
     batch.validate(full=True)  # pyarrow reads damaged offsets without a check, and beyond the memory
-    return (batch.slice(start, 512) for start in range(0, batch.num_rows, 512))
+    return batch
 
 
 def _hub_rows(name: str, config: DataConfig) -> Iterator[Item]:
@@ -284,7 +323,7 @@ def _hub_rows(name: str, config: DataConfig) -> Iterator[Item]:
             "hub name with that split. Correct the name, or --finetune-data-split."
         ) from None
     for index, record in enumerate(rows, start=1):
-        yield f"{name}:{index}", _without_nulls(record)
+        yield _item(record, f"{name}:{index}")
 
 
 USER_FAULTS = (

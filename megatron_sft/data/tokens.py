@@ -26,6 +26,7 @@ from tqdm import tqdm
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data.chat import CHECKED_ROWS, ChatEncoder, check_masks
 from megatron_sft.data.fingerprint import store_fingerprint
+from megatron_sft.data.limits import num_characters
 from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.data.store import STORE_VERSION, Document, MemoryStore, TokenStore
 from megatron_sft.data.workers import LONG_TEXT, Chunk, MakeEncoder, Problem, Result, in_order, make_encoder, only_one
@@ -381,7 +382,7 @@ def _chunks(sources: Iterable[Any]) -> Iterator[Chunk]:
         characters = 0
         for where, record in source:
             rows.append((where, record))
-            characters += _num_characters(record)
+            characters += num_characters(record)
             if len(rows) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
                 yield Chunk(source_id, rows, characters)
                 rows, characters = [], 0
@@ -412,21 +413,8 @@ def _good_rows(chunk: Chunk, config: DataConfig) -> Iterator[Row]:
             row = to_row(record, where, config)
         except RowError:
             continue  # counted and reported by encode_rows
-        if _num_characters(record) < LONG_TEXT:
+        if num_characters(record) < LONG_TEXT:
             yield row
-
-
-def _num_characters(record: Any) -> int:
-    total, left = 0, [record]
-    while left:
-        value = left.pop()
-        if isinstance(value, str):
-            total += len(value)
-        elif isinstance(value, dict | list):
-            left += value.values() if isinstance(value, dict) else value
-        else:
-            total += 8
-    return total
 
 
 def _flush_folder(folder: Path) -> None:

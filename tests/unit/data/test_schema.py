@@ -45,6 +45,37 @@ def test_schemas_become_the_same_messages(record: dict[str, Any], expected: list
     assert to_row(record, "f:1", DataConfig()).messages == expected
 
 
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"messages": SYSTEM, "system": "t"}, "message 1 and column system differ (['s', 't'])"),
+        (
+            {"conversations": [{"from": "system", "value": "s"}], "system_prompt": "t"},
+            "message 1 and column system_prompt differ",
+        ),
+        ({"messages": ASKED, "system": "s", "system_prompt": "t"}, "column system and column system_prompt differ"),
+        ({"prompt": SYSTEM[:2], "completion": "b", "system": "t"}, "message 1 and column system differ"),
+        ({"messages": [{**ASKED[0], "value": "c"}, ASKED[1]]}, "content of message 1 and value of message 1 differ (['a', 'c'])"),
+        ({"messages": [ASKED[0], {**ASKED[1], "train": True, "loss": 0}]}, "train of message 2 and loss of message 2 differ"),
+        ({"messages": [ASKED[0], {**ASKED[1], "loss_scale": 1, "loss_weight": 2}]}, "loss_weight of message 2 and loss_scale of"),
+    ],
+)
+def test_what_is_said_twice_in_two_ways_is_refused(record: dict[str, Any], told: str) -> None:
+    with pytest.raises(RowError) as error:
+        to_row(record, "f:1", DataConfig())
+    assert error.value.reason == "said twice" and str(error.value).startswith(f"f:1: {told}")
+    assert str(error.value).endswith("expected one value. Remove the others.")
+
+
+def test_what_is_said_twice_in_one_way_counts_once() -> None:
+    record = {
+        "messages": [*SYSTEM[:2], {**ASKED[1], "value": "b", "train": True, "loss": 1}],
+        "system": "s",
+        "system_prompt": "s",
+    }
+    assert to_row(record, "f:1", DataConfig()).messages == [*SYSTEM[:2], {**ASKED[1], "train": True}]
+
+
 def test_columns_can_be_named() -> None:
     config = DataConfig(prompt_key="q", response_key="r", prompt_dict_keys=("text",), response_dict_keys=("value",))
     record = {"q": {"text": "a"}, "r": [{"value": "b"}], "messages": 3}

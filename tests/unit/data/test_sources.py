@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,6 @@ import pytest
 import zstandard
 
 from megatron_sft.config.run import DataConfig
-from megatron_sft.data import json_rows
 from megatron_sft.data.schema import RowError, to_row
 from megatron_sft.data.sources import open_source
 from megatron_sft.errors import DataError
@@ -129,6 +129,79 @@ def _chat(content: object, role: object = "assistant", **more: object) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": "a"}, message]}).encode() + b"\n"
 
 
+def _parquet(path: Path, arrays: list[pa.Array], names: list[str]) -> str:
+    pyarrow.parquet.write_table(pa.table(arrays, names), path)
+    return str(path)
+
+
+def test_a_column_or_struct_field_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    texts = [pa.array(["a"]), pa.array(["b"])]
+    flat = _parquet(tmp_path / "flat.parquet", texts, ["text", "text"])
+    with pytest.raises(DataError, match=r"flat.parquet: column 'text' occurs twice; expected it once. Rename or remove"):
+        list(open_source(flat, DataConfig()))
+    table = pa.table([pa.array([[1]]), pa.StructArray.from_arrays(texts, ["role", "role"])], ["id", "message"])
+    with pa.OSFile(str(tmp_path / "deep.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match=r"deep.arrow: column 'role' occurs twice"):
+        list(open_source(str(tmp_path / "deep.arrow"), DataConfig()))
+
+
+def test_maps_are_objects_whose_keys_occur_once(tmp_path: Path) -> None:
+    maps = pa.array([[("a", "1")], [("a", "1"), ("a", "2")], []], pa.map_(pa.string(), pa.string()))
+    rows = list(open_source(_parquet(tmp_path / "maps.parquet", [maps], ["chat_template_kwargs"]), DataConfig()))
+    assert [record for _, record in rows[::2]] == [{"chat_template_kwargs": {"a": "1"}}, {"chat_template_kwargs": []}]
+    assert str(rows[1][1]) == (
+        f"{tmp_path}/maps.parquet:2: a map of which key 'a' occurs twice in one object; expected each key once. Correct the row."
+    )
+
+
+@pytest.mark.parametrize("kind", ["plain", "dictionary"])
+def test_a_row_of_any_format_is_held_to_16_mib(tmp_path: Path, kind: str) -> None:
+    texts = pa.array(["a", "x" * (17 * 2**20), "b"] + ["y" * (12 * 2**20)] * 2)
+    texts = texts.dictionary_encode() if kind == "dictionary" else texts
+    rows = list(open_source(_parquet(tmp_path / "rows.parquet", [texts], ["text"]), DataConfig()))
+    assert [len(record["text"]) for _, record in rows if isinstance(record, dict)] == [1, 1, 12 * 2**20, 12 * 2**20]
+    assert str(rows[1][1]) == (
+        f"{tmp_path}/rows.parquet:2: the row is longer than 16 MiB; expected one conversation. Split or remove it."
+    )
+    (tmp_path / "mine.py").write_text("class Mine:\n def __new__(cls, path): return iter([{'text': 'x' * 17 * 2**20}])")
+    ((_, record),) = open_source("p", DataConfig(custom_dataset=f"{tmp_path}/mine.py:Mine"))
+    assert "p:1: the row is longer than 16 MiB" in str(record)
+
+
+def test_a_list_is_read_by_windows_and_bad_rows_in_it_are_named(tmp_path: Path) -> None:
+    texts = ["a", "\u00e9" * (9 * 2**20), "b"]
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    rows[1:1] = ['{"a": 1, "a": 2}', "3", '{"a": NaN}', '{"text": "' + "x" * (17 * 2**20) + '"}', '{"a":' * 65 + "1" + "}" * 65]
+    (tmp_path / "rows.json").write_text("\ufeff[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
+    items = list(open_source(str(tmp_path / "rows.json"), DataConfig()))
+    assert [where.rpartition(":")[2] for where, _ in items] == [str(number) for number in range(2, 10)]
+    assert [record["text"] for _, record in items if isinstance(record, dict)] == texts
+    reasons = [record.reason for _, record in items if isinstance(record, RowError)]
+    assert reasons == ["bad JSON", "not an object", "bad JSON", "row too long", "nested too deep"]
+
+
+REPETITIVE = {
+    "blank.jsonl.gz": gzip.compress(b"\n" * 2**26 + GOOD, 1),
+    "blank.jsonl.zst": zstandard.ZstdCompressor().compress(b"\n \n" * 2**24 + GOOD),
+    "equal.jsonl.zst": zstandard.ZstdCompressor().compress(GOOD * 2**17),
+    "blank.json.gz": gzip.compress(b"[" + b"\n" * 2**26 + GOOD + b"]", 1),
+    "short.json": b"[" + b"[],\n" * 2**16 + GOOD + b"]",
+}
+
+
+@pytest.mark.parametrize("name", REPETITIVE)
+def test_what_compresses_well_is_read_in_time_that_grows_with_its_size(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(REPETITIVE[name])
+    start, count, where = time.process_time(), 0, ""
+    for where, record in open_source(str(tmp_path / name), DataConfig()):  # noqa: B007
+        count += isinstance(record, dict)
+    lines = {"blank.jsonl.gz": 2**26 + 1, "blank.jsonl.zst": 2**25 + 1, "equal.jsonl.zst": 2**17}
+    assert where == f"{tmp_path / name}:{lines.get(name, 2**26 + 1 if name == 'blank.json.gz' else 2**16 + 1)}"
+    assert count == (2**17 if name == "equal.jsonl.zst" else 1)
+    assert time.process_time() - start < 20
+
+
 PARQUET = b"PAR1" + bytes(40) + b"PAR1"
 FRAME = zstandard.ZstdCompressor().compressobj()
 UNFINISHED = FRAME.compress(GOOD) + FRAME.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
@@ -147,6 +220,17 @@ LINES = {
     "Infinity": (b'{"text": -Infinity}\n', "-Infinity is no JSON value"),
     "huge number": (b'{"text": ' + b"9" * 5000 + b"}\n", "not valid JSON"),
     "duplicate keys": (b'{"text": "a", "text": "b"}\n', "key 'text' occurs twice"),
+    "duplicate keys in tools": (GOOD.strip()[:-1] + b', "tools": "[{\\"a\\": 1, \\"a\\": 2}]"}\n', "key 'a' occurs twice"),
+    "duplicate keys in messages": (json.dumps({"messages": '[{"role": "user", "role": "user"}]'}).encode() + b"\n", "twice"),
+    "duplicate keys in arguments": (
+        _chat("b", tool_calls=[{"function": {"name": "f", "arguments": '{"x": 1, "x": 2}'}}]),
+        "JSON inside text: key 'x' occurs twice in one object; expected each key once, and finite numbers",
+    ),
+    "NaN in template arguments": (GOOD.strip()[:-1] + b', "chat_template_kwargs": "{\\"a\\": NaN}"}\n', "NaN is no JSON value"),
+    "deep template arguments": (
+        GOOD.strip()[:-1] + b', "chat_template_kwargs": "{\\"a\\":' + b"[" * 900 + b"]" * 900 + b'}"}\n',
+        "nested too deep",
+    ),
     "deep list": (b"[" * 100_000 + b"]" * 100_000 + b"\n", "nested too deep"),
     "a little deep": (b'{"a":' * 65 + b"1" + b"}" * 65 + b"\n", "nested too deep; expected at most 64 levels"),
     "deep objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"\n", "nested too deep"),
@@ -224,7 +308,10 @@ FILES = {
     "no.jsonl.gz": (GOOD, "cannot be read to its end"),
     "crc.jsonl.gz": (gzip.compress(GOOD)[:-8] + bytes(8), "cannot be read to its end"),
     "no.jsonl.zst": (GOOD, "cannot be read to its end"),
-    "frame.jsonl.zst": (zstandard.ZstdCompressor().compress(GOOD) + UNFINISHED, "the last frame is cut off"),
+    "frame.jsonl.zst": (
+        zstandard.ZstdCompressor().compress(GOOD) + UNFINISHED,
+        "cannot be read to its end (Truncated compressed stream)",
+    ),
     "blank.jsonl": (b"\n \n", "no row is there"),
     "list.json": (b"[]", "no row is there"),
     "magic.parquet": (b"PAR0junk", "not a Parquet file"),
@@ -298,10 +385,9 @@ def test_byte_order_mark_line_ends_and_blank_lines_are_fine(tmp_path: Path, cont
     assert [record for _, record in open_source(str(tmp_path / "a.jsonl"), DataConfig())] == [CHAT, CHAT]
 
 
-def test_a_line_beyond_the_limit_is_skipped_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_rows, "MAX_LINE_BYTES", 2**20)
-    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "' + b"x" * (5 * 2**20) + b'"}\n' + GOOD)
+def test_a_line_beyond_the_limit_is_skipped_and_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "' + b"x" * (33 * 2**20) + b'"}\n' + GOOD)
     items = list(open_source(str(tmp_path / "a.jsonl"), DataConfig()))
     assert [type(record) for _, record in items] == [dict, RowError, dict]
-    assert "a.jsonl:2: the line is longer than 1 MiB" in str(items[1][1])
+    assert "a.jsonl:2: the row is longer than 16 MiB" in str(items[1][1])
     assert items[2][0].endswith("a.jsonl:3")
