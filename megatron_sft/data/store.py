@@ -3,7 +3,7 @@
 Not here: how the folder comes to be (tokens.py).
 
 Folder (little-endian, no pickles):
-    store.json            version, fingerprint, sizes, ledger, source names, loss weights, largest token id
+    store.json            version, fingerprint, ledger, source names, loss weights, largest token id, checksums of all files
     tokens.bin            int32, document after document
     loss_mask.bin         uint8 a token: an index into store.json's loss_weights ([0.0, 1.0, ...])
     lengths.npy           int32 [docs]
@@ -14,7 +14,9 @@ Folder (little-endian, no pickles):
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +25,9 @@ import numpy as np
 from megatron_sft.errors import DataError
 
 STORE_VERSION = 3
+FILES = ("tokens.bin", "loss_mask.bin", "lengths.npy", "source_ids.npy", "row_ids.npy", "where.bin", "where_offsets.npy")
+BLOCK_BYTES = 2**24
+CHECK_THREADS = 4
 
 
 class Document(NamedTuple):
@@ -30,6 +35,48 @@ class Document(NamedTuple):
     """int32 [n]."""
     loss_mask: np.ndarray
     """uint8 [n] (0 or 1) or float32 [n] (weights); entry i says whether token i is trained (not shifted)."""
+
+
+def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Writes store.json: `meta`, the checksums of the other files, and its own."""
+    content = {"version": STORE_VERSION, **meta, "files": {name: _file_entry(folder / name) for name in FILES}}
+    text = json.dumps({**content, "crc32": _meta_crc(content)}, indent=1)
+    (folder / "store.json").write_text(text, encoding="utf-8")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The content of store.json, after its checksum and those of all files.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: no store of this version, or a damaged one.
+    """
+    meta = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+    if meta["version"] != STORE_VERSION:
+        raise ValueError(f"it has version {meta['version']!r}; expected {STORE_VERSION}")
+    if meta.pop("crc32") != _meta_crc(meta):
+        raise ValueError("store.json is damaged")
+    for name in FILES:
+        if _file_entry(folder / name) != meta["files"][name]:
+            raise ValueError(f"{name} is damaged")
+    return dict(meta)
+
+
+def _meta_crc(meta: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    """Its size, and the CRC-32 of every BLOCK_BYTES of it."""
+    size = path.stat().st_size
+    blocks = in_blocks(np.memmap(path, np.uint8, "r"), zlib.crc32) if size else []
+    return {"bytes": size, "crc32": [f"{crc:08x}" for crc in blocks]}
+
+
+def in_blocks(array: np.ndarray, function: Callable[[Any], Any]) -> list[Any]:
+    """What `function` gives for each BLOCK_BYTES of an array, by several threads; it must release Python's lock."""
+    step = BLOCK_BYTES // array.itemsize
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        return list(pool.map(function, [array[start : start + step] for start in range(0, len(array), step)]))
 
 
 class DocumentStore(Protocol):
@@ -105,7 +152,7 @@ class MemoryStore:
 
 
 class TokenStore:
-    """A store in a folder, memory-mapped: opening costs milliseconds, processes share the pages.
+    """A store in a folder, memory-mapped: processes share the pages. Opening reads all of it once, for its checksums.
 
     Raises:
         DataError: the folder is no store, is damaged, or is of another version.
@@ -115,11 +162,13 @@ class TokenStore:
         self.folder = Path(folder)
         try:
             self._open()
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}: no whole token store ({error}). Delete the folder; it is built again.") from None
+        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(
+                f"{folder}: no whole token store ({error}); expected one as it was written. Delete the folder; it is built again."
+            ) from None
 
     def _open(self) -> None:
-        meta = self._read_meta()
+        meta = read_meta(self.folder)
         self.fingerprint: str = meta["fingerprint"]
         self.source_names: tuple[str, ...] = tuple(meta["source_names"])
         self.ledger: Mapping[str, Any] = meta["ledger"]
@@ -131,24 +180,31 @@ class TokenStore:
         self._weights = np.asarray(meta["loss_weights"], dtype=np.float32)
         self._offsets = np.zeros(len(self.lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=self._offsets[1:])
-        counts = [len(self.source_ids), len(self.row_ids), len(self._where_offsets) - 1]
-        sizes = (*counts, meta["file_bytes"]["tokens.bin"] / 4)
-        if sizes != (*[len(self)] * 3, self._offsets[-1]) or self.lengths.min(initial=0) < 0:
-            raise ValueError(f"{len(self)} documents of {self._offsets[-1]} tokens, but sizes of {sizes}")
-        empty = not len(self.lengths)
-        self._tokens = np.zeros(0, np.int32) if empty else np.memmap(self.folder / "tokens.bin", np.int32, "r")
-        self._codes = np.zeros(0, np.uint8) if empty else np.memmap(self.folder / "loss_mask.bin", np.uint8, "r")
+        self._tokens = np.memmap(self.folder / "tokens.bin", np.int32, "r")
+        self._codes = np.memmap(self.folder / "loss_mask.bin", np.uint8, "r")
+        wrong = [text for text, is_right in self._properties(meta["files"]["where.bin"]["bytes"]).items() if not is_right]
+        if wrong:
+            raise ValueError(f"of {len(self)} documents these do not hold: {', '.join(wrong)}")
 
-    def _read_meta(self) -> dict[str, Any]:
-        path = self.folder / "store.json"
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {name: (self.folder / name).stat().st_size for name in meta["file_bytes"]}
-        if meta["version"] != STORE_VERSION or sizes != meta["file_bytes"]:
-            raise DataError(
-                f"{path}: version {meta['version']}, files of {sizes} bytes; expected version {STORE_VERSION} and "
-                f"{meta['file_bytes']}. The store is damaged or of another release: delete the folder; it is built again."
-            )
-        return dict(meta)
+    def _properties(self, where_bytes: int) -> dict[str, bool]:
+        """What is so in every store; checksums do not tell when it was written wrong."""
+        num_documents, num_tokens, weights = len(self.lengths), int(self._offsets[-1]), self._weights
+        counted = {key: sum(entry[key] for entry in self.ledger.values()) for key in ("documents", "tokens", "trained_tokens")}
+        trained = sum(in_blocks(self._codes, np.count_nonzero))
+        sources, offsets = self.source_ids, self._where_offsets
+        return {
+            "one entry for each in every file": len(sources) == len(self.row_ids) == len(offsets) - 1 == num_documents > 0,
+            "lengths from 1": int(self.lengths.min(initial=1)) > 0,
+            "lengths that add up to tokens and masks": len(self._tokens) == len(self._codes) == num_tokens,
+            "sources that have a name": bool((sources >= 0).all() and (sources < len(self.source_names)).all()),
+            "ascending rows": bool((np.diff(self.row_ids, prepend=0) >= 0).all()),
+            "ascending places": bool((np.diff(offsets) > 0).all() and offsets[0] == 0 and offsets[-1] == where_bytes),
+            "weights from 0": weights[:2].tolist() == [0.0, 1.0] and bool((np.isfinite(weights) & (weights >= 0)).all()),
+            "masks that have a weight": max(in_blocks(self._codes, np.max)) < len(weights),
+            "token ids from 0 to the highest": max(in_blocks(self._tokens.view(np.uint32), np.max)) == self.max_token_id,
+            "trained tokens": trained > 0,
+            "the ledger's counts": list(counted.values()) == [num_documents, num_tokens, trained],
+        }
 
     def __len__(self) -> int:
         return len(self.lengths)

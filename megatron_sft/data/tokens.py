@@ -28,8 +28,8 @@ from megatron_sft.data.chat import CHECKED_ROWS, ChatEncoder, check_masks
 from megatron_sft.data.fingerprint import store_fingerprint
 from megatron_sft.data.limits import num_characters
 from megatron_sft.data.schema import Row, RowError, to_row
-from megatron_sft.data.store import STORE_VERSION, Document, MemoryStore, TokenStore
-from megatron_sft.data.workers import LONG_TEXT, Chunk, MakeEncoder, Problem, Result, in_order, make_encoder, only_one
+from megatron_sft.data.store import Document, MemoryStore, TokenStore, write_meta
+from megatron_sft.data.workers import LONG_TEXT, Chunk, MakeEncoder, Problem, Result, if_free, in_order, make_encoder, only_one
 from megatron_sft.errors import DataError
 from megatron_sft.log import logger
 
@@ -59,37 +59,66 @@ def build_token_store(
     """
     folder = Path(folder)
     fingerprint = store_fingerprint(config, sources)
-    final = folder / fingerprint[:32]
-    if store := _whole(final):  # the folder may be read-only
-        return store
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder / f"{fingerprint[:32]}.lock", "the token store"):
-        if store := _whole(final):
+    damage = None
+    try:
+        if store := _whole(folder, fingerprint):  # the folder may be read-only
             return store
-        shutil.rmtree(final, ignore_errors=True)
-        temporary = folder / f"{fingerprint[:32]}.building"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            _build(config, sources, fingerprint, temporary, make)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+    except DataError as error:
+        damage = error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_one(folder / f"{fingerprint[:32]}.lock", "the token store"):
+            return _built(config, sources, fingerprint, folder, make)
+    except OSError as error:
+        if damage is None:
             raise
+        raise DataError(f"{damage} That cannot be done now: {error}.") from None
+
+
+def _built(config: DataConfig, sources: Sequence[Any], fingerprint: str, folder: Path, make: MakeEncoder) -> TokenStore:
+    """Builds the store, unless the process that had the lock before did it; this one has it now."""
+    final, temporary = _place(folder, fingerprint), folder / f"{fingerprint[:32]}.building"
+    _sweep(folder, fingerprint)
+    try:
+        if store := _whole(folder, fingerprint):
+            return store
+    except DataError as error:
+        logger.warning("tokens: %s This is done now.", error)
+        os.rename(final, folder / f"{fingerprint[:32]}.{os.getpid()}.building")  # its files may be open, and then stay over NFS
+        _sweep(folder, fingerprint)
+    temporary.mkdir()
+    try:
+        _build(config, sources, fingerprint, temporary, make)
         _flush_folder(temporary)
         os.rename(temporary, final)
-        _flush_folder(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _flush_folder(folder)
     return TokenStore(final)
 
 
-def _whole(folder: Path) -> TokenStore | None:
-    if not folder.exists():
+def _sweep(folder: Path, fingerprint: str) -> None:
+    """Removes what builds left that were killed: those whose lock nobody holds, and of `fingerprint`, whose lock is ours."""
+    for left in folder.glob("*.building"):
+        with if_free(folder / f"{left.name[:32]}.lock") as is_free:
+            if is_free or left.name.startswith(fingerprint[:32]):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _place(folder: Path, fingerprint: str) -> Path:
+    return folder / fingerprint[:32]
+
+
+def _whole(folder: Path, fingerprint: str) -> TokenStore | None:
+    """The store of that fingerprint; None: there is none. DataError: what is there cannot be used."""
+    place = _place(folder, fingerprint)
+    if not place.exists():
         return None
-    try:
-        store = TokenStore(folder)
-    except DataError as error:
-        logger.warning("tokens: %s", error)
-        return None
-    logger.info("tokens: %s documents from %s", f"{len(store):,}", folder)
+    store = TokenStore(place)
+    if store.fingerprint != fingerprint:
+        raise DataError(f"{place}: a store of other data ({store.fingerprint}); expected {fingerprint}. Delete the folder.")
+    logger.info("tokens: %s documents from %s", f"{len(store):,}", place)
     return store
 
 
@@ -302,15 +331,13 @@ class _Writer:
             lines = [json.dumps(dataclasses.asdict(problem), default=str) for problem in collector.problems]
             (self.folder / "bad_rows.jsonl").write_text("\n".join(lines) + "\n", encoding="ascii")
         meta = {
-            "version": STORE_VERSION,
             "fingerprint": fingerprint,
             "source_names": list(collector.ledger),
             "ledger": collector.ledger,
             "max_token_id": collector.max_token_id,
             "loss_weights": self._weights.tolist(),
-            "file_bytes": {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())},
         }
-        (self.folder / "store.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        write_meta(self.folder, meta)
 
     def close(self) -> None:
         for file in (self._tokens, self._masks, self._where):

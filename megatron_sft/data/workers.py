@@ -253,16 +253,26 @@ def _too_large(chunk: Chunk) -> DataError:
 @contextmanager
 def only_one(path: Path, what: str) -> Iterator[None]:
     """Holds a file lock; waits for its holder as long as it takes. The kernel frees it when the holder dies."""
+    start, told = time.monotonic(), -60.0
+    while True:
+        with if_free(path) as is_free:
+            if is_free:
+                yield
+                return
+        waited = time.monotonic() - start
+        if waited - told >= 60:
+            told = waited
+            logger.info("waiting for %s, which another process builds (%.0f s)", what, waited)
+        time.sleep(0.2)
+
+
+@contextmanager
+def if_free(path: Path) -> Iterator[bool]:
+    """Holds a file lock, unless another holds it: then False."""
     with open(path, "a", encoding="ascii") as file:
-        start, told = time.monotonic(), -60.0
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waited = time.monotonic() - start
-                if waited - told >= 60:
-                    told = waited
-                    logger.info("waiting for %s, which another process builds (%.0f s)", what, waited)
-                time.sleep(0.2)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import time
 import zlib
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ from megatron_sft.data import tokens as tokens_module
 from megatron_sft.data.fingerprint import store_fingerprint
 from megatron_sft.data.schema import RowError
 from megatron_sft.data.sources import open_source
-from megatron_sft.data.store import TokenStore
+from megatron_sft.data.store import FILES, TokenStore, write_meta
 from megatron_sft.data.tokens import build_memory_store, build_token_store, fit
+from megatron_sft.data.workers import only_one
 from megatron_sft.errors import DataError
 
 
@@ -191,21 +193,114 @@ def test_the_cache_is_used_until_something_changes(tmp_path):
     assert len({first.folder, other.folder, changed.folder}) == 3
 
 
-def test_a_damaged_store_is_built_again(tmp_path):
-    rows = [chat("q", "a b")]
-    store = build(tmp_path, rows)
-    (store.folder / "tokens.bin").write_bytes(b"\x00" * 5)
-    with pytest.raises(DataError, match=r"[Tt]he store is damaged"):
-        TokenStore(store.folder)
+ROWS = [chat("q", "a b"), chat("r s", "c d e"), chat("t", "f", weight=0.5)]
+
+
+def flipped(folder, other, name):
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (folder / name).write_bytes(content)
+
+
+DAMAGE = {
+    "one bit": flipped,
+    "cut off": lambda folder, other, name: os.truncate(folder / name, (folder / name).stat().st_size - 1),
+    "longer": lambda folder, other, name: (folder / name).write_bytes((folder / name).read_bytes() + b"\0"),
+    "empty": lambda folder, other, name: os.truncate(folder / name, 0),
+    "gone": lambda folder, other, name: (folder / name).unlink(),
+    "zeros": lambda folder, other, name: (folder / name).write_bytes(bytes((folder / name).stat().st_size)),
+    "ones": lambda folder, other, name: (folder / name).write_bytes(b"\1" * (folder / name).stat().st_size),
+    "permuted": lambda folder, other, name: (folder / name).write_bytes((folder / name).read_bytes()[::-1]),
+    "of another store": lambda folder, other, name: shutil.copy(other / name, folder / name),
+    "a folder": lambda folder, other, name: ((folder / name).unlink(), (folder / name).mkdir()),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_store_is_never_used_and_built_again(tmp_path, caplog, kind):
+    config = DataConfig(seq_length=8, num_workers=1)
+    source = [open_source(write(tmp_path / "rows.jsonl", ROWS), config)]
+    whole = build_token_store(config, source, tmp_path / "cache", make_word_encoder).folder
+    content = {path.name: path.read_bytes() for path in whole.iterdir()}
+    (tmp_path / "other").mkdir()
+    other = build(tmp_path / "other", [ROWS[0], ROWS[0], ROWS[1]]).folder
+    for name in (*FILES, "store.json"):
+        before = (whole / name).read_bytes()
+        DAMAGE[kind](whole, other, name)
+        if (whole / name).is_file() and (whole / name).read_bytes() == before:
+            continue  # such as lengths of another store with the same ones
+        caplog.clear()
+        with pytest.raises(DataError, match=r"cache/[0-9a-f]{32}: .*Delete the folder"):
+            TokenStore(whole)
+        assert build_token_store(config, source, tmp_path / "cache", make_word_encoder).folder == whole
+        assert [record.message.endswith("This is done now.") for record in caplog.records if record.levelname == "WARNING"] == [
+            True
+        ]
+        assert {path.name: path.read_bytes() for path in whole.iterdir()} == content
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == ["", ".lock"]
+
+
+def test_a_damaged_store_that_cannot_be_built_again_is_an_error_that_names_its_folder(tmp_path):
+    store = build(tmp_path, ROWS)
+    flipped(store.folder, None, "loss_mask.bin")
+    store.folder.with_suffix(".lock").unlink()
+    store.folder.with_suffix(".lock").mkdir()  # as on a read-only disk, no lock can be taken
+    config = DataConfig(seq_length=8, num_workers=1)
+    with pytest.raises(DataError) as error:
+        build_token_store(config, [open_source(str(tmp_path / "rows.jsonl"), config)], tmp_path / "cache", make_word_encoder)
+    assert str(error.value).startswith(
+        f"{store.folder}: no whole token store (loss_mask.bin is damaged); expected one as it was written. Delete the folder; it "
+        "is built again. That cannot be done now: [Errno 21] Is a directory"
+    )
+
+
+def test_a_store_in_the_place_of_another_is_not_used(tmp_path, caplog):
+    first, second = build(tmp_path, ROWS).folder, build(tmp_path, ROWS[:2], name="second.jsonl").folder
+    shutil.rmtree(first)
+    shutil.copytree(second, first)
     config = DataConfig(seq_length=8, num_workers=1)
     source = [open_source(str(tmp_path / "rows.jsonl"), config)]
-    for name in ("store.json", "lengths.npy", "where_offsets.npy"):
-        built = build_token_store(config, source, tmp_path / "cache", make_word_encoder)
-        size = (built.folder / name).stat().st_size
-        (built.folder / name).write_bytes(b"{}" if name == "store.json" else b"\xff" * size)
-        with pytest.raises(DataError, match=r"no whole token store .* Delete the folder"):
-            TokenStore(built.folder)
-    assert len(build_token_store(config, source, tmp_path / "cache", make_word_encoder).document(0).tokens) == 3
+    assert len(build_token_store(config, source, tmp_path / "cache", make_word_encoder)) == 3
+    assert f"{first}: a store of other data" in caplog.text
+
+
+WRONG = [
+    ("lengths from 1", "lengths.npy", np.array([3, 7, 0], np.int32)),
+    ("lengths that add up to tokens and masks", "lengths.npy", np.array([3, 5, 3], np.int32)),
+    ("one entry for each in every file", "row_ids.npy", np.arange(2)),
+    ("sources that have a name", "source_ids.npy", np.array([0, 0, 1], np.int16)),
+    ("ascending rows", "row_ids.npy", np.array([0, 2, 1])),
+    ("ascending places", "where_offsets.npy", np.array([0, 9, 5, 30])),
+    ("masks that have a weight", "loss_mask.bin", np.array([0, 1, 1, 0, 0, 1, 1, 1, 0, 3], np.uint8)),
+    ("trained tokens", "loss_mask.bin", np.zeros(10, np.uint8)),
+    ("token ids from 0 to the highest", "tokens.bin", np.array([1, 2, -3, 4, 5, 6, 7, 8, 9, 10], np.int32)),
+    ("the ledger's counts", "loss_mask.bin", np.array([0, 1, 1, 0, 0, 1, 1, 1, 1, 2], np.uint8)),
+    ("token ids from 0 to the highest", "tokens.bin", np.arange(10, dtype=np.int32)),
+]
+
+
+@pytest.mark.parametrize(("wrong", "name", "values"), WRONG)
+def test_a_store_that_was_written_wrong_is_refused(tmp_path, wrong, name, values):
+    folder = build(tmp_path, ROWS).folder
+    if name.endswith(".npy"):
+        np.save(folder / name, values)
+    else:
+        values.tofile(folder / name)
+    meta = json.loads((folder / "store.json").read_text())
+    write_meta(folder, {key: meta[key] for key in ("fingerprint", "source_names", "ledger", "max_token_id", "loss_weights")})
+    with pytest.raises(DataError, match=rf"of 3 documents these do not hold: .*{wrong}"):
+        TokenStore(folder)
+
+
+def test_what_killed_builds_left_is_swept_but_not_what_is_being_built(tmp_path):
+    cache = tmp_path / "cache"
+    left, building = cache / f"{'a' * 32}.building", cache / f"{'b' * 32}.building"
+    for folder in (left, building):
+        folder.mkdir(parents=True)
+        (folder / "tokens.bin").write_bytes(b"1")
+    with only_one(building.with_suffix(".lock"), "the other store"):
+        build(tmp_path, ROWS)
+    assert not left.exists() and building.exists()
 
 
 def test_a_store_in_a_folder_that_cannot_be_written_is_opened(tmp_path):
