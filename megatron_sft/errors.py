@@ -25,6 +25,10 @@ class ConfigError(UserError):
         head = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n  - ".join([f"{head} in the configuration:", *self.problems]))
 
+    def __reduce__(self) -> tuple[type, tuple[Sequence[str]]]:
+        """So that other processes get it whole."""
+        return ConfigError, (self.problems,)
+
 
 class DataError(UserError):
     """Input rows that cannot be used; the message starts with `file:line`."""

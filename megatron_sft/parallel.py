@@ -6,8 +6,9 @@ Everybody else receives `Ranks`, frozen integers; code that needs a group asks m
 import contextlib
 import datetime
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ import torch.distributed as dist
 
 from megatron_sft.config.run import ParallelConfig
 from megatron_sft.core_compat import install_cpu_mode, process_environment
+from megatron_sft.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,44 @@ def _seed(seed: int, ranks: Ranks) -> None:
     np.random.seed(seed + 100 * ranks.pp_rank)
     torch.manual_seed(seed + 100 * ranks.pp_rank)
     model_parallel_cuda_manual_seed(seed + 100 * ranks.pp_rank)
+
+
+def gather(value: T, group: Any = None) -> list[T]:
+    """Collective: the value of every process, by rank; [value] in a process that joined no others.
+
+    Args:
+        value: anything that pickle takes.
+        group: process group; None: all processes.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def agree(action: Callable[[], T], exchange: Callable[[Any], list[Any]] = gather) -> T:
+    """Collective: runs `action` on every process, and fails on all when it fails on one: nobody waits for one that left.
+
+    Args:
+        action: what this process does; it waits for no other.
+        exchange: gather, or what does the same in a thread.
+
+    Returns:
+        This process's result.
+
+    Raises:
+        UserError: on every process, that of the lowest rank which met one.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except UserError as error:
+        failure = error
+    failures = [error for error in exchange(failure) if error is not None]
+    if failures:
+        raise failures[0]
+    return result  # type: ignore[return-value]  # None only where action gave it
 
 
 def finalize() -> None:

@@ -69,7 +69,7 @@ def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 class StoreExchange:
-    """all_gather_object for threads: through the key-value store of the process group, which needs no turn-taking.
+    """parallel.gather for threads: through the key-value store of the process group, which needs no turn-taking.
 
     Args:
         name: the same on every process and new in every save.

@@ -13,10 +13,9 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from megatron_sft.checkpoint import background, manifest, torch_dist, tracker
@@ -26,11 +25,12 @@ from megatron_sft.checkpoint.resume import run_config_json
 from megatron_sft.config.run import RunConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.log import logger
-from megatron_sft.parallel import Ranks
+from megatron_sft.parallel import Ranks, agree, gather
 
 RUN_CONFIG = "run_config.json"
 _SAVE_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, CheckpointingException)
 _ADVICE = "Earlier checkpoints are untouched; mend it and resume."
+T = TypeVar("T")
 Exchange = Callable[[Any], list[Any]]
 """Gives every process everybody's value, by rank."""
 
@@ -98,7 +98,7 @@ class CheckpointSaver:
             background.detach_buffers(job, chunks)
             self._pending = _BackgroundSave(self, iteration, job, config, optimizer, where)
         else:
-            self._write(iteration, job, config, where, None)
+            self._write(iteration, job, config, where, gather)
 
     def finish(self) -> None:
         """Collective: waits for a save in the background.
@@ -151,13 +151,14 @@ class CheckpointSaver:
         job: torch_dist.WriteJob,
         config: bytes,
         where: str,
-        exchange: Exchange | None,
+        exchange: Exchange,
     ) -> None:
         """Writes and publishes; the whole of a save that may run in a thread."""
         folder = tracker.saving_folder(self.root, iteration)
         ranks, threads = self._ranks, background.writer_threads(self._ranks.world_size)
         try:
-            written = _agree(lambda: torch_dist.write_items(folder, job, ranks.rank, threads), ranks, where, exchange)
+            own = _agree(lambda: torch_dist.write_items(folder, job, ranks.rank, threads), ranks, where, exchange)
+            written = exchange(own)
             _agree(lambda: self._complete(iteration, folder, job, config, written), ranks, where, exchange)
         except CheckpointError:
             if ranks.rank == 0:
@@ -173,7 +174,6 @@ class CheckpointSaver:
         records = torch_dist.write_metadata(folder, job, [results for results, _ in written])
         records.append(manifest.write_file(folder / RUN_CONFIG, config))
         manifest.write_manifest(folder, [*records, *(record for _, files in written for record in files)])
-        tracker.sync_folder(folder)
         tracker.publish(self.root, iteration)
         tracker.retain(self.root, self._run.checkpoint.save_retain)
 
@@ -229,36 +229,19 @@ class _BackgroundSave:
             raise self._error
 
 
-def _agree(action: Any, ranks: Ranks, where: str, exchange: Exchange | None = None) -> list[Any]:
-    """Collective: runs `action` on every process; its results, by rank.
+def _agree(action: Callable[[], T], ranks: Ranks, where: str, exchange: Exchange = gather) -> T:
+    """parallel.agree for what writes: an error of this process becomes a CheckpointError that begins with `where`."""
 
-    Args:
-        action: without arguments.
-        ranks: of this process.
-        where: begins the message.
-        exchange: all_gather_object, or what does the same in a thread.
+    def explained() -> T:
+        try:
+            return action()
+        except _SAVE_ERRORS as error:
+            found = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            raise CheckpointError(
+                f"{where}. Found: rank {ranks.rank}: {found}. Expected a writable folder with room. {_ADVICE}"
+            ) from error
 
-    Raises:
-        CheckpointError: on every process when any of them failed, naming ranks and reasons.
-    """
-    result, failure = None, None
-    try:
-        result = action()
-    except CheckpointError as error:
-        failure = str(error)
-    except _SAVE_ERRORS as error:
-        failure = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    outcomes: list[Any] = [None] * ranks.world_size
-    if exchange is None:
-        dist.all_gather_object(outcomes, (result, failure))
-    else:
-        outcomes = exchange((result, failure))
-    failures = {text: rank for rank, (_, text) in reversed(list(enumerate(outcomes))) if text is not None}
-    if failures:
-        own = [text for text in failures if text.startswith(where)]
-        found = "; ".join(f"rank {rank}: {text}" for text, rank in failures.items())
-        raise CheckpointError(own[0] if own else f"{where}. Found: {found}. Expected a writable folder with room. {_ADVICE}")
-    return [result for result, _ in outcomes]
+    return agree(explained, exchange)
 
 
 def save_checkpoint(
@@ -329,20 +312,18 @@ def load_checkpoint(
 
 def _choose(root: Path, iteration: tracker.Iteration | None, ranks: Ranks, verify: bool) -> tracker.Iteration:
     """Collective: the first candidate without a problem; all processes check a share of its files."""
-    listed: list[Any] = [[iteration] if iteration is not None else tracker.candidates(root)]
-    dist.broadcast_object_list(listed, src=0)
+    listed = gather([iteration] if iteration is not None else tracker.candidates(root))[0]
     found: list[str] = []
-    for candidate in listed[0]:
+    for candidate in listed:
         folder = tracker.checkpoint_folder(root, candidate)
-        outcomes: list[Any] = [None] * ranks.world_size
-        dist.all_gather_object(outcomes, manifest.problems(folder, verify, (ranks.rank, ranks.world_size)))
+        outcomes = gather(manifest.problems(folder, verify, (ranks.rank, ranks.world_size)))
         problems = sorted({text for outcome in outcomes for text in outcome})
         if not problems:
             return candidate
         found += problems[:3]
         if ranks.rank == 0:
             logger.warning("%s is not usable and is skipped: %s", folder, "; ".join(problems[:3]))
-    if not listed[0]:
+    if not listed:
         raise CheckpointError(
             f"{root}: found no {tracker.TRACKER} and no iter_* or release folder. Expected a Megatron checkpoint. "
             "Check the path given to --load."

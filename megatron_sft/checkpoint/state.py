@@ -18,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
 
 from megatron_sft.config.run import RunConfig
-from megatron_sft.parallel import Ranks
+from megatron_sft.parallel import Ranks, gather
 
 TRAIN_STATE = "train_state"
 RNG_KEY = "rng_state"
@@ -113,10 +113,8 @@ def rng_state(ranks: Ranks) -> ShardedObject:
         "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    states: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(states, own, group=group)
     shape, place = (ranks.pp_size, ranks.tp_size), (ranks.pp_rank, ranks.tp_rank)
-    return ShardedObject(RNG_KEY, states, shape, place, replica_id=dist.get_rank(group))
+    return ShardedObject(RNG_KEY, gather(own, group), shape, place, replica_id=dist.get_rank(group))
 
 
 def restore_rng(states: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
+from megatron_sft.files import publish_folder, write_whole
 from megatron_sft.log import logger
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -76,43 +77,14 @@ def candidates(root: Path) -> list[Iteration]:
     return [tracked, *below, *above, *release]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small file so that a reader sees the old text or the new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def publish(root: Path, iteration: Iteration) -> Path:
     """Gives the finished saving folder its name, then points the tracker at it. A kill in between loses nothing.
 
     A checkpoint of the same name is moved aside first; `sweep` puts it back if the kill falls between the two renames.
     """
     source, target = saving_folder(root, iteration), checkpoint_folder(root, iteration)
-    aside = root / f".replaced_{target.name}"
-    if target.exists():
-        os.rename(target, aside)
-    os.rename(source, target)
-    sync_folder(root)
-    write_atomically(root / TRACKER, f"{iteration}\n" if iteration == RELEASE else f"{int(iteration)}\n")
-    shutil.rmtree(aside, ignore_errors=True)
+    publish_folder(source, target, aside=root / f".replaced_{target.name}")
+    write_whole(root / TRACKER, f"{iteration}\n" if iteration == RELEASE else f"{int(iteration)}\n")
     return target
 
 
@@ -156,7 +128,7 @@ def retain(root: Path, number: int | None) -> list[int]:
 
 def mark_best(root: Path, iteration: int, metric: str, value: float) -> None:
     """Records the best checkpoint so far; retention keeps it. The caller compares values and saved `iteration`."""
-    write_atomically(root / BEST, json.dumps({"iteration": iteration, "metric": metric, "value": value}) + "\n")
+    write_whole(root / BEST, json.dumps({"iteration": iteration, "metric": metric, "value": value}) + "\n")
 
 
 def read_best(root: Path) -> dict[str, int | str | float] | None:

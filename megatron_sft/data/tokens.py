@@ -31,6 +31,7 @@ from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.data.store import Document, MemoryStore, TokenStore, write_meta
 from megatron_sft.data.workers import LONG_TEXT, Chunk, MakeEncoder, Problem, Result, if_free, in_order, make_encoder, only_one
 from megatron_sft.errors import DataError
+from megatron_sft.files import publish_folder
 from megatron_sft.log import logger
 
 __all__ = ["TokenStore", "build_memory_store", "build_token_store", "encode_rows"]
@@ -78,23 +79,22 @@ def build_token_store(
 def _built(config: DataConfig, sources: Sequence[Any], fingerprint: str, folder: Path, make: MakeEncoder) -> TokenStore:
     """Builds the store, unless the process that had the lock before did it; this one has it now."""
     final, temporary = _place(folder, fingerprint), folder / f"{fingerprint[:32]}.building"
+    aside = folder / f"{fingerprint[:32]}.{os.getpid()}.building"
     _sweep(folder, fingerprint)
     try:
         if store := _whole(folder, fingerprint):
             return store
     except DataError as error:
         logger.warning("tokens: %s This is done now.", error)
-        os.rename(final, folder / f"{fingerprint[:32]}.{os.getpid()}.building")  # its files may be open, and then stay over NFS
+        os.rename(final, aside)  # its files may be open, and then stay over NFS
         _sweep(folder, fingerprint)
     temporary.mkdir()
     try:
         _build(config, sources, fingerprint, temporary, make)
-        _flush_folder(temporary)
-        os.rename(temporary, final)
+        publish_folder(temporary, final, aside)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _flush_folder(folder)
     return TokenStore(final)
 
 
@@ -442,11 +442,3 @@ def _good_rows(chunk: Chunk, config: DataConfig) -> Iterator[Row]:
             continue  # counted and reported by encode_rows
         if num_characters(record) < LONG_TEXT:
             yield row
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes the folder's files and their names durable."""
-    for path in (*(p for p in folder.iterdir() if p.is_file()), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_sft.errors import CheckpointError
+from megatron_sft.files import publish_folder
 from megatron_sft.hf.families import TEXT_PREFIX
 
 INDEX = "model.safetensors.index.json"
@@ -281,22 +282,6 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         ) from None
     try:
         yield temporary
-        _swap(temporary, folder)
+        publish_folder(temporary, folder, aside=folder.with_name(f".{folder.name}.replaced-{os.getpid()}"))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(temporary: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-    _sync(temporary)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -15,8 +15,8 @@ from megatron_sft.config.run import ModelConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config, text_config
 from megatron_sft.hf.families import FAMILIES
-from megatron_sft.hf.weights import agreed, core_module, load_hf_weights
-from megatron_sft.parallel import Ranks
+from megatron_sft.hf.weights import core_module, load_hf_weights
+from megatron_sft.parallel import Ranks, agree
 
 FAULTS = (LookupError, ValueError, RuntimeError, AttributeError, AssertionError, TypeError, OSError)
 """What modelopt raises on a model that it cannot read."""
@@ -63,7 +63,7 @@ def load_weights(
     if importer == "builtin":
         load_hf_weights(chunks, model, folder, ranks)
     else:
-        agreed(lambda: _load_with_modelopt(chunks, model, Path(folder), trust_remote_code))
+        agree(lambda: _load_with_modelopt(chunks, model, Path(folder), trust_remote_code))
 
 
 def _load_with_modelopt(chunks: Sequence[nn.Module], model: ModelConfig, folder: Path, trust_remote_code: bool) -> None:

@@ -21,9 +21,9 @@ from megatron_sft.hf.config import model_config_from_hf, read_hf_config
 from megatron_sft.hf.conflicts import conflicts
 from megatron_sft.hf.folder import open_file, stored_tensors
 from megatron_sft.hf.importer import architecture_of
-from megatron_sft.hf.weights import agreed, core_module, exported_tensors
+from megatron_sft.hf.weights import core_module, exported_tensors
 from megatron_sft.log import logger
-from megatron_sft.parallel import Ranks
+from megatron_sft.parallel import Ranks, agree, gather
 
 THEIR_NAMES = {"kimi_k2": "deepseek_v3"}
 """A model_type that transformers knows under another name."""
@@ -235,7 +235,7 @@ def quick_check(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | P
     """
     module = core_module(chunks[0])
     faults = _setting_faults(module, model, architecture_of(folder, model, "modelopt"))
-    agreed(lambda: _refuse_infinite(chunks, folder))
+    agree(lambda: _refuse_infinite(chunks, folder))
     if read_hf_config(folder).get("quantization_config"):
         logger.info("layers not compared with transformers, which needs GPU kernels for quantised weights")
     elif ranks.is_first_stage and ranks.cp_size == 1 and not faults:
@@ -247,10 +247,7 @@ def quick_check(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | P
             dtype = next(module.parameters()).dtype
             rounded = theirs if dtype == torch.float32 else _reference(Path(folder), tokens, last + 1, dtype)[0]
             faults = _rotary_faults(module, body) + _layer_faults(ours, theirs, rounded, TOLERANCE[dtype])
-    if ranks.world_size > 1:
-        everyone: list[Any] = [None] * ranks.world_size
-        torch.distributed.all_gather_object(everyone, faults)
-        faults = next((found for found in everyone if found), [])
+    faults = next((found for found in gather(faults) if found), [])
     if faults:
         raise CheckpointError(
             f"{folder}: converted weights do not compute what transformers computes: {faults[0]}; expected the same. "

@@ -11,7 +11,7 @@ Not here: config.json (config.py), file formats (folder.py), Megatron checkpoint
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ from megatron_sft.hf.folder import (
 )
 from megatron_sft.hf.layout import LAYOUTS, REPLICATED, Placement, Shard, read_shard, whole_sources, write_shard
 from megatron_sft.log import logger
-from megatron_sft.parallel import Ranks
+from megatron_sft.parallel import Ranks, agree, gather
 
 TIED = "output_layer.weight"
 LAYER_NUMBER = re.compile(r"\w+\.layers\.(\d+)\.")
@@ -140,7 +140,7 @@ def load_hf_weights(chunks: Sequence[nn.Module], model: ModelConfig, folder: str
     Raises:
         CheckpointError: missing or extra tensors, wrong shapes, damaged files; before anything is copied.
     """
-    family, stored, held = agreed(lambda: _prepare(chunks, model, folder, ranks))
+    family, stored, held = agree(lambda: _prepare(chunks, model, folder, ranks))
     _check_names(held, stored, model, family, Path(folder))
     by_file: dict[Path, list[Held]] = {}
     for item in held:
@@ -183,25 +183,12 @@ def _prepare(
     return family, stored_tensors(folder), list(_held(chunks, model, family, ranks))
 
 
-def agreed(action: Callable[[], Any]) -> Any:
-    """Runs it on every rank; a CheckpointError of one is raised on all, so that nobody waits for a rank that left."""
-    result = message = None
-    try:
-        result = action()
-    except CheckpointError as error:
-        message = str(error)
-    for found in _gather_objects(message):
-        if found:
-            raise CheckpointError(found)
-    return result
-
-
 def _check_names(
     held: Sequence[Held], stored: Mapping[str, StoredTensor], model: ModelConfig, family: Family, folder: Path
 ) -> None:
     """Compares names and shapes over all ranks; every rank raises the same error."""
     wanted = {name: shape for item in held for name, shape in zip(item.sources, item.placement.shapes, strict=True)}
-    for other in _gather_objects(wanted):
+    for other in gather(wanted):
         wanted.update(other)
     ignored = set(WEIGHTLESS)
     if model.share_embeddings_and_output_weights:
@@ -232,14 +219,6 @@ def predicts(name: str, stored: Mapping[str, StoredTensor]) -> bool:
     """Whether a tensor belongs to multi-token prediction: mtp.*, or DeepSeek's layers behind the last one (eh_proj)."""
     match = LAYER_NUMBER.match(name)
     return name.startswith("mtp.") or (match is not None and f"{match[0]}eh_proj.weight" in stored)
-
-
-def _gather_objects(value: Any) -> list[Any]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 class _Offer(NamedTuple):
@@ -283,14 +262,14 @@ def save_hf(
     Raises:
         CheckpointError: on every rank when the folder cannot be written.
     """
-    config, source = agreed(lambda: _config_like(model, source_folder))
+    config, source = agree(lambda: _config_like(model, source_folder))
     held, everyone = _offered(chunks, model, family_of(config), ranks)
     if ranks.rank != 0:
         _send(everyone, held, ranks)
         failure = None
     else:
         failure = _write_folder(Path(folder), config, source, source_folder, dtype, everyone, held)
-    for message in _gather_objects(failure):
+    for message in gather(failure):
         if message:
             raise CheckpointError(message)
 
@@ -316,14 +295,14 @@ def _offered(chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ra
     """This rank's shards, and what every rank offers."""
     held = {
         (item.name, item.part): item
-        for item in agreed(lambda: list(_held(chunks, model, family, ranks)))
+        for item in agree(lambda: list(_held(chunks, model, family, ranks)))
         if not (item.name == TIED and model.share_embeddings_and_output_weights)
     }
     offers = [
         _Offer(item.name, item.part, tuple(item.local.shape), item.local.dtype, item.placement, item.sources)
         for item in held.values()
     ]
-    return held, _gather_objects(offers)
+    return held, gather(offers)
 
 
 def _send(everyone: list[list[_Offer]], held: Shards, ranks: Ranks) -> None:

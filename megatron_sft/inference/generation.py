@@ -22,7 +22,7 @@ from megatron_sft.core_compat import device
 from megatron_sft.errors import DataError
 from megatron_sft.log import logger
 from megatron_sft.model.cache import CachedSeqParams
-from megatron_sft.parallel import Ranks
+from megatron_sft.parallel import Ranks, gather
 
 T = TypeVar("T")
 
@@ -95,10 +95,7 @@ def from_last_stage(values: torch.Tensor) -> torch.Tensor:
 
 def from_all_shards(mine: Mapping[int, T], shards: int) -> list[T]:
     """Results of all data-parallel ranks, each by its index, in order: {0: a} and {1: b} -> [a, b]. Collective."""
-    parts: list[Any] = [mine]
-    if shards > 1:
-        parts = [None] * shards
-        dist.all_gather_object(parts, mine, group=parallel_state.get_data_parallel_group())
+    parts = gather(mine, parallel_state.get_data_parallel_group()) if shards > 1 else [mine]
     return [value for _, value in sorted((item for part in parts for item in part.items()), key=lambda item: item[0])]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sft import parallel
+from megatron_sft import files, parallel
 from megatron_sft.config.run import DataConfig, GenerateConfig, RunConfig
 from megatron_sft.data.schema import Message
 from megatron_sft.data.sources import ENDINGS, open_source
@@ -36,20 +36,17 @@ def answer_prompts(run: RunConfig, explicit: frozenset[str], options: GenerateCo
     Returns:
         answer_rows on rank 0; nothing elsewhere.
     """
-    import torch.distributed as dist
-
     first = parallel.process_environment()[0] == 0
     check_options(options)
     prompts = read_prompts(options, run.data) if first else []  # a mistake in them shows before the weights are read
     loaded = load_for_inference(run, explicit)
-    encoded = [encode_prompts(loaded.tokenizer, prompts, not options.no_chat_template)]
-    dist.broadcast_object_list(encoded, src=0)
+    encoded = parallel.gather(parallel.agree(lambda: encode_prompts(loaded.tokenizer, prompts, not options.no_chat_template)))[0]
     ends = end_token_ids(loaded.tokenizer, loaded.tokenizer_folder, not options.no_chat_template)
     start = time.monotonic()
-    answers = generate(loaded.chunk, encoded[0], options, ends, loaded.ranks, loaded.model.max_position_embeddings or None)
+    answers = generate(loaded.chunk, encoded, options, ends, loaded.ranks, loaded.model.max_position_embeddings or None)
     seconds, total = time.monotonic() - start, sum(len(answer.tokens) for answer in answers)
     logger.info("%d prompts, %d tokens in %.1f s: %.1f tokens/s", len(answers), total, seconds, total / seconds)
-    rows = answer_rows(loaded.tokenizer, prompts, encoded[0], answers) if first else []
+    rows = answer_rows(loaded.tokenizer, prompts, encoded, answers) if first else []
     if first and options.output:
         write_whole(options.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     parallel.finalize()
@@ -204,12 +201,8 @@ def answer_rows(
 def write_whole(path: str | Path, text: str) -> None:
     """Writes a file that is there completely or not at all."""
     target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
+        files.write_whole(target, text)
     except OSError as error:
         raise DataError(f"--output {target}: {error.strerror}; expected a file that can be written. Choose another.") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -7,13 +7,13 @@ Megatron's own `grad_norm` and `lr`. Only rank 0 writes.
 import contextlib
 import datetime
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_sft.config.run import RunConfig
 from megatron_sft.errors import ConfigError, TrainingError
+from megatron_sft.files import write_whole
 from megatron_sft.log import logger
 
 Metrics = Mapping[str, Any]
@@ -57,9 +57,7 @@ def keep_until(path: Path, iteration: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             break
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_whole(path, "".join(kept))
 
 
 class MetricsWriter:

@@ -25,6 +25,7 @@ from megatron_sft.data.loader import Batch, lengthened, padding_batch
 from megatron_sft.errors import TrainingError
 from megatron_sft.model.attention import packed_seq_params
 from megatron_sft.model.context import shard_tokens
+from megatron_sft.parallel import gather
 from megatron_sft.train.loss import LossTotals, document_losses, reduce_totals, step_loss
 
 
@@ -124,9 +125,7 @@ def _rows_where(is_meant: Callable[[float], bool], reports: list[dict], batches:
             mean = loss / max(trained, 1.0)
             if document >= 0 and is_meant(mean):
                 found.append((-mean if math.isfinite(mean) else -math.inf, name_document(document)))
-    gathered: list[list[tuple[float, str]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, found)
-    return list(dict.fromkeys(row for _, row in sorted({item for part in gathered for item in part or []})))
+    return list(dict.fromkeys(row for _, row in sorted({item for part in gather(found) for item in part})))
 
 
 def _gradient_buffers(chunks: list[Any]) -> list[torch.Tensor]:
@@ -184,9 +183,7 @@ def _bad_gradients(chunks: list[Any], batches: list[Batch], name_document: Any) 
                 found.append(f"rank {dist.get_rank()}, micro-batch {number} ({rows}), {', '.join(bad[:3])}")
     finally:
         config.finalize_model_grads_func, config.no_sync_func = kept
-    gathered: list[list[str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, found)
-    named = [text for part in gathered for text in part or []]
+    named = [text for part in gather(found) for text in part]
     return "; ".join(named[:4]) or "every micro-batch alone is, their sum is not"
 
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from megatron_sft.errors import TrainingError, UserError
 from megatron_sft.log import logger
-from megatron_sft.parallel import Ranks
+from megatron_sft.parallel import Ranks, gather
 
 POLL_S = 1.0
 GRACE_S = 3.0
@@ -82,10 +82,8 @@ class Watch:
         if self._active:
             default: Any = dist.distributed_c10d._get_default_store()
             self._store = default.clone()  # a connection of its own: never waits in turn
-            processes: list[Any] = [None] * self._ranks.world_size
-            dist.all_gather_object(processes, Process.own())
-            self._processes: list[Process] = processes
-            self._local = [rank for rank in range(len(processes)) if self._is_visible(rank)]
+            self._processes = gather(Process.own())
+            self._local = [rank for rank in range(self._ranks.world_size) if self._is_visible(rank)]
             self._beat()
             threading.Thread(target=self._run, name="sft-watch", daemon=True).start()
         return self

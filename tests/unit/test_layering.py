@@ -10,14 +10,15 @@ from pathlib import Path
 
 PACKAGE = "megatron_sft"
 ROOT = Path(__file__).resolve().parents[2]
-EVERY = {"config", "core_compat", "errors", "log"}
+EVERY = {"config", "core_compat", "errors", "files", "log"}
 ALLOWED: Mapping[str, set[str]] = {
     "errors": set(),
+    "files": set(),
     "log": set(),
     "core_compat": {"errors", "log"},
     "config": {"errors", "log", "core_compat"},
     "parallel": EVERY,
-    "data": {"config", "errors", "log"},
+    "data": {"config", "errors", "files", "log"},
     "model": EVERY | {"parallel"},
     "hf": EVERY | {"parallel", "model"},
     "checkpoint": EVERY | {"parallel"},
@@ -29,7 +30,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "plan": EVERY | {"parallel", "model", "hf", "weights", "conversion", "train"},
     "__main__": EVERY | {"checkpoint", "conversion", "data", "inference", "parallel", "plan", "tasks", "train"},
 }
-USES_CORE = set(ALLOWED) - {"errors", "log", "config", "data", "__main__"}
+USES_CORE = set(ALLOWED) - {"errors", "files", "log", "config", "data", "__main__"}
 
 
 def imported_modules(tree: ast.AST, dotted: str) -> Iterator[str]:
