@@ -105,7 +105,8 @@ def judged(row: dict[str, Any], device: dict[str, Any]) -> dict[str, Any]:
     if row["status"] != "ok" or row["engine"] == "loss":
         return row
     model, squares = run_config(row["shape"], 1, False).model, squares_of(Sizes.of(row["shape"]))
-    tflops = train_flops(model, 10**6, round(squares * 10**6)) / 1e6 * row["tokens_per_s"] / 1e12
+    lengths = Sizes.of(row["shape"]).lengths()
+    tflops = train_flops(model, lengths, int(lengths.sum())) / lengths.sum() * row["tokens_per_s"] / 1e12
     row |= {"tflops": tflops, "mfu": tflops / device["matmul_tflops"], "squared_over_tokens": squares}
     if "H200" in device["name"] and row["shape"] != "tiny":
         floor, bar = floor_tokens_per_s(model, squares), SHAPES[row["shape"]].share

@@ -7,6 +7,7 @@ Engines: ours, trl, liger (TRL with Liger's kernels), loss (the fused head and l
 
 import argparse
 import dataclasses
+import functools
 import json
 import platform
 import shlex
@@ -117,15 +118,16 @@ def synchronize() -> None:
 
 
 def device_cell() -> dict[str, Any]:
-    """Name, memory, bf16 matrix products in TFLOP/s and copy bandwidth in GB/s of this device."""
+    """Name, memory, bf16 matrix products in TFLOP/s (a CPU may be faster in fp32) and copy bandwidth in GB/s of this device."""
     import torch
 
     cuda = torch.cuda.is_available()
     where, size = ("cuda", 8192) if cuda else ("cpu", 512)
-    a, b = (torch.randn(size, size, device=where, dtype=torch.bfloat16) for _ in range(2))
+    dtypes = [torch.bfloat16] if cuda else [torch.bfloat16, torch.float32]
+    pairs = [[torch.randn(size, size, device=where, dtype=dtype) for _ in range(2)] for dtype in dtypes]
     source = torch.empty((2**31 if cuda else 2**22), dtype=torch.uint8, device=where)
     target = torch.empty_like(source)
-    product = 2 * size**3 / _seconds(lambda: torch.mm(a, b)) / 1e12
+    product = 2 * size**3 / min(_seconds(functools.partial(torch.mm, *pair)) for pair in pairs) / 1e12
     copy = 2 * source.numel() / _seconds(lambda: target.copy_(source)) / 1e9
     found: dict[str, Any] = {"name": platform.processor() or platform.machine(), "type": where}
     if cuda:

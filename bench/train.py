@@ -23,15 +23,16 @@ LENGTH = 1024
 TRL = "trl>=1.16,<2"
 
 
-def ours(model: str, steps: int) -> list[float]:
-    """Tokens a second of each step of finetune.py."""
+def ours(model: str, steps: int) -> list[tuple[float, float]]:
+    """Tokens and model FLOPs (model/flops.py) a second of each step of finetune.py."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "finetune.py", "--load", model, "--finetune-hf-dataset", ROWS, "--bf16"]
         command += ["--seq-length", LENGTH, "--global-batch-size", 1, "--train-iters", steps, "--lr", 1e-4]
         command += ["--save", folder, "--no-save-optim", "--no-verify-conversion"]
         subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["perf/tokens_per_s"] for line in lines]
+    rows = map(json.loads, lines)
+    return [(row["perf/tokens_per_s"], row["perf/tflops_per_gpu"]) for row in rows]
 
 
 def trl(model: str, steps: int, folder: str) -> list[float]:
@@ -99,8 +100,11 @@ def main() -> None:
             install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, TRL, "accelerate"]
             subprocess.run(install, check=True)
         rates: dict[str, list[float]] = {"megatron-sft": [], "trl": []}
+        tflops: list[float] = []
         for number in range(options.rounds):
-            rates["megatron-sft"] += ours(options.model, options.steps)[2:]
+            done = ours(options.model, options.steps)[2:]
+            rates["megatron-sft"] += [tokens for tokens, _ in done]
+            tflops += [rate for _, rate in done]
             rates["trl"] += trl(options.model, options.steps, options.trl or folder)[2:]
             print(
                 f"round {number + 1}: medians { ({name: round(statistics.median(r)) for name, r in rates.items()}) }", flush=True
@@ -109,7 +113,8 @@ def main() -> None:
         figures = f"{min(values):8.0f} {statistics.median(values):8.0f} {max(values):8.0f}"
         print(f"{name:14s} {figures} useful tokens/s (min, median, max)")
     ratio = statistics.median(rates["megatron-sft"]) / statistics.median(rates["trl"])
-    print(json.dumps({"benchmark": "train bf16 packed 1024", "ratio_to_trl": round(ratio, 2), "bar": 1.0}))
+    figures = {"ratio_to_trl": round(ratio, 2), "bar": 1.0, "tflops": round(statistics.median(tflops), 3)}
+    print(json.dumps({"benchmark": "train bf16 packed 1024", **figures}))
 
 
 if __name__ == "__main__":

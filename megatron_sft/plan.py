@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -30,9 +31,10 @@ from megatron_sft.config.problems import problems
 from megatron_sft.config.run import ModelConfig, PlanConfig, RunConfig
 from megatron_sft.conversion import conf as conf_of_folder
 from megatron_sft.errors import ConfigError
-from megatron_sft.model.activations import Activations, layer_kinds
+from megatron_sft.model.activations import Activations
 from megatron_sft.model.build import build_model, transformer_config
-from megatron_sft.model.flops import train_flops
+from megatron_sft.model.flops import computed_flops
+from megatron_sft.model.pattern import layer_kinds
 from megatron_sft.parallel import imagined
 from megatron_sft.weights import padded
 
@@ -362,13 +364,13 @@ def _seconds(run: RunConfig, shares: _Shares, sent: Mapping[str, float]) -> floa
     layout, length = run.parallel, run.data.seq_length
     tp, pp, cp, ep, etp = (getattr(layout, field) for field in SIZES.values())
     gpus = shares.dp * tp * pp * cp
-    flops = train_flops(run.model, shares.packs_a_step * length, shares.packs_a_step * length**2)
-    again = 4 / 3 if run.train.recompute_granularity == "full" else 1
+    lengths = np.full(shares.packs_a_step, length)  # packs of one document, all trained
+    flops = computed_flops(run.model, lengths, int(lengths.sum()), run.train.recompute_granularity == "full")
     idle = (pp - 1) / (shares.micro_batches * (layout.virtual_pipeline_model_parallel_size or 1))
     spans = {"TP": tp, "CP": tp * cp, "EP": ep * etp, "DP": gpus // pp, "PP": gpus}  # neighbours in megatron-core's order
     speeds = {name: SPEED["inside" if span <= SPEED["machine"] else "between"] for name, span in spans.items()}
     speeds["DP"] = min(SPEED["inside"], speeds["DP"] * max(1, SPEED["machine"] // (tp * cp)))  # rings over every network card
-    return flops * again * (1 + idle) / gpus / SPEED["flops"] + sum(GB * sent[name] / speeds[name] for name in sent)
+    return flops * (1 + idle) / gpus / SPEED["flops"] + sum(GB * sent[name] / speeds[name] for name in sent)
 
 
 def _command(sizes: Mapping[str, int], gpus: int, conf: str, extra: Sequence[str]) -> str:

@@ -80,6 +80,8 @@ class Step:
     """Packs of the step over all data-parallel ranks: what consumed_samples grows by."""
     epoch: float
     """Position after the step, in passes over the data: 1.5 is halfway through the second."""
+    lengths: np.ndarray
+    """int64: tokens of what attention treats as one document, without padding, over all data-parallel ranks."""
 
 
 def epoch_order(
@@ -355,7 +357,8 @@ class TrainLoader:
                 order = epoch_order(self.num_packs, self._seed, epoch, self._shuffle, self._costs, self.global_batch_size)
             pack_ids = order[start : start + self.global_batch_size][: self.num_samples - consumed]
             consumed += len(pack_ids)
-            yield Step(self._batches(pack_ids), len(pack_ids), consumed / self.num_packs)
+            lengths = self.dataset.attended_lengths(pack_ids)
+            yield Step(self._batches(pack_ids), len(pack_ids), consumed / self.num_packs, lengths)
 
     def _batches(self, pack_ids: np.ndarray) -> list[Batch]:
         train = self._train

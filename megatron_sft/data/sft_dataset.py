@@ -157,6 +157,11 @@ class SFTDataset(torch.utils.data.Dataset):
             "max_seqlen": torch.tensor(int(np.diff(cu_seqlens).max()), dtype=torch.int32),
         }
 
+    def attended_lengths(self, pack_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Tokens of what attention treats as one document in these packs, without padding. int64 [documents]."""
+        lengths = [np.asarray(self.store.lengths[self.plan[int(i)]], dtype=np.int64) for i in pack_ids]
+        return np.concatenate(lengths if self.reset_attention_mask else [[pack.sum()] for pack in lengths])
+
     def pack(self, index: int) -> Pack:
         """Pack `index` without its padded tail."""
         document_ids = self.plan[index]

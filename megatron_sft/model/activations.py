@@ -13,18 +13,6 @@ from megatron_sft.model.loss import chunk_rows
 from megatron_sft.model.mamba import CHUNK
 
 
-def layer_kinds(model: ModelConfig) -> list[str]:
-    """What each layer is made of: "*" attention, "-" MLP, "E" experts, "M" Mamba; "*-" is a transformer layer."""
-    if pattern := model.core.get("hybrid_layer_pattern"):
-        return list(pattern)
-    if not model.core.get("num_moe_experts"):
-        return ["*-"] * model.num_layers
-    has_experts = model.core.get("moe_layer_freq", 1)
-    if isinstance(has_experts, int):
-        has_experts = [layer % has_experts == 0 for layer in range(model.num_layers)]
-    return ["*E" if experts else "*-" for experts in has_experts]
-
-
 @dataclass(frozen=True)
 class Activations:
     """Saved bytes on one rank, a token of its part of the row."""

@@ -15,6 +15,7 @@ from megatron_sft.config.run import ModelConfig
 from megatron_sft.core_compat import varlen_attention
 from megatron_sft.model.cache import CachedSeqParams
 from megatron_sft.model.context import Span, gather_keys, heads_to_tokens, spans_of, tokens_to_heads
+from megatron_sft.model.pattern import layer_chunk, layer_window
 
 QUERY_BLOCK = 512
 """Queries that share a mask of [QUERY_BLOCK, keys]."""
@@ -68,12 +69,6 @@ def fits_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
     )
 
 
-def layer_window(model: ModelConfig, layer: int) -> int | None:
-    """Window in tokens of a layer (0 is the first), None where it sees everything before it."""
-    windowed = model.window_layers[layer] if model.window_layers else True
-    return model.window_size if windowed else None
-
-
 class PackedAttention(torch.nn.Module):
     """Causal attention within each document of a packed row.
 
@@ -106,7 +101,7 @@ class PackedAttention(torch.nn.Module):
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.window = layer_window(model, layer_number - 1)
-        self.chunk = None if config.sft_no_rope[layer_number - 1] else model.attention_chunk_size
+        self.chunk = layer_chunk(model, layer_number - 1)
         self.softcap = model.attn_logit_softcapping
         self.cp_group, self.cp_comm_type = pg_collection.cp, config.sft_cp_comm_type
         self.softmax_offset: torch.nn.Parameter | None = None

@@ -149,7 +149,6 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     config.hetereogenous_dist_checkpoint |= "hybrid_layer_pattern" in model.core  # a name for each layer, as MambaModel has
     config.sft_model = model  # type: ignore[attr-defined] # what our modules need beyond megatron-core's fields
     config.sft_cp_comm_type = parallel.cp_comm_type  # type: ignore[attr-defined]
-    config.sft_no_rope = config.no_rope_freq or [0] * config.num_layers  # type: ignore[attr-defined]
     config.no_rope_freq = None  # megatron-core would take the table away that scales queries in these layers
     return config
 

@@ -1,26 +1,116 @@
-"""Floating-point operations of training, counted on what attention really computes."""
+"""Floating-point operations of a model by kind of layer, as formulas: what its matrices and its attention have to do.
+
+Counted, two a multiplication: products with weights; attention's two products over the keys that a query sees, within its
+document, window or chunk; the experts that a token visits and their router; Mamba's scan as the recurrence that it is, two to
+update and two to read an element of the state; the head over trained tokens and over the rows that are no padding.
+Not counted: element by element work (norms, softmax, RoPE, activations, Mamba's convolution of 4 tokens), lookups, padding,
+masked corners of a kernel's blocks, and what the scan's form by chunks does beyond the recurrence.
+Backward is twice forward: tests/unit/model/test_flops.py holds all of it against torch.utils.flop_counter.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
 
 from megatron_sft.config.run import ModelConfig
+from megatron_sft.model.pattern import layer_chunk, layer_kinds, layer_window
+
+NAMES: Mapping[str, str] = {"*": "attention", "-": "mlp", "E": "experts", "M": "mamba"}
+"""By the letters of layer_kinds."""
 
 
-def train_flops(model: ModelConfig, tokens: int, squared_lengths: int) -> float:
-    """FLOPs of forward and backward over packed documents, without recomputation.
-
-    6 a matmul parameter and token, plus attention within documents only (causal: half of length^2). A mixture of
-    experts counts the experts that a token visits.
+def forward_flops(model: ModelConfig, lengths: np.ndarray, trained_tokens: int) -> dict[str, float]:
+    """FLOPs of one forward pass by kind: those of NAMES, and head.
 
     Args:
         model: the architecture.
-        tokens: tokens without padding.
-        squared_lengths: sum over documents of length^2.
+        lengths: int [documents], what attention treats as one document, without padding.
+        trained_tokens: tokens that have a loss.
     """
-    query = model.num_attention_heads * model.kv_channels
-    attention = model.hidden_size * (2 * query + 2 * model.num_query_groups * model.kv_channels)
-    matrices = 3 if model.gated_mlp else 2
-    width = model.ffn_hidden_size
-    if model.core.get("num_moe_experts"):
-        width = model.core.get("moe_ffn_hidden_size", width) * model.core.get("moe_router_topk", 2)
-        width += model.core.get("moe_shared_expert_intermediate_size") or 0
-    layer = attention + matrices * model.hidden_size * width
-    parameters = model.num_layers * layer + model.vocab_size * model.hidden_size
-    return 6.0 * parameters * tokens + 6.0 * model.num_layers * query * squared_lengths
+    tokens = float(np.sum(lengths))
+    counts = Counter("".join(layer_kinds(model)))
+    by_token = {"*": _projections(model), "-": _mlp(model, model.ffn_hidden_size)}
+    if counts["E"]:
+        by_token["E"] = _experts(model)
+    if counts["M"]:
+        by_token["M"] = _mamba(model)
+    found = {NAMES[letter]: counts[letter] * tokens * flops for letter, flops in by_token.items()}
+    found["attention"] += _pair(model) * sum(seen_pairs(lengths, *sight) * times for sight, times in _sights(model).items())
+    return {**found, "head": 2.0 * model.hidden_size * model.vocab_size * trained_tokens}
+
+
+def train_flops(model: ModelConfig, lengths: np.ndarray, trained_tokens: int) -> float:
+    """FLOPs that a training step has to do, forward and backward: no operation is counted that is only done again."""
+    return 3 * sum(forward_flops(model, lengths, trained_tokens).values())
+
+
+def computed_flops(model: ModelConfig, lengths: np.ndarray, trained_tokens: int, recomputes: bool = False) -> float:
+    """train_flops and what is done again: the head's logits (model/loss.py), and all layers with full recomputation."""
+    forward = forward_flops(model, lengths, trained_tokens)
+    head = forward.pop("head")
+    return (4 if recomputes else 3) * sum(forward.values()) + 4 * head
+
+
+def seen_pairs(lengths: np.ndarray, window: int | None, chunk: int | None) -> int:
+    """Pairs of a query and a key that it sees, its own included: [3, 2] -> 6 + 3; [3], window 2 -> 1 + 2 + 2.
+
+    Args:
+        lengths: int [documents].
+        window: newest tokens that a query sees; None: all.
+        chunk: documents are cut into pieces of this many tokens; None: whole.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if chunk:
+        lengths = np.concatenate([np.full(int((lengths // chunk).sum()), chunk), lengths % chunk])
+    short = lengths if window is None else np.minimum(lengths, window)
+    return int((short * (short + 1) // 2 + (lengths - short) * short).sum())
+
+
+def _sights(model: ModelConfig) -> Counter[tuple[int | None, int | None]]:
+    """How many attention layers have each (window, chunk)."""
+    kinds = layer_kinds(model)
+    return Counter((layer_window(model, i), layer_chunk(model, i)) for i, kind in enumerate(kinds) if "*" in kind)
+
+
+def _pair(model: ModelConfig) -> float:
+    """Of one layer, a query and a key that it sees, all heads: their score and the value's share."""
+    core = model.core
+    if core.get("multi_latent_attention"):
+        return 2.0 * model.num_attention_heads * (core["qk_head_dim"] + core["qk_pos_emb_head_dim"] + core["v_head_dim"])
+    return 2.0 * model.num_attention_heads * 2 * model.kv_channels
+
+
+def _projections(model: ModelConfig) -> float:
+    """Of one attention layer and token: queries, keys and values, and back to the residual stream."""
+    hidden, heads, core = model.hidden_size, model.num_attention_heads, model.core
+    if not core.get("multi_latent_attention"):
+        return 2.0 * hidden * model.kv_channels * 2 * (heads + model.num_query_groups)
+    compressed, keys, turned, values = (
+        core[name] for name in ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    )
+    query, rank = heads * (keys + turned), core.get("q_lora_rank")
+    products = rank * (hidden + query) if rank else hidden * query
+    return 2.0 * (products + hidden * (compressed + turned) + compressed * heads * (keys + values) + heads * values * hidden)
+
+
+def _mlp(model: ModelConfig, width: int, hidden: int | None = None) -> float:
+    """Of one token in an MLP of this width."""
+    return 2.0 * (3 if model.gated_mlp else 2) * (hidden or model.hidden_size) * width
+
+
+def _experts(model: ModelConfig) -> float:
+    """Of one token in a layer of experts: router, the experts that run, shared ones, the way into a latent space and back."""
+    core, hidden = model.core, model.hidden_size
+    latent, width = core.get("moe_latent_size"), core.get("moe_ffn_hidden_size") or model.ffn_hidden_size
+    routed = core.get("moe_router_topk", 2) * _mlp(model, width, latent)
+    shared = _mlp(model, core.get("moe_shared_expert_intermediate_size") or 0)
+    return routed + shared + 2.0 * hidden * core["num_moe_experts"] + 4.0 * hidden * (latent or 0)
+
+
+def _mamba(model: ModelConfig) -> float:
+    """Of one token in a Mamba layer: projections in and out, and the scan."""
+    core, hidden = model.core, model.hidden_size
+    inner, state = core["mamba_num_heads"] * core["mamba_head_dim"], core["mamba_state_dim"]
+    rows = 2 * inner + 2 * core["mamba_num_groups"] * state + core["mamba_num_heads"]
+    return 2.0 * hidden * (rows + inner) + 4.0 * inner * state

@@ -12,8 +12,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 from megatron_sft.config.run import ModelConfig
-from megatron_sft.model.attention import layer_window
 from megatron_sft.model.layers import HeadsNorm
+from megatron_sft.model.pattern import layer_window, layers_without_rope
 
 
 class PackedSelfAttention(SelfAttention):
@@ -24,7 +24,7 @@ class PackedSelfAttention(SelfAttention):
         model: ModelConfig = config.sft_model
         local = model.rotary_base_local is not None and layer_window(model, self.layer_number - 1) is not None
         self.rotary_kind = 1 if local else 0
-        self.skips_rope = bool(config.sft_no_rope[self.layer_number - 1])
+        self.skips_rope = layers_without_rope(model)[self.layer_number - 1]
         self.has_temperature = model.attn_temperature_scale is not None
         if config.qk_l2_norm and self.skips_rope:
             self.q_layernorm = self.k_layernorm = None  # Llama 4 has this norm only beside RoPE

@@ -22,7 +22,7 @@ def evaluate(chunks: list[Any], loader: ValidLoader) -> LossTotals:
     num_sources = len(loader.dataset.store.source_names)
     for chunk in chunks:
         chunk.eval()
-    by_source = np.zeros((num_sources, 4))
+    by_source = np.zeros((num_sources, 3))
     for step in loader:
         reports = run_schedule(chunks, step.micro_batches, forward_only=True)
         by_source = by_source + reduce_totals(reports, step.micro_batches, num_sources, device()).by_source

@@ -161,7 +161,7 @@ def _meet_spike(job: Job, state: TrainState, spike: str) -> None:
 def step_metrics(job: Job, step: Step, state: TrainState, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
     """The flat dict of one iteration, the same on every rank. Times in ms, losses in nats a trained token."""
     totals = result.totals
-    flops = train_flops(job.run.model, totals.tokens, totals.squared_lengths)
+    flops = train_flops(job.run.model, step.lengths, totals.trained_tokens)
     return {
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,

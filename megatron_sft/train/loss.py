@@ -47,7 +47,7 @@ def step_loss(token_loss: torch.Tensor, loss_mask: torch.Tensor, documents: torc
 class LossTotals:
     """Loss sums and token counts of a step (or a validation) over all ranks, per source.
 
-    `by_source` is [sources, 4] float64: (loss sum, trained tokens, tokens without padding, squared document lengths).
+    `by_source` is [sources, 3] float64: (loss sum, trained tokens, tokens without padding).
     """
 
     by_source: np.ndarray
@@ -59,10 +59,6 @@ class LossTotals:
     @property
     def tokens(self) -> int:
         return int(self.by_source[:, 2].sum())
-
-    @property
-    def squared_lengths(self) -> int:
-        return int(self.by_source[:, 3].sum())
 
     @property
     def loss(self) -> float:
@@ -87,14 +83,12 @@ def reduce_totals(reports: list[dict], batches: list[Batch], num_sources: int, d
     """
     from megatron.core import parallel_state as ps
 
-    totals = torch.zeros(num_sources, 4, dtype=torch.float64)
+    totals = torch.zeros(num_sources, 3, dtype=torch.float64)
     for report, batch in zip(reports, batches, strict=False):
         real = torch.as_tensor(np.asarray(batch.document_ids) >= 0)  # padding is a document of id -1
         sources = batch.source_ids.long()
-        squares = batch.document_offsets.diff().double().square()[:, None] / ps.get_context_parallel_world_size()
-        documents = report["documents"].cpu()[: len(squares)]  # a lengthened batch ends with one more padding
-        values = torch.cat([documents, squares], dim=1)
-        totals.index_add_(0, sources[real], values[real])
+        documents = report["documents"].cpu()[: len(sources)]  # a lengthened batch ends with one more padding
+        totals.index_add_(0, sources[real], documents[real])
     totals = totals.to(device)
     dist.all_reduce(totals, group=ps.get_data_parallel_group(with_context_parallel=True))
     if ps.get_pipeline_model_parallel_world_size() > 1:

@@ -12,7 +12,8 @@ from megatron_sft.__main__ import main
 from megatron_sft.config.arguments import parse_plan
 from megatron_sft.config.run import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.errors import ConfigError
-from megatron_sft.model.activations import Activations, layer_kinds
+from megatron_sft.model.activations import Activations
+from megatron_sft.model.pattern import layer_kinds
 from megatron_sft.parallel import finalize, imagined, initialize
 from megatron_sft.plan import CONFS, conf_flags, plan, rank_parameters
 

@@ -46,6 +46,15 @@ def test_collate_joins_packs_and_pads_the_row_up():
     assert batch.source_ids.tolist() == [0, 1, 0, -1]
 
 
+def test_a_step_knows_what_attention_takes_for_documents_on_every_rank():
+    for resets, expected in ((True, [3, 2, 5, 4]), (False, [5, 9])):
+        dataset = dataset_of([3, 2, 5, 4], 12, multiple=4, reset_attention_mask=resets)
+        train = TrainConfig(global_batch_size=2, train_iters=1)
+        for rank in (0, 1):
+            loader = TrainLoader(dataset, train, shuffle=False, dp_rank=rank, dp_size=2, prefetch=0, multiple=8)
+            assert [step.lengths.tolist() for step in loader] == [expected]
+
+
 def test_collate_without_packs_is_a_minimal_masked_batch():
     batch = collate(dataset_of([3]), [], multiple=4)
     assert batch.tokens.tolist() == [[7, 7, 7, 7]] and batch.loss_mask.sum() == 0
