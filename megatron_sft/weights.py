@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sft.checkpoint.distributed import latest_iteration, read_run_config
-from megatron_sft.checkpoint.tracker import is_megatron_checkpoint
+from megatron_sft.checkpoint.tracker import RELEASE, is_megatron_checkpoint
 from megatron_sft.config.run import CheckpointConfig, ModelConfig
 from megatron_sft.errors import CheckpointError, ConfigError
 from megatron_sft.hf.config import family_of, model_config_from_hf, read_hf_config
@@ -42,19 +42,24 @@ def find_source(checkpoint: CheckpointConfig, trust_remote_code: bool = False) -
         CheckpointError: --load is neither an HF folder nor a Megatron checkpoint.
     """
     if checkpoint.save and is_megatron_checkpoint(checkpoint.save) and latest_iteration(checkpoint.save) is not None:
-        return WeightSource(checkpoint.save, False, True, read_run_config(checkpoint.save))
+        return _megatron_source(checkpoint.save, resumes=True)
     if not checkpoint.load:
         raise ConfigError(
             ["--load is missing: expected an HF folder or a Megatron checkpoint. Set HF_MODEL_CKPT or MLM_MODEL_CKPT."]
         )
     if is_megatron_checkpoint(checkpoint.load):
-        return WeightSource(checkpoint.load, False, not checkpoint.finetune, read_run_config(checkpoint.load))
+        return _megatron_source(checkpoint.load, resumes=not checkpoint.finetune)
     if os.path.isfile(os.path.join(checkpoint.load, "config.json")):
         return hf_source(checkpoint.load, checkpoint.importer, trust_remote_code)
     raise CheckpointError(
         f"{checkpoint.load}: neither an HF folder (config.json and *.safetensors) nor a Megatron checkpoint "
         "(latest_checkpointed_iteration.txt). Check the path given to --load."
     )
+
+
+def _megatron_source(root: str, resumes: bool) -> WeightSource:
+    """A release holds weights alone (megatron-sft convert): there is no training to go on with."""
+    return WeightSource(root, False, resumes and latest_iteration(root) != RELEASE, read_run_config(root))
 
 
 def hf_source(folder: str, importer: str = "builtin", trust_remote_code: bool = False) -> WeightSource:

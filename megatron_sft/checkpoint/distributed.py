@@ -358,6 +358,8 @@ def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks
     if state_dicts.RNG_KEY in wanted:
         state_dicts.restore_rng(loaded[state_dicts.RNG_KEY])
     state = dict(loaded.get(state_dicts.TRAIN_STATE, {}))
+    if state and (size := _batch_size(args)):
+        state.setdefault("order_batch_size", size)
     state["iteration"] = int(loaded.get("iteration", 0))
     state.setdefault("consumed_train_samples", int(getattr(args, "consumed_train_samples", 0)))
     return state
@@ -392,8 +394,28 @@ def read_run_config(root: str | Path, iteration: tracker.Iteration | None = None
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{path}: {error}; expected the JSON written with the checkpoint. Delete it or restore it."
         ) from error
+    train = config.get("train", {})
+    if chosen != tracker.RELEASE and not train.get("global_batch_size"):
+        config["train"] = {**train, "global_batch_size": _batch_size(_args(path.parent))}
+    return config
+
+
+def _args(folder: Path) -> Any:
+    try:
+        return torch_dist.read_common(folder).get("args")
+    except torch_dist.READ_ERRORS as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read: {type(error).__name__}: {str(error)[:400]}. Expected a torch_dist checkpoint. "
+            "Delete the folder, so that the one before it is used."
+        ) from error
+
+
+def _batch_size(args: Any) -> int | None:
+    """The global batch size in Megatron's args, in packs; an early release of ours says only what it was made of."""
+    size = getattr(args, "global_batch_size", None)
+    return size or getattr(args, "micro_batch_size", 0) * getattr(args, "data_parallel_size", 0) or None

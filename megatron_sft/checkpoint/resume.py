@@ -1,22 +1,29 @@
-"""Compares the configuration beside a checkpoint with that of the run that resumes from it.
+"""What a run that resumes takes over from its checkpoint, and what it must not change.
 
-Free: layout, folders, logging and speed. Told: what changes the rest of training on purpose (learning rate, length).
-Refused unless allowed by name: what makes the two halves trainings of different data, models or order.
+Beside every checkpoint stands its resolved configuration (run_config.json). Each field of it has one of four fates:
+refused  it makes the two halves trainings of different data, order or models;
+by data  refused unless the rows' tokens and the packs are proved to be the same (DATA_IDENTITY): the flag is but a name;
+told     it changes the rest of training on purpose (learning rate, length): one line;
+free     layout, folders, logging and speed.
+--allow-changed NAME makes told of refused. tests/unit/checkpoint/test_resume.py holds that no field is forgotten.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_sft.config.run import RunConfig
+from megatron_sft.config.run import DATA_IDENTITY, RunConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.log import logger
 
-FINGERPRINT = "data_fingerprint"
-_REFUSED = {
+_DEFAULTS = dataclasses.asdict(RunConfig())
+_PADDING = ("padded_vocab_size", "make_vocab_size_divisible_by")
+"""Rows of the embedding that no token has; tensor-parallel ranks ask for them."""
+REFUSED: Mapping[str, tuple[str, ...]] = {
+    "model": tuple(name for name in _DEFAULTS["model"] if name not in _PADDING),
     "data": (
         "tokenizer_model",
-        "chat_template",
         "seq_length",
         "packing",
         "truncation",
@@ -26,7 +33,6 @@ _REFUSED = {
         "role_map",
         "train_epochs",
         "train_weights",
-        "split",
         "shuffle",
         "seed",
         "reset_position_ids",
@@ -36,73 +42,151 @@ _REFUSED = {
     "optim": ("optimizer",),
     "train": ("seed", "global_batch_size", "params_dtype"),
 }
+BY_DATA: Mapping[str, tuple[str, ...]] = {
+    "data": (
+        "train_data",
+        "train_names",
+        "split",
+        "data_split",
+        "chat_template",
+        "trust_remote_code",
+        "data_schema",
+        "input_key",
+        "tool_key",
+        "prompt_key",
+        "response_key",
+        "prompt_dict_keys",
+        "response_dict_keys",
+        "custom_dataset",
+        "max_bad_rows",
+    ),
+}
+TOLD: Mapping[str, tuple[str, ...]] = {
+    "data": ("valid_data",),
+    "optim": tuple(name for name in _DEFAULTS["optim"] if name not in REFUSED["optim"]),
+    "train": (
+        "micro_batch_size",
+        "max_tokens_per_gpu",
+        "train_iters",
+        "train_samples",
+        "num_epoch",
+        "recompute_granularity",
+        "recompute_method",
+        "recompute_num_layers",
+        "recompute_modules",
+        "check_for_nan",
+        "loss_spike_factor",
+        "loss_spike_action",
+        "eval_iters",
+        "eval_interval",
+        "deterministic_mode",
+    ),
+}
+FREE: Mapping[str, tuple[str, ...]] = {
+    "model": _PADDING,
+    "parallel": tuple(_DEFAULTS["parallel"]),
+    "data": ("data_cache_path", "num_workers", "prefetch"),
+    "train": ("skip_train", "exit_interval", "exit_duration_in_mins", "exit_signal_handler"),
+    "checkpoint": tuple(_DEFAULTS["checkpoint"]),
+    "log": tuple(_DEFAULTS["log"]),
+}
 _PATHS = {"data.tokenizer_model"}
 
 
 def run_config_json(run: RunConfig, state: Mapping[str, Any]) -> str:
-    """What is written beside a checkpoint: the resolved configuration and the fingerprint of the data."""
+    """What is written beside a checkpoint: the resolved configuration and the identity of the data."""
     content = json.loads(run.to_json())
-    content[FINGERPRINT] = state.get(FINGERPRINT)
+    content |= {name: state.get(name) for name in DATA_IDENTITY}
     return json.dumps(content, indent=1, sort_keys=True)
 
 
-def changes(saved: Mapping[str, Any], run: RunConfig, fingerprint: str | None) -> tuple[list[str], list[str]]:
-    """(refused, told): one `section.name: old -> new` a setting that differs.
+def kept_batch_size(saved: Mapping[str, Any], train: TrainConfig, dp_size: int) -> int:
+    """The global batch size of a run, in packs: the flag's, else the checkpoint's, else micro-batch x data-parallel size.
+
+    A checkpoint's is kept whatever the layout is now: the order of an epoch and the steps' size are part of the training.
 
     Args:
-        saved: run_config.json; {} has no changes.
-        run: of the resuming run.
-        fingerprint: of its data; None: not compared.
+        saved: run_config.json of the checkpoint that the run resumes from; {} without one.
+        train: flags of this run.
+        dp_size: data-parallel processes of this run.
     """
-    now, refused, told = json.loads(run.to_json()), [], []
-    for section in ("model", "data", "optim", "train"):
-        old = saved.get(section, {})
-        for name in sorted(set(old) & set(now[section])):
-            if _same(f"{section}.{name}", old[name], now[section][name]):
-                continue
-            line = f"{section}.{name}: {_short(old[name])} -> {_short(now[section][name])}"
-            if section == "model" or name in _REFUSED[section]:
-                refused.append(line)
-            elif section != "data":
-                told.append(line)
-    old_fingerprint = saved.get(FINGERPRINT)
-    if fingerprint and old_fingerprint and old_fingerprint != fingerprint:
-        refused.append(f"{FINGERPRINT}: {_short(old_fingerprint)} -> {_short(fingerprint)}")
+    by_layout = train.micro_batch_size * dp_size
+    kept = saved.get("train", {}).get("global_batch_size")
+    if train.global_batch_size or not kept:
+        return train.global_batch_size or by_layout
+    if kept != by_layout:
+        unit = dp_size if train.max_tokens_per_gpu else by_layout
+        idle = (
+            f" They do not share {kept} evenly, so some wait in part of each step; the numbers stay right." if kept % unit else ""
+        )
+        logger.info(
+            "global batch size: %d as in the checkpoint; --micro-batch-size %d x %d data-parallel processes would be %d.%s",
+            *(kept, train.micro_batch_size, dp_size, by_layout, idle),
+        )
+    return int(kept)
+
+
+def changes(saved: Mapping[str, Any], run: RunConfig, identity: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """(refused, told): one `section.name: old -> new` a setting that differs. What an older release did not know had its default.
+
+    Args:
+        saved: run_config.json.
+        run: of the resuming run.
+        identity: of its data, by DATA_IDENTITY's names.
+    """
+    now: dict[str, Any] = json.loads(run.to_json())
+    defaults: dict[str, Any] = json.loads(RunConfig().to_json())
+    same_data = all(saved.get(name) == identity.get(name) for name in DATA_IDENTITY)
+    refused: list[str] = []
+    told: list[str] = []
+    for table, lines in ((REFUSED, refused), (BY_DATA, told if same_data else refused), (TOLD, told)):
+        for section, names in table.items():
+            old = {**defaults[section], **saved.get(section, {})} if section in saved else now[section]
+            for name in names:
+                if not _same(f"{section}.{name}", old[name], now[section][name]):
+                    lines.append(f"{section}.{name}: {_short(old[name])} -> {_short(now[section][name])}")
+    for name in DATA_IDENTITY:
+        if "data" in saved and saved.get(name) != identity.get(name):
+            refused.append(f"{name}: {_short(saved.get(name))} -> {_short(identity.get(name))}")
     return refused, told
 
 
-def refuse_changed(saved: Mapping[str, Any], run: RunConfig, allowed: Sequence[str] = (), fingerprint: str | None = None) -> None:
+def refuse_changed(saved: Mapping[str, Any], run: RunConfig, allowed: Sequence[str], identity: Mapping[str, str]) -> None:
     """Raises when a setting changed that a resume must not change.
 
     Args:
         saved: read_run_config(root).
         run: of the resuming run.
         allowed: names of settings that may differ, with or without their section (--allow-changed).
-        fingerprint: of the run's data.
+        identity: of the run's data, by DATA_IDENTITY's names.
 
     Raises:
         CheckpointError: naming every changed setting with its old and new value.
     """
-    refused, told = changes(saved, run, fingerprint)
+    if "data" not in saved:
+        logger.warning("the checkpoint does not say what it was trained on (Megatron-LM's do not): nothing is compared.")
+    refused, told = changes(saved, run, identity)
     names = {line: line.split(":", 1)[0] for line in refused}
     left = [line for line in refused if not {names[line], names[line].rpartition(".")[2]} & set(allowed)]
     for line in [*told, *(line for line in refused if line not in left)]:
         logger.warning("changed since the checkpoint: %s", line)
     if left:
-        listed = ",".join(names[line] for line in left)
+        listed = " ".join(names[line] for line in left)
         raise CheckpointError(
             f"resume: {len(left)} settings differ from the checkpoint's: {'; '.join(left)}. Expected the same data, "
             f"order and model. Restore them, start afresh with another --save folder, or pass --allow-changed {listed}."
         )
+    if any(name in names.values() for name in DATA_IDENTITY):
+        logger.warning("other data since the checkpoint: rows of the epoch under way may be trained twice, or not at all.")
 
 
 def _same(name: str, old: Any, new: Any) -> bool:
-    """Equal, or the same folder name at another place."""
+    """Equal, or the same folder name at another place; an older release left the global batch size open."""
     if name in _PATHS and isinstance(old, str) and isinstance(new, str):
         return old.rstrip("/").rpartition("/")[2] == new.rstrip("/").rpartition("/")[2]
-    return bool(old == new)
+    return bool(old == new) or (name == "train.global_batch_size" and old is None)
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True)
+    text = json.dumps(value[:16] if isinstance(value, str) and len(value) == 64 else value, ensure_ascii=True)
     return text if len(text) <= 60 else text[:57] + "..."

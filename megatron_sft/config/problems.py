@@ -4,10 +4,11 @@
 checkpoint or the data comes later.
 """
 
+import dataclasses
 import os
 import sys
 
-from megatron_sft.config.run import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_sft.config.run import DATA_IDENTITY, CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig
 
 
 def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str]:
@@ -21,6 +22,7 @@ def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str
     found = _layout_problems(run, world_size)
     if training:
         found += _training_problems(run) + _optim_problems(run) + _folder_problems(run.checkpoint)
+        found += _allowed_problems(run)
     return found
 
 
@@ -201,3 +203,14 @@ def _folder_problems(checkpoint: CheckpointConfig) -> list[str]:
         if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
             found.append(f"{flag} {target}: {parent} cannot be written. Choose a folder that can be.")
     return found
+
+
+def _allowed_problems(run: RunConfig) -> list[str]:
+    """Names that --allow-changed cannot mean."""
+    known = set(DATA_IDENTITY)
+    for section in dataclasses.fields(run):
+        for field in dataclasses.fields(getattr(run, section.name)):
+            known |= {field.name, f"{section.name}.{field.name}"}
+    unknown = [name for name in run.checkpoint.allow_changed if name not in known]
+    expected = "expected names as run_config.json has them, such as train.global_batch_size or data_tokens"
+    return [f"--allow-changed {name}: no such setting; {expected}. Take them from the refusal." for name in unknown]

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+DATA_IDENTITY = ("data_tokens", "data_packs")
+"""What run_config.json says of the data beside the flags: sha256 of all tokens and masks; of the packs and their order."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -226,7 +229,7 @@ class TrainConfig:
     micro_batch_size: int = 1
     """Packs in one forward pass of one data-parallel rank."""
     global_batch_size: int | None = None
-    """Packs in one optimizer step; None: micro_batch_size x data-parallel size."""
+    """Packs in one optimizer step; None: micro_batch_size x data-parallel size where a run begins, then the checkpoint's."""
     max_tokens_per_gpu: int | None = None
     """Micro-batches are filled to this many tokens in place of micro_batch_size packs."""
     train_iters: int | None = None
@@ -283,7 +286,7 @@ class CheckpointConfig:
     importer: str = "builtin"
     """builtin, or modelopt: for quantised weights, and for a model_type that builtin lacks, as the flags describe it."""
     allow_changed: tuple[str, ...] = ()
-    """Names of resolved settings that may differ from the checkpoint's on resume."""
+    """Settings of run_config.json that may differ from the checkpoint's on resume: train.seed or seed, DATA_IDENTITY's too."""
 
 
 @dataclass(frozen=True)

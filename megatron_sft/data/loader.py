@@ -1,11 +1,13 @@
 """Order of packs, global batches, micro-batches of one data-parallel rank, prefetch.
 
-The position in the data is one number, consumed_samples (packs): everything else is a pure function of it, so there is
-no loader state to lose and the global order is the same for any number of data-parallel ranks.
+The position in the data is consumed_samples (packs): everything else is a pure function of it, so there is no loader
+state to lose and the global order is the same for any number of data-parallel ranks. A run that changes its global batch
+size inside an epoch has a second number, order_batch_size: the order of that epoch stays as it was begun, so that each
+pack is taken once; only the steps are cut anew.
 
 1. epoch_order: packs of one epoch, shuffled by (seed, epoch), then balanced: sorted by attention cost inside windows of
    steps, the steps of a window shuffled, so that the packs of one step cost about the same.
-2. step_packs: the global batch at a position. It never crosses an epoch's end: the last of an epoch is smaller.
+2. A step takes the next global_batch_size packs. It never crosses an epoch's end: the last of an epoch is smaller.
 3. rank_micro_batches: which of those packs a rank takes, and how they share micro-batches; the same count on all ranks.
 4. collate: packs -> one Batch.
 5. TrainLoader: the above in a background thread, a bounded number of steps ahead. It ends with its iterator, and what
@@ -14,6 +16,7 @@ no loader state to lose and the global order is the same for any number of data-
 Not here: which documents share a pack (packing.py), tensors of one pack (sft_dataset.py).
 """
 
+import hashlib
 import math
 import time
 from collections import deque
@@ -25,7 +28,7 @@ import numpy as np
 import torch
 
 from megatron_sft.config.run import TrainConfig
-from megatron_sft.data.packing import attention_cost, padded_lengths, token_counts
+from megatron_sft.data.packing import PackPlan, attention_cost, padded_lengths, token_counts
 from megatron_sft.data.sft_dataset import SFTDataset
 
 WINDOW_STEPS = 32
@@ -82,6 +85,8 @@ class Step:
     """Position after the step, in passes over the data: 1.5 is halfway through the second."""
     lengths: np.ndarray
     """int64: tokens of what attention treats as one document, without padding, over all data-parallel ranks."""
+    order_batch_size: int
+    """The global batch size that the order of the step's epoch was made for."""
 
 
 def epoch_order(
@@ -117,43 +122,53 @@ def epoch_order(
     return order
 
 
-def step_packs(
-    consumed: int,
-    num_packs: int,
-    global_batch_size: int,
-    seed: int,
-    shuffle: bool,
-    costs: np.ndarray | None = None,
-) -> np.ndarray:
-    """Packs of the global batch that starts at position `consumed`, int64 [<= global_batch_size].
+def order_digest(plan: PackPlan, seed: int, shuffle: bool) -> str:
+    """sha256, hex, of the packs as an epoch takes them: equal as long as data, flags and numpy's generator are the same."""
+    digest = hashlib.sha256()
+    for part in (plan.doc_ids, plan.offsets, epoch_order(len(plan), seed, 0, shuffle)):
+        digest.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
-    Example: 5 packs, global batch 2 -> positions 0, 2, 4 give 2, 2 and 1 packs; position 5 begins epoch 1.
+
+def samples_of_steps(steps: int, num_packs: int, global_batch_size: int, start: int = 0) -> int:
+    """Position after `steps` optimizer steps from position `start`, in packs.
+
+    Example: 5 packs, global batch 2: 4 steps from 0 -> 7 (2, 2, 1, 2); 2 from 9 -> 12 (1, 2).
     """
-    epoch, start = divmod(consumed, num_packs)
-    order = epoch_order(num_packs, seed, epoch, shuffle, costs, global_batch_size)
-    return order[start : start + global_batch_size]
+    rest = -start % num_packs
+    steps_to_end = -(-rest // global_batch_size)
+    if steps < steps_to_end:
+        return start + steps * global_batch_size
+    epochs, steps = divmod(steps - steps_to_end, -(-num_packs // global_batch_size))
+    return start + rest + epochs * num_packs + min(steps * global_batch_size, num_packs)
 
 
-def samples_of_steps(steps: int, num_packs: int, global_batch_size: int) -> int:
-    """Packs that `steps` optimizer steps from the start take: 5 packs, global batch 2: 4 steps -> 7."""
-    epochs, rest = divmod(steps, -(-num_packs // global_batch_size))
-    return epochs * num_packs + min(rest * global_batch_size, num_packs)
+def steps_of_samples(samples: int, num_packs: int, global_batch_size: int, start: int = 0) -> int:
+    """Optimizer steps from position `start` to position `samples`, in packs; 0 where that is not behind it.
+
+    Example: 5 packs, global batch 2: from 0 to 7 -> 4 (2, 2, 1, 2); from 1 to 7 -> 3 (2, 2, 2).
+    """
+    rest = min(-start % num_packs, max(samples - start, 0))
+    epochs, last = divmod(max(samples - start - rest, 0), num_packs)
+    return sum(-(-part // global_batch_size) for part in (rest, last)) + epochs * -(-num_packs // global_batch_size)
 
 
-def steps_of_samples(samples: int, num_packs: int, global_batch_size: int) -> int:
-    """Optimizer steps that `samples` packs from the start take: 5 packs, global batch 2: 7 samples -> 4."""
-    epochs, rest = divmod(samples, num_packs)
-    return epochs * -(-num_packs // global_batch_size) + -(-rest // global_batch_size)
+def total_samples(
+    train: TrainConfig, num_packs: int, global_batch_size: int, iteration: int = 0, consumed_samples: int = 0
+) -> int:
+    """Packs of the whole run: train_samples, num_epoch (2.5 of 5 packs -> 13), or where train_iters lead to.
 
-
-def total_samples(train: TrainConfig, num_packs: int, global_batch_size: int) -> int:
-    """Packs of the whole run: train_samples, or num_epoch (2.5 of 5 packs -> 13) or train_iters in packs."""
+    Args:
+        iteration: steps that were done; with another global batch size, perhaps.
+        consumed_samples: packs that they took.
+    """
     if train.train_samples is not None:
         return train.train_samples
     if train.num_epoch is not None:
         return math.ceil(round(train.num_epoch * num_packs, 6))
     assert train.train_iters is not None, "one of train_iters, train_samples and num_epoch is set (problems.py)"
-    return samples_of_steps(train.train_iters, num_packs, global_batch_size)
+    left = max(train.train_iters - iteration, 0)
+    return samples_of_steps(left, num_packs, global_batch_size, consumed_samples)
 
 
 def rank_micro_batches(
@@ -281,13 +296,15 @@ class TrainLoader:
         shuffle: False keeps packs in plan order.
         dp_rank, dp_size: this rank among the data-parallel ranks.
         consumed_samples: where to start, in packs since the start of the run.
+        iteration: optimizer steps that took them; None: as many as with this global batch size.
+        order_batch_size: the global batch size that the order of the epoch at consumed_samples was made for; None: this one.
         num_samples: where to end; None: the run's total (train_samples, num_epoch or train_iters).
         multiple: row lengths are padded up to a multiple of it.
         prefetch: steps prepared ahead; 0: none, in the caller's thread.
         pin_memory: batches in page-locked memory.
 
     Attributes:
-        num_packs, global_batch_size, num_samples: sizes, in packs.
+        num_packs, global_batch_size, num_samples, consumed_samples: as above, in packs.
         queue_depth: steps that were ready at the last step.
         wait_ms: how long the last step had to be waited for.
     """
@@ -302,6 +319,8 @@ class TrainLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         consumed_samples: int = 0,
+        iteration: int | None = None,
+        order_batch_size: int | None = None,
         num_samples: int | None = None,
         multiple: int = 1,
         prefetch: int = 2,
@@ -311,9 +330,13 @@ class TrainLoader:
         self.num_packs = len(dataset)
         self.global_batch_size = train.global_batch_size or train.micro_batch_size * dp_size
         self.consumed_samples = consumed_samples
+        if iteration is None:
+            iteration = steps_of_samples(consumed_samples, self.num_packs, self.global_batch_size)
         if num_samples is None:
-            num_samples = total_samples(train, self.num_packs, self.global_batch_size)
+            num_samples = total_samples(train, self.num_packs, self.global_batch_size, iteration, consumed_samples)
         self.num_samples = num_samples
+        self._iteration = iteration
+        self._order_batch_size = order_batch_size or self.global_batch_size
         self.queue_depth = 0
         self.wait_ms = 0.0
         self._train = train
@@ -325,8 +348,9 @@ class TrainLoader:
         self._costs = attention_cost(dataset.plan, lengths)
 
     def __len__(self) -> int:
-        """Optimizer steps from the start of the run to its end."""
-        return steps_of_samples(self.num_samples, self.num_packs, self.global_batch_size)
+        """Optimizer steps of the whole run: those that were done, and those to come."""
+        left = steps_of_samples(self.num_samples, self.num_packs, self.global_batch_size, self.consumed_samples)
+        return self._iteration + left
 
     def __iter__(self) -> Iterator[Step]:
         steps = self._steps(self.consumed_samples)
@@ -349,16 +373,17 @@ class TrainLoader:
             executor.shutdown(wait=False, cancel_futures=True)
 
     def _steps(self, consumed: int) -> Iterator[Step]:
-        order_of_epoch, order = -1, np.zeros(0, dtype=np.int64)
+        order_of_epoch, order, made_for = -1, np.zeros(0, dtype=np.int64), self._order_batch_size
         while consumed < self.num_samples:
             epoch, start = divmod(consumed, self.num_packs)
             if epoch != order_of_epoch:
                 order_of_epoch = epoch
-                order = epoch_order(self.num_packs, self._seed, epoch, self._shuffle, self._costs, self.global_batch_size)
+                made_for = self._order_batch_size if start else self.global_batch_size
+                order = epoch_order(self.num_packs, self._seed, epoch, self._shuffle, self._costs, made_for)
             pack_ids = order[start : start + self.global_batch_size][: self.num_samples - consumed]
             consumed += len(pack_ids)
             lengths = self.dataset.attended_lengths(pack_ids)
-            yield Step(self._batches(pack_ids), len(pack_ids), consumed / self.num_packs, lengths)
+            yield Step(self._batches(pack_ids), len(pack_ids), consumed / self.num_packs, lengths, made_for)
 
     def _batches(self, pack_ids: np.ndarray) -> list[Batch]:
         train = self._train

@@ -13,6 +13,7 @@ Folder (little-endian, no pickles):
     where_offsets.npy     int64 [docs + 1], bytes in where.bin
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +64,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def _meta_crc(meta: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
+
+
+def _content(meta: Mapping[str, Any]) -> str:
+    """sha256, hex, of tokens, masks, documents, rows and sources; not of their names and places."""
+    files = {name: meta["files"][name] for name in FILES if not name.startswith("where")}
+    return hashlib.sha256(json.dumps([files, meta["loss_weights"]], sort_keys=True).encode()).hexdigest()
 
 
 def _file_entry(path: Path) -> dict[str, Any]:
@@ -154,6 +161,10 @@ class MemoryStore:
 class TokenStore:
     """A store in a folder, memory-mapped: processes share the pages. Opening reads all of it once, for its checksums.
 
+    Attributes:
+        fingerprint: of what it was built from: files, tokenizer, flags, release.
+        content: of what it holds for training; the same from copied files and from a release that encodes alike.
+
     Raises:
         DataError: the folder is no store, is damaged, or is of another version.
     """
@@ -170,6 +181,7 @@ class TokenStore:
     def _open(self) -> None:
         meta = read_meta(self.folder)
         self.fingerprint: str = meta["fingerprint"]
+        self.content = _content(meta)
         self.source_names: tuple[str, ...] = tuple(meta["source_names"])
         self.ledger: Mapping[str, Any] = meta["ledger"]
         self.max_token_id = int(meta["max_token_id"])

@@ -15,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sft.config.run import RunConfig
 from megatron_sft.core_compat import device
-from megatron_sft.data.loader import Step, TrainLoader, ValidLoader
+from megatron_sft.data.loader import Step, TrainLoader, ValidLoader, steps_of_samples
 from megatron_sft.errors import TrainingError
 from megatron_sft.log import logger
 from megatron_sft.model.flops import train_flops
@@ -103,8 +103,9 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
         )
         if result.spike:
             _meet_spike(job, state, result.spike)
-        job.scheduler.step(step.num_samples if job.schedule.by_samples else 1)
+        scheduled = schedule_position(job.schedule, job.loader, state)
         state = _advanced(state, step, result, limit)
+        job.scheduler.step(schedule_position(job.schedule, job.loader, state) - scheduled)
         metrics = step_metrics(job, step, state, result, lr, seconds=time.perf_counter() - clock)
         stopped = stop.agreed(state.iteration)
         ends = bool(stopped) or state.iteration == last_iteration
@@ -128,6 +129,12 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
     return state, stopped
 
 
+def schedule_position(schedule: ScheduleLengths, loader: TrainLoader, state: TrainState) -> int:
+    """Where a state stands in the learning rate's schedule, in its unit."""
+    steps = steps_of_samples(state.consumed_samples, loader.num_packs, loader.global_batch_size)
+    return schedule.position(state.iteration, state.consumed_samples, steps)
+
+
 def _advanced(state: TrainState, step: Step, result: StepResult, limit: float) -> TrainState:
     """The state after a step; a skipped one used its data up all the same."""
     totals = result.totals
@@ -138,6 +145,7 @@ def _advanced(state: TrainState, step: Step, result: StepResult, limit: float) -
         tokens_seen=state.tokens_seen + totals.tokens,
         trained_tokens=state.trained_tokens + totals.trained_tokens,
         skipped_iterations=state.skipped_iterations + bool(result.spike),
+        order_batch_size=step.order_batch_size,
     )
     return state.with_loss(totals.loss, limit) if totals.trained_tokens else state
 

@@ -18,6 +18,8 @@ from megatron_sft.core_compat import fuse_gradient_norm, provide_adam
 from megatron_sft.model.build import DTYPES
 from megatron_sft.train.adam import FusedAdam, NarrowGradientOptimizer
 
+SAMPLES, ITERATIONS, STEPS_OF_DATA = "samples", "iterations", "steps of data"
+
 
 def wrap_ddp(chunks: list[Any], parallel: ParallelConfig, grads_dtype: str = "fp32") -> list[DistributedDataParallel]:
     """Wraps every model chunk in megatron-core's DDP.
@@ -102,14 +104,21 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
 class ScheduleLengths:
     """Lengths of the learning-rate schedule, all in one unit.
 
-    `by_samples` says which: packs, or iterations. The unit is what the user's flags are in; a run whose length is in
-    samples has its schedule in samples too.
+    SAMPLES: packs; where a flag, or the run's length, is in samples.
+    ITERATIONS: optimizer steps done; where --train-iters or --lr-decay-iters says the length.
+    STEPS_OF_DATA: optimizer steps of this global batch size that the packs so far take; where the schedule is as long as a
+    run of so many epochs. Iterations, unless the batch size was changed: a run that is half through its data is then half
+    through its schedule still.
     """
 
-    by_samples: bool
+    unit: str
     warmup: int
     decay: int
     wsd_decay: int | None
+
+    def position(self, iteration: int, consumed_samples: int, steps_of_data: int) -> int:
+        """Where a run stands, given in every unit."""
+        return {SAMPLES: consumed_samples, ITERATIONS: iteration, STEPS_OF_DATA: steps_of_data}[self.unit]
 
 
 def schedule_lengths(run: RunConfig, total_iterations: int, total_samples: int) -> ScheduleLengths:
@@ -117,27 +126,29 @@ def schedule_lengths(run: RunConfig, total_iterations: int, total_samples: int) 
 
     Args:
         run: flags; *_iters and *_samples are not mixed (problems.py).
-        total_iterations: optimizer steps of the whole run.
+        total_iterations: optimizer steps of the whole run, of this global batch size.
         total_samples: packs of the whole run.
     """
     optim = run.optim
-    by_samples = bool(run.train.train_samples or optim.lr_decay_samples or optim.lr_warmup_samples or optim.lr_wsd_decay_samples)
-    if by_samples:
-        decay, warmup = optim.lr_decay_samples or total_samples, optim.lr_warmup_samples
+    if run.train.train_samples or optim.lr_decay_samples or optim.lr_warmup_samples or optim.lr_wsd_decay_samples:
+        unit, decay, warmup = SAMPLES, optim.lr_decay_samples or total_samples, optim.lr_warmup_samples
         wsd_decay = optim.lr_wsd_decay_samples
     else:
+        unit = ITERATIONS if run.train.train_iters or optim.lr_decay_iters else STEPS_OF_DATA
         decay, warmup = optim.lr_decay_iters or total_iterations, optim.lr_warmup_iters
         wsd_decay = optim.lr_wsd_decay_iters
     if optim.lr_warmup_fraction is not None:
         warmup = int(optim.lr_warmup_fraction * decay)
     if optim.lr_decay_style == "WSD" and wsd_decay is None:
         wsd_decay = max(1, decay // 10)
-    return ScheduleLengths(by_samples, min(warmup, decay - 1), max(decay, 1), wsd_decay)
+    return ScheduleLengths(unit, min(warmup, decay - 1), max(decay, 1), wsd_decay)
 
 
-def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig, lengths: ScheduleLengths) -> OptimizerParamScheduler:
-    """megatron-core's scheduler; its `step(increment)` is in the unit of `lengths`."""
-    return OptimizerParamScheduler(
+def build_scheduler(
+    optimizer: MegatronOptimizer, optim: OptimConfig, lengths: ScheduleLengths, position: int = 0
+) -> OptimizerParamScheduler:
+    """megatron-core's scheduler at `position`; that and its `step(increment)` are in the unit of `lengths`."""
+    scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=optim.lr_warmup_init,
         max_lr=optim.lr,
@@ -154,3 +165,5 @@ def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig, lengths: S
         use_checkpoint_opt_param_scheduler=False,  # the flags of this run say the schedule, also on resume
         override_opt_param_scheduler=True,
     )
+    scheduler.step(position)
+    return scheduler

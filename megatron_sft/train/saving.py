@@ -3,12 +3,12 @@
 Not here: how a checkpoint is written (checkpoint/distributed.py), when (loop.py).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_sft.checkpoint import tracker
 from megatron_sft.checkpoint.distributed import CheckpointSaver
-from megatron_sft.checkpoint.resume import FINGERPRINT
 from megatron_sft.config.run import RunConfig
 from megatron_sft.hf.weights import save_hf
 from megatron_sft.log import logger
@@ -29,15 +29,22 @@ class Saving:
         chunks: the model in DDP, and with it what a checkpoint holds:
         optimizer: megatron-core's.
         scheduler: megatron-core's.
-        fingerprint: of the data.
+        identity: of the data, by DATA_IDENTITY's names.
         watch: is told what this rank does.
     """
 
     def __init__(
-        self, run: RunConfig, ranks: Ranks, chunks: list[Any], optimizer: Any, scheduler: Any, fingerprint: str, watch: Watch
+        self,
+        run: RunConfig,
+        ranks: Ranks,
+        chunks: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        identity: Mapping[str, str],
+        watch: Watch,
     ):
         self._run, self._ranks, self._chunks, self._watch = run, ranks, chunks, watch
-        self._optimizer, self._scheduler, self._fingerprint = optimizer, scheduler, fingerprint
+        self._optimizer, self._scheduler, self._identity = optimizer, scheduler, identity
         self._saver = CheckpointSaver(run.checkpoint.save, run, ranks) if run.checkpoint.save else None
         self._unmarked: tuple[int, float] | None = None
         self._exported: int | None = None
@@ -52,7 +59,7 @@ class Saving:
         assert self._saver is not None, "the loop saves only with --save"
         self._watch.tell(f"saving iteration {state.iteration}")
         self.finish()
-        values = {**state.to_dict(), "consumed_train_samples": state.consumed_samples, FINGERPRINT: self._fingerprint}
+        values = {**state.to_dict(), "consumed_train_samples": state.consumed_samples, **self._identity}
         if valid_loss is not None:
             values[METRIC] = valid_loss
             self._unmarked = (state.iteration, valid_loss)

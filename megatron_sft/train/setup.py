@@ -13,12 +13,12 @@ import torch
 
 from megatron_sft import parallel
 from megatron_sft.checkpoint.distributed import load_checkpoint
-from megatron_sft.checkpoint.resume import refuse_changed
+from megatron_sft.checkpoint.resume import kept_batch_size, refuse_changed
 from megatron_sft.config.problems import problems
-from megatron_sft.config.run import RunConfig
+from megatron_sft.config.run import DATA_IDENTITY, RunConfig
 from megatron_sft.core_compat import use_deterministic_algorithms
 from megatron_sft.data.chat import load_tokenizer
-from megatron_sft.data.loader import TrainLoader, ValidLoader
+from megatron_sft.data.loader import TrainLoader, ValidLoader, order_digest, steps_of_samples
 from megatron_sft.data.prepare import mixture, open_store, pack_documents, split_documents
 from megatron_sft.data.report import as_table, data_report
 from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
@@ -31,7 +31,7 @@ from megatron_sft.model.build import build_model
 from megatron_sft.parallel import Ranks
 from megatron_sft.train import memory
 from megatron_sft.train.evaluate import evaluate
-from megatron_sft.train.loop import Job, loss_metrics, train
+from megatron_sft.train.loop import Job, loss_metrics, schedule_position, train
 from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
 from megatron_sft.train.saving import METRIC, Saving
 from megatron_sft.train.state import TrainState
@@ -65,7 +65,7 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
         UserError: anything that the user can mend; the message says what.
     """
     source = find_source(run.checkpoint, run.data.trust_remote_code)
-    run = with_model(run, explicit, source)
+    run = resolved(run, explicit, source)
     if run.train.deterministic_mode:
         use_deterministic_algorithms()
     ranks = parallel.initialize(run.parallel, run.train.seed)
@@ -85,8 +85,8 @@ def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch) 
         return 0
     if state.iteration >= len(job.loader):
         raise TrainingError(
-            f"{source.path}: trained to iteration {state.iteration} already; expected one below {len(job.loader)}. "
-            "Ask for more (--num-epoch, --train-iters), or choose another --save for a new run."
+            f"{source.path}: trained to iteration {state.iteration} already, {state.consumed_samples} samples; expected fewer "
+            f"than {job.loader.num_samples}. Ask for more (--num-epoch, --train-iters), or choose another --save for a new run."
         )
     watch.tell("training")
     state, stopped = train(job, state)
@@ -98,15 +98,18 @@ def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch) 
     return 0
 
 
-def with_model(run: RunConfig, explicit: frozenset[str], source: WeightSource) -> RunConfig:
-    """The run with the architecture that its weights have, checked against the layout."""
+def resolved(run: RunConfig, explicit: frozenset[str], source: WeightSource) -> RunConfig:
+    """The run with what its flags leave open: the architecture of its weights, checked against the layout, and its batch size."""
     size, remote = run.parallel.tensor_model_parallel_size, run.data.trust_remote_code
     model = resolve_model(run.model, explicit, source, size, remote, run.checkpoint.importer)
     run = dataclasses.replace(run, model=model)
-    found = problems(run, parallel.process_environment()[1])
+    world_size = parallel.process_environment()[1]
+    found = problems(run, world_size)
     if found:
         raise ConfigError(found)
-    return run
+    dp_size = world_size // run.parallel.model_parallel_size
+    batch_size = kept_batch_size(source.run_config if source.resumes else {}, run.train, dp_size)
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, global_batch_size=batch_size))
 
 
 def build_data(run: RunConfig) -> Data:
@@ -141,9 +144,10 @@ def _require_known_tokens(run: RunConfig, store: TokenStore) -> None:
 
 def build_job(run: RunConfig, ranks: Ranks, source: WeightSource, data: Data, watch: Watch) -> tuple[Job, TrainState, Saving]:
     """Model, weights, optimizer and loaders. The state is that of the checkpoint, or a new one."""
-    fingerprint = data.store.fingerprint
+    packs = order_digest(data.train.plan, run.data.seed, run.data.shuffle)
+    identity = dict(zip(DATA_IDENTITY, (data.store.content, packs), strict=True))
     if source.resumes:
-        refuse_changed(source.run_config, run, run.checkpoint.allow_changed, fingerprint)
+        refuse_changed(source.run_config, run, run.checkpoint.allow_changed, identity)
     chunks = build_model(run.model, run.parallel, run.train)
     if source.is_hf:
         load_weights(chunks, run.model, source.path, ranks, run.checkpoint.importer, run.data.trust_remote_code)
@@ -152,26 +156,14 @@ def build_job(run: RunConfig, ranks: Ranks, source: WeightSource, data: Data, wa
             quick_check(chunks, run.model, source.path, ranks)
     wrapped = wrap_ddp(chunks, run.parallel, run.optim.main_grads_dtype)
     optimizer = build_optimizer(wrapped, run)
-    layout = run.parallel
-    multiple = layout.context_parallel_size * (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
-    dealt: dict[str, Any] = dict(
-        dp_rank=ranks.dp_rank,
-        dp_size=ranks.dp_size,
-        multiple=multiple,
-        prefetch=run.data.prefetch,
-        pin_memory=torch.cuda.is_available(),
-    )
-    loader = TrainLoader(data.train, run.train, seed=run.data.seed, shuffle=run.data.shuffle, **dealt)
-    valid_loader = ValidLoader(data.valid, run.train, **dealt) if data.valid else None
-    lengths = schedule_lengths(run, len(loader), loader.num_samples)
-    scheduler = build_scheduler(optimizer, run.optim, lengths)
-    saving = Saving(run, ranks, wrapped, optimizer, scheduler, fingerprint, watch)
-    state = TrainState()
-    if not source.is_hf:
-        state, valid_loss = _load(run, ranks, source, wrapped, optimizer, scheduler)
-        loader.consumed_samples = state.consumed_samples
-        if source.resumes and valid_loss is not None:  # the kill may have come between a save and its mark
-            saving.mark(state.iteration, valid_loss)
+    state, valid_loss = (TrainState(), None) if source.is_hf else _load(run, ranks, source, wrapped, optimizer)
+    loader, valid_loader = _loaders(run, ranks, data, state)
+    total = run.train.train_iters or steps_of_samples(loader.num_samples, loader.num_packs, loader.global_batch_size)
+    lengths = schedule_lengths(run, total, loader.num_samples)
+    scheduler = build_scheduler(optimizer, run.optim, lengths, schedule_position(lengths, loader, state))
+    saving = Saving(run, ranks, wrapped, optimizer, scheduler, identity, watch)
+    if source.resumes and valid_loss is not None:  # the kill may have come between a save and its mark
+        saving.mark(state.iteration, valid_loss)
     job = Job(
         run,
         ranks,
@@ -188,8 +180,30 @@ def build_job(run: RunConfig, ranks: Ranks, source: WeightSource, data: Data, wa
     return job, state, saving
 
 
+def _loaders(run: RunConfig, ranks: Ranks, data: Data, state: TrainState) -> tuple[TrainLoader, ValidLoader | None]:
+    layout = run.parallel
+    dealt: dict[str, Any] = dict(
+        dp_rank=ranks.dp_rank,
+        dp_size=ranks.dp_size,
+        multiple=layout.context_parallel_size * (layout.tensor_model_parallel_size if layout.sequence_parallel else 1),
+        prefetch=run.data.prefetch,
+        pin_memory=torch.cuda.is_available(),
+    )
+    loader = TrainLoader(
+        data.train,
+        run.train,
+        seed=run.data.seed,
+        shuffle=run.data.shuffle,
+        consumed_samples=state.consumed_samples,
+        iteration=state.iteration,
+        order_batch_size=state.order_batch_size,
+        **dealt,
+    )
+    return loader, ValidLoader(data.valid, run.train, **dealt) if data.valid else None
+
+
 def _load(
-    run: RunConfig, ranks: Ranks, source: WeightSource, chunks: list[Any], optimizer: Any, scheduler: Any
+    run: RunConfig, ranks: Ranks, source: WeightSource, chunks: list[Any], optimizer: Any
 ) -> tuple[TrainState, float | None]:
     """The state of the checkpoint, and the held-out loss at it where that was taken."""
     whole = source.resumes
@@ -197,7 +211,7 @@ def _load(
         source.path,
         chunks,
         optimizer if run.checkpoint.load_optim or not whole else None,
-        scheduler if whole else None,
+        None,  # the scheduler's place follows from the state
         ranks,
         weights_only=not whole,
         load_rng=run.checkpoint.load_rng,

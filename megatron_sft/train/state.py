@@ -29,6 +29,8 @@ class TrainState:
     """Losses in loss_mean, at most LOSS_MEMORY."""
     loss_mean: float = 0.0
     """Running mean of the steps' losses, in nats a trained token."""
+    order_batch_size: int = 0
+    """The global batch size that the order of this epoch was made for (data/loader.py); 0: the checkpoint's."""
 
     def loss_limit(self, factor: float | None) -> float:
         """The loss above which a step is a spike; infinite without a factor or before LOSS_STEPS losses."""

@@ -131,7 +131,7 @@ class Runs:
 
         run, explicit = parse([*self.flags, "--save", str(save)], int(os.environ.get("WORLD_SIZE", 1)))
         source = find_source(run.checkpoint)
-        run = setup.with_model(run, explicit, source)
+        run = setup.resolved(run, explicit, source)
         ranks = parallel.initialize(run.parallel, run.train.seed)
         self.data = self.data or setup.build_data(run)
         job, state, saving = setup.build_job(run, ranks, source, self.data, Watch(ranks, 0))

@@ -10,9 +10,9 @@ from megatron_sft.data.loader import (
     ValidLoader,
     collate,
     epoch_order,
+    order_digest,
     rank_micro_batches,
     samples_of_steps,
-    step_packs,
     steps_of_samples,
     total_samples,
 )
@@ -88,11 +88,12 @@ def test_balanced_order_gives_each_step_like_costs():
     assert first_costs.tolist() != sorted(first_costs.tolist())
 
 
-def test_step_packs_never_cross_an_epoch():
-    sizes = [len(step_packs(consumed, 5, 2, 1, True)) for consumed in (0, 2, 4, 5, 7, 9, 10)]
-    assert sizes == [2, 2, 1, 2, 2, 1, 2]
-    epoch = np.concatenate([step_packs(consumed, 5, 2, 1, True) for consumed in (5, 7, 9)])
-    assert epoch.tolist() == epoch_order(5, 1, 1, True).tolist()
+def test_a_step_never_crosses_an_epoch():
+    loader = TrainLoader(dataset_of([16] * 5), TrainConfig(global_batch_size=2, num_epoch=3), seed=1)
+    steps = list(loader)
+    assert [step.num_samples for step in steps] == [2, 2, 1] * 3
+    second = [i for step in steps[3:6] for batch in step.micro_batches for i in batch.document_ids]
+    assert second == epoch_order(5, 1, 1, True, attention_cost(loader.dataset.plan, loader.dataset.store.lengths), 2).tolist()
 
 
 @pytest.mark.parametrize("num_packs, batch", [(5, 2), (4, 2), (3, 8), (1, 1)])
@@ -102,11 +103,29 @@ def test_steps_and_samples_are_inverse(num_packs, batch):
         assert steps_of_samples(samples, num_packs, batch) == steps
 
 
+def test_steps_and_samples_from_any_position_are_those_of_walking():
+    random = np.random.default_rng(0)
+    for _ in range(2000):
+        num_packs, batch, start, end, steps = (
+            int(random.integers(low, high)) for low, high in ((1, 12), (1, 15), (0, 40), (0, 60), (0, 30))
+        )
+        position, count = start, 0
+        while position < end:
+            position, count = min(position + batch, (position // num_packs + 1) * num_packs, end), count + 1
+        assert steps_of_samples(end, num_packs, batch, start) == count
+        position = start
+        for _ in range(steps):
+            position = min(position + batch, (position // num_packs + 1) * num_packs)
+        assert samples_of_steps(steps, num_packs, batch, start) == position
+
+
 def test_total_samples_of_each_way_to_say_the_length():
     assert total_samples(TrainConfig(train_samples=12), 5, 2) == 12
     assert total_samples(TrainConfig(num_epoch=2.5), 5, 2) == 13
     assert total_samples(TrainConfig(num_epoch=0.1), 30, 2) == 3
     assert total_samples(TrainConfig(train_iters=4), 5, 2) == 7
+    assert total_samples(TrainConfig(train_iters=4), 5, 2, iteration=1, consumed_samples=4) == 9, "the first step took 4"
+    assert total_samples(TrainConfig(train_iters=4), 5, 2, iteration=9, consumed_samples=15) == 15
 
 
 def test_packs_are_dealt_back_and_forth_and_short_ranks_get_empty_micro_batches():
@@ -153,7 +172,8 @@ def test_50_stops_and_resizes_see_each_document_once_an_epoch_in_one_order(seed,
     costs = attention_cost(dataset.plan, dataset.store.lengths)
 
     def order(consumed):
-        packs = step_packs(consumed, len(dataset), 8, 3, True, costs)
+        epoch, start = divmod(consumed, len(dataset))
+        packs = epoch_order(len(dataset), 3, epoch, True, costs, 8)[start : start + 8]
         return sorted(int(i) for p in packs for i in dataset.plan[int(p)])
 
     seen, consumed = [], 0
@@ -171,6 +191,36 @@ def test_50_stops_and_resizes_see_each_document_once_an_epoch_in_one_order(seed,
     for epoch in range(4):
         steps = seen[epoch * per_epoch : (epoch + 1) * per_epoch]
         assert sorted(i for step in steps for i in step) == list(range(150))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_batch_size_that_changes_anywhere_leaves_each_document_once_an_epoch(seed):
+    """The position is consumed_samples and, inside an epoch, the batch size that its order was made for."""
+    random = np.random.default_rng(seed)
+    dataset = dataset_of(some_lengths(120, seed))
+    consumed, iteration, made_for, seen = 0, 0, None, []
+    while True:
+        train = TrainConfig(
+            micro_batch_size=int(random.integers(1, 4)), global_batch_size=int(random.integers(1, 30)), num_epoch=3
+        )
+        dp_size, stop = int(random.integers(1, 5)), int(random.integers(1, 6))
+        place = dict(consumed_samples=consumed, iteration=iteration, order_batch_size=made_for, prefetch=0, dp_size=dp_size)
+        ranks = [TrainLoader(dataset, train, dp_rank=rank, **place) for rank in range(dp_size)]
+        for _, *steps in zip(range(stop), *ranks, strict=False):
+            seen += [i for step in steps for batch in step.micro_batches for i in batch.document_ids if i >= 0]
+            consumed, iteration, made_for = consumed + steps[0].num_samples, iteration + 1, steps[0].order_batch_size
+        if consumed == 3 * len(dataset):
+            break
+    assert iteration == len(ranks[0])
+    for epoch in range(3):
+        assert sorted(seen[120 * epoch : 120 * (epoch + 1)]) == list(range(120))
+
+
+def test_the_digest_is_that_of_packs_and_order():
+    plan, again = (dataset_of(some_lengths(40)).plan for _ in range(2))
+    assert order_digest(plan, 1, True) == order_digest(again, 1, True)
+    others = [order_digest(plan, 2, True), order_digest(plan, 1, False), order_digest(dataset_of(some_lengths(41)).plan, 1, True)]
+    assert len({order_digest(plan, 1, True), *others}) == 4
 
 
 def test_prefetch_gives_the_same_steps_and_ends():

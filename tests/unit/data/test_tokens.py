@@ -379,3 +379,14 @@ def test_documents_know_their_row_over_chunks_sources_and_bad_rows(tmp_path, mon
     assert store.row_ids.tolist() == TokenStore(store.folder).row_ids.tolist() == expected
     assert store.row_ids.dtype == np.int64 and store.source_ids.tolist() == [0] * 6 + [1] * 3
     assert build_memory_store(config, sources, TurnEncoder()).row_ids.tolist() == expected
+
+
+def test_content_is_that_of_the_tokens_wherever_they_come_from(tmp_path):
+    rows = [chat("a b", "c d"), chat("a", "b")]
+    first, moved, more = (
+        build(tmp_path, rows),
+        build(tmp_path, rows, name="moved.jsonl"),
+        build(tmp_path, rows[:1], name="less.jsonl"),
+    )
+    assert len({store.fingerprint for store in (first, moved, more)}) == 3 and first.source_names != moved.source_names
+    assert first.content == moved.content != more.content

@@ -5,7 +5,7 @@ import torch
 
 from megatron_sft.config.run import OptimConfig, RunConfig, TrainConfig
 from megatron_sft.train.adam import FusedAdam
-from megatron_sft.train.optim import ScheduleLengths, schedule_lengths
+from megatron_sft.train.optim import ITERATIONS, SAMPLES, STEPS_OF_DATA, ScheduleLengths, schedule_lengths
 
 
 @pytest.mark.parametrize(("adam_w_mode", "reference"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])
@@ -29,13 +29,14 @@ def test_fused_adam_equals_torch(adam_w_mode, reference):
 @pytest.mark.parametrize(
     ("train", "optim", "expected"),
     [
-        (dict(train_iters=20), dict(), ScheduleLengths(False, 0, 20, None)),
-        (dict(train_iters=20), dict(lr_warmup_iters=3), ScheduleLengths(False, 3, 20, None)),
-        (dict(train_iters=20), dict(lr_warmup_fraction=0.1), ScheduleLengths(False, 2, 20, None)),
-        (dict(train_samples=75), dict(lr_decay_samples=60, lr_warmup_samples=5), ScheduleLengths(True, 5, 60, None)),
-        (dict(train_samples=75), dict(), ScheduleLengths(True, 0, 80, None)),
-        (dict(num_epoch=2.0), dict(lr_decay_style="WSD"), ScheduleLengths(False, 0, 20, 2)),
-        (dict(num_epoch=2.0), dict(lr_decay_style="WSD", lr_wsd_decay_iters=7), ScheduleLengths(False, 0, 20, 7)),
+        (dict(train_iters=20), dict(), ScheduleLengths(ITERATIONS, 0, 20, None)),
+        (dict(train_iters=20), dict(lr_warmup_iters=3), ScheduleLengths(ITERATIONS, 3, 20, None)),
+        (dict(train_iters=20), dict(lr_warmup_fraction=0.1), ScheduleLengths(ITERATIONS, 2, 20, None)),
+        (dict(train_samples=75), dict(lr_decay_samples=60, lr_warmup_samples=5), ScheduleLengths(SAMPLES, 5, 60, None)),
+        (dict(train_samples=75), dict(), ScheduleLengths(SAMPLES, 0, 80, None)),
+        (dict(num_epoch=2.0), dict(lr_decay_iters=15), ScheduleLengths(ITERATIONS, 0, 15, None)),
+        (dict(num_epoch=2.0), dict(lr_decay_style="WSD"), ScheduleLengths(STEPS_OF_DATA, 0, 20, 2)),
+        (dict(num_epoch=2.0), dict(lr_decay_style="WSD", lr_wsd_decay_iters=7), ScheduleLengths(STEPS_OF_DATA, 0, 20, 7)),
     ],
 )
 def test_schedule_lengths(train, optim, expected):
