@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data.chat import CHECKED_ROWS, ChatEncoder, check_masks
-from megatron_sft.data.fingerprint import store_fingerprint
+from megatron_sft.data.fingerprint import Fingerprint, require_unchanged, store_fingerprint
 from megatron_sft.data.limits import num_characters
+from megatron_sft.data.lock import if_free, only_one
 from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.data.store import Document, MemoryStore, TokenStore, write_meta
-from megatron_sft.data.workers import LONG_TEXT, Chunk, MakeEncoder, Problem, Result, if_free, in_order, make_encoder, only_one
+from megatron_sft.data.workers import LONG_TEXT, Chunk, MakeEncoder, Problem, Result, in_order, make_encoder
 from megatron_sft.errors import DataError
 from megatron_sft.files import publish_folder
 from megatron_sft.log import logger
@@ -38,6 +39,8 @@ __all__ = ["TokenStore", "build_memory_store", "build_token_store", "encode_rows
 
 NO_TRAINED_TOKEN = "no trained token"
 TOO_LONG = "longer than seq_length"
+HASHES = "hashes"
+"""Folder beside the stores, for those of large files."""
 CHUNK_ROWS = 256
 CHUNK_CHARACTERS = 4 * 2**20
 LISTED_PROBLEMS = 20
@@ -59,43 +62,46 @@ def build_token_store(
         DataError: more than max_bad_rows bad rows (the first 20 are listed), or no row left.
     """
     folder = Path(folder)
-    fingerprint = store_fingerprint(config, sources)
+    before = store_fingerprint(config, sources, folder / HASHES)
+    fingerprint = before.value
     damage = None
     try:
         if store := _whole(folder, fingerprint):  # the folder may be read-only
+            if hub := [source.path for source in sources if not source.files and not config.custom_dataset]:
+                logger.info("tokens: %s as the hub had it then; to ask it again, delete that folder.", ", ".join(hub))
             return store
     except DataError as error:
         damage = error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with only_one(folder / f"{fingerprint[:32]}.lock", "the token store"):
-            return _built(config, sources, fingerprint, folder, make)
+            return _built(config, sources, before, folder, make)
     except OSError as error:
         if damage is None:
             raise
         raise DataError(f"{damage} That cannot be done now: {error}.") from None
 
 
-def _built(config: DataConfig, sources: Sequence[Any], fingerprint: str, folder: Path, make: MakeEncoder) -> TokenStore:
+def _built(config: DataConfig, sources: Sequence[Any], before: Fingerprint, folder: Path, make: MakeEncoder) -> TokenStore:
     """Builds the store, unless the process that had the lock before did it; this one has it now."""
-    final, temporary = _place(folder, fingerprint), folder / f"{fingerprint[:32]}.building"
-    aside = folder / f"{fingerprint[:32]}.{os.getpid()}.building"
+    fingerprint = before.value
+    name = folder / fingerprint[:32]
+    temporary, aside = name.with_suffix(".building"), name.with_suffix(f".{os.getpid()}.building")
     _sweep(folder, fingerprint)
     try:
         if store := _whole(folder, fingerprint):
             return store
     except DataError as error:
         logger.warning("tokens: %s This is done now.", error)
-        os.rename(final, aside)  # its files may be open, and then stay over NFS
-        _sweep(folder, fingerprint)
     temporary.mkdir()
     try:
         _build(config, sources, fingerprint, temporary, make)
-        publish_folder(temporary, final, aside)
+        require_unchanged(before, store_fingerprint(config, sources, folder / HASHES))
+        publish_folder(temporary, name, aside)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return TokenStore(final)
+    return TokenStore(name)
 
 
 def _sweep(folder: Path, fingerprint: str) -> None:
@@ -106,13 +112,9 @@ def _sweep(folder: Path, fingerprint: str) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _place(folder: Path, fingerprint: str) -> Path:
-    return folder / fingerprint[:32]
-
-
 def _whole(folder: Path, fingerprint: str) -> TokenStore | None:
     """The store of that fingerprint; None: there is none. DataError: what is there cannot be used."""
-    place = _place(folder, fingerprint)
+    place = folder / fingerprint[:32]
     if not place.exists():
         return None
     store = TokenStore(place)

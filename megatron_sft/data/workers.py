@@ -1,21 +1,15 @@
-"""Tokenising processes, and the lock that lets one process build while others wait.
+"""Tokenising processes. Not here: what is done to the rows (tokens.py: encode_rows)."""
 
-Not here: what is done to the rows (tokens.py: encode_rows).
-"""
-
-import fcntl
 import gc
 import itertools
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +18,6 @@ from megatron_sft.config.run import DataConfig
 from megatron_sft.data.fast_bpe import text_tokenizer
 from megatron_sft.data.templates import TOO_LONG, limited_memory
 from megatron_sft.errors import DataError, UserError
-from megatron_sft.log import logger
 
 MEMORY_BYTES = 2**30
 BYTES_PER_CHARACTER = 192
@@ -248,31 +241,3 @@ def _too_large(chunk: Chunk) -> DataError:
         f"{chunk.rows[0][0]}: tokenising this row, or one of the {len(chunk.rows) - 1} after it, needs more than "
         f"{MEMORY_BYTES / 2**30:g} GiB; expected far less. Split very long rows."
     )
-
-
-@contextmanager
-def only_one(path: Path, what: str) -> Iterator[None]:
-    """Holds a file lock; waits for its holder as long as it takes. The kernel frees it when the holder dies."""
-    start, told = time.monotonic(), -60.0
-    while True:
-        with if_free(path) as is_free:
-            if is_free:
-                yield
-                return
-        waited = time.monotonic() - start
-        if waited - told >= 60:
-            told = waited
-            logger.info("waiting for %s, which another process builds (%.0f s)", what, waited)
-        time.sleep(0.2)
-
-
-@contextmanager
-def if_free(path: Path) -> Iterator[bool]:
-    """Holds a file lock, unless another holds it: then False."""
-    with open(path, "a", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True

@@ -12,11 +12,11 @@ import pytest
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data import tokens as tokens_module
 from megatron_sft.data.fingerprint import store_fingerprint
+from megatron_sft.data.lock import only_one
 from megatron_sft.data.schema import RowError
 from megatron_sft.data.sources import open_source
 from megatron_sft.data.store import FILES, TokenStore, write_meta
 from megatron_sft.data.tokens import build_memory_store, build_token_store, fit
-from megatron_sft.data.workers import only_one
 from megatron_sft.errors import DataError
 
 
@@ -320,7 +320,7 @@ def test_a_custom_class_s_data_is_part_of_the_fingerprint(tmp_path):
     for text in ("a", "b"):
         (tmp_path / "rows.txt").write_text(text)
         paths = (str(tmp_path / "rows.txt"), str(tmp_path))
-        found |= {store_fingerprint(config, [open_source(path, config)]) for path in paths}
+        found |= {store_fingerprint(config, [open_source(path, config)]).value for path in paths}
     assert len(found) == 4
 
 
