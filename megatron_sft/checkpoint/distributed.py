@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from megatron_sft.checkpoint import background, manifest, torch_dist, tracker
+from megatron_sft.checkpoint import background, manifest, optimizer_shards, torch_dist, tracker
 from megatron_sft.checkpoint import state as state_dicts
 from megatron_sft.checkpoint.background import torch_optimizers
 from megatron_sft.checkpoint.resume import run_config_json
@@ -90,7 +90,8 @@ class CheckpointSaver:
             ):
                 optimizer = None  # before the first step there is nothing in it
             full = self._state_dict(iteration, chunks, optimizer, scheduler, state)
-            job = torch_dist.plan(full, validate=self._number == 1)
+            shards = self._optimizer_shards(chunks, optimizer)
+            job = torch_dist.plan(full, validate=self._number == 1, shards=shards)
         except _SAVE_ERRORS as error:
             raise CheckpointError(f"{where}. Found: {type(error).__name__}: {error}.") from error
         config = run_config_json(self._run, state).encode()
@@ -144,6 +145,11 @@ class CheckpointSaver:
         full["content_metadata"] = metadata
         full[state_dicts.TRAIN_STATE] = dict(state)
         return full
+
+    def _optimizer_shards(self, chunks: list[Any], optimizer: Any) -> list[Any]:
+        metadata = state_dicts.content_metadata(self._run.parallel.use_distributed_optimizer)
+        parts = state_dicts.own_shards(optimizer, metadata)
+        return optimizer_shards.write_items(parts, state_dicts.model_state(chunks, metadata)) if parts else []
 
     def _write(
         self,
@@ -352,6 +358,9 @@ def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks
     if optimizer is not None:
         with torch.no_grad():  # fp32: megatron-core copies into views of the parameters (dp_reshardable, Megatron-LM's default)
             optimizer.load_state_dict(loaded["optimizer"])
+            if parts := state_dicts.own_shards(optimizer, content):
+                shards = list(optimizer_shards.boxes(parts, state_dicts.model_state(chunks, content)))
+                torch_dist.read_with(optimizer_shards.BoxPlanner(folder, shards), folder, metadata)
     if scheduler is not None and "opt_param_scheduler" in loaded:
         scheduler.num_steps = 0  # its load_state_dict adds to what is there
         scheduler.load_state_dict(loaded["opt_param_scheduler"])

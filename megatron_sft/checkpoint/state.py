@@ -15,8 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import Float16Module
 
+from megatron_sft.checkpoint import optimizer_shards
 from megatron_sft.config.run import RunConfig
 from megatron_sft.parallel import Ranks, gather
 
@@ -35,15 +37,32 @@ def content_metadata(use_distributed_optimizer: bool) -> dict[str, Any]:
     """How sharded state dicts are built here; stored in the checkpoint, and read back before a load."""
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if use_distributed_optimizer:
-        metadata["distrib_optim_sharding_type"] = "fully_reshardable"
+        metadata["distrib_optim_sharding_type"] = optimizer_shards.FORMAT
         metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
     return metadata
+
+
+def own_shards(optimizer: Any, metadata: dict[str, Any]) -> list[DistributedOptimizer] | None:
+    """The distributed optimizers whose states optimizer_shards.py writes and reads; None: megatron-core does (other formats)."""
+    is_ours = metadata.get("distrib_optim_sharding_type") == optimizer_shards.FORMAT
+    return optimizer_shards.distributed_parts(optimizer) if is_ours else None
+
+
+def model_state(chunks: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """The sharded state dict of each model chunk, under `model`, or `model0`, `model1` ... for virtual stages."""
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    metadata = _with_group(metadata)
+    return {name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
+
+
+def _with_group(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {**metadata, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def sharded_state(
     chunks: list[Any], optimizer: Any | None, scheduler: Any | None, metadata: dict[str, Any], is_loading: bool
 ) -> dict[str, Any]:
-    """Model, optimizer and scheduler parts of the state dict.
+    """Model, optimizer and scheduler parts of the state dict; without the states that optimizer_shards.py writes and reads.
 
     Args:
         chunks: model chunks of this process, wrapped or not.
@@ -52,12 +71,13 @@ def sharded_state(
         metadata: content_metadata, of this run on saving and of the checkpoint on loading.
         is_loading: optimizer states that do not exist yet are created.
     """
-    metadata = {**metadata, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    state = {name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
+    state = model_state(chunks, metadata)
     if optimizer is not None:
-        models = dict(state)
-        state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+        parts = own_shards(optimizer, metadata)
+        if parts is not None:
+            state["optimizer"] = optimizer_shards.settings(parts, is_loading)
+        else:
+            state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_with_group(metadata))
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
     return state

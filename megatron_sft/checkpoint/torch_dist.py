@@ -13,9 +13,9 @@ import io
 import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,12 @@ def read_state(folder: Path, wanted: dict[str, Any], metadata: Metadata, common:
     return apply_factory_merges(common, factories)
 
 
-def _read_items(items: dict[str, Any], folder: Path, metadata: Metadata, planner: _SafePlanner) -> None:
+def read_with(planner: dcp.LoadPlanner, folder: Path, metadata: Metadata) -> None:
+    """Reads what a planner asks for by itself, without a state dict."""
+    _read_items({}, folder, metadata, planner)
+
+
+def _read_items(items: dict[str, Any], folder: Path, metadata: Metadata, planner: dcp.LoadPlanner) -> None:
     """Fills `items`; raises the reason itself where torch raises a BaseException with a traceback for a message."""
     try:
         with warnings.catch_warnings():
@@ -210,11 +215,12 @@ class WriteJob:
     """common.pt, serialized at once: what it was made of goes on changing. Empty on other ranks than 0."""
 
 
-def plan(state: dict[str, Any], validate: bool) -> WriteJob:
+def plan(state: dict[str, Any], validate: bool, shards: Sequence[tuple[WriteItem, torch.Tensor]] = ()) -> WriteJob:
     """Collective: divides a state dict into what each process writes.
 
     Args:
         state: sharded state dict of this process, consumed.
+        shards: further items of this process, as they are written.
         validate: check that the shards of all processes make up whole tensors (one more exchange).
     """
     sharded, common = save_preprocess(state, validate_access_integrity=False)
@@ -226,14 +232,16 @@ def plan(state: dict[str, Any], validate: bool) -> WriteJob:
     first = dist.get_rank() == 0
     planner.set_up_planner(items, is_coordinator=first)
     local = planner.create_local_plan()
+    whole = replace(local, items=[*local.items, *(item for item, _ in shards)])
     plans: list[Any] | None = [None] * dist.get_world_size() if first else None
-    dist.gather_object(local, plans, dst=0)
+    dist.gather_object(whole, plans, dst=0)
     metadata = planner.create_global_plan(plans)[1] if plans is not None else None
     local = planner.finish_plan(local)
     buffer = io.BytesIO()
     if first:
         torch.save(common, buffer)
-    return WriteJob([(item, planner.resolve_data(item)) for item in local.items], metadata, buffer.getvalue())
+    own = [(item, planner.resolve_data(item)) for item in local.items]
+    return WriteJob([*own, *shards], metadata, buffer.getvalue())
 
 
 def write_items(folder: Path, job: WriteJob, rank: int, threads: int) -> tuple[list[WriteResult], list[FileRecord]]:

@@ -9,9 +9,10 @@ import hashlib
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_sft.checkpoint import torch_dist
-from megatron_sft.checkpoint.state import content_metadata, sharded_state
+from megatron_sft.checkpoint.state import content_metadata, model_state
 from megatron_sft.config.run import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.parallel import Ranks, initialize
 
@@ -70,11 +71,16 @@ class Rig:
         found.update(torch.get_rng_state().numpy().tobytes())
         return found.hexdigest()
 
+    def core_state(self, is_loading: bool) -> dict[str, Any]:
+        """Sharded state dict of model and optimizer as megatron-core makes it by itself, states of all ranks gathered."""
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        metadata = {**content_metadata(self.run.parallel.use_distributed_optimizer), "dp_cp_group": group}
+        models = model_state(self.chunks, metadata)
+        return {**models, "optimizer": self.optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=metadata)}
+
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole tensors of the model and the optimizer, on rank 0 of a run without model parallelism."""
-        state = sharded_state(
-            self.chunks, self.optimizer, None, content_metadata(self.run.parallel.use_distributed_optimizer), False
-        )
+        state = self.core_state(is_loading=False)
         return {
             t.key: t.data.detach().clone() for t in torch_dist._leaves(state) if hasattr(t, "data") and torch.is_tensor(t.data)
         }

@@ -45,10 +45,9 @@ def _ours_in_theirs(root: str, layout: dict) -> tuple[str, str, dict]:
     expected = rig.digest()
     folder = str(tracker.checkpoint_folder(Path(root), 2))
     common = dist_checkpointing.load_common_state_dict(folder)
-    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
     rig.train(3, 3)
     _blank(rig)
-    wanted = state.sharded_state(rig.chunks, rig.optimizer, None, metadata, is_loading=True)
+    wanted = rig.core_state(is_loading=True)
     wanted["rng_state"] = state.rng_state(rig.ranks)
     loaded = dist_checkpointing.load(wanted, folder, strict="raise_unexpected")
     for chunk in rig.chunks:
@@ -79,7 +78,7 @@ def _theirs_in_ours(root: str, layout: dict) -> tuple[str, str, dict]:
         (folder.parent / tracker.TRACKER).write_text("2")
     torch.distributed.barrier()
     metadata = state.content_metadata(rig.run.parallel.use_distributed_optimizer)
-    full = state.sharded_state(rig.chunks, rig.optimizer, rig.scheduler, metadata, is_loading=False)
+    full = {**rig.core_state(is_loading=False), "opt_param_scheduler": rig.scheduler.state_dict()}
     full |= {"args": Namespace(consumed_train_samples=6), "checkpoint_version": 3.0, "iteration": 2}
     full["rng_state"] = state.rng_state(rig.ranks)
     dist_checkpointing.save(full, str(folder), content_metadata=metadata)
