@@ -204,12 +204,16 @@ def _exchange_uneven_parts_over_gloo() -> None:
 
 def _patch_core_without_kernels() -> None:
     """What megatron-core lacks where TransformerEngine is missing, on any platform."""
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
-    # 0.16.1 multi_latent_attention.py:66 says HAVE_TE without it, and then asks isinstance of a mock.
     if importlib.util.find_spec("transformer_engine") is None:
+        # 0.16.1 multi_latent_attention.py:66 says HAVE_TE without it, and then asks isinstance of a mock.
         multi_latent_attention.HAVE_TE = False
+        # tensor_parallel/random.py: its default, False, counts as fp8 (`fp8 is not None`), which asks for TransformerEngine;
+        # --recompute-modules layernorm leaves it out (both versions).
+        CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     # 0.16.1 uses te_general_gemm in moe_utils.py without defining it when TransformerEngine is missing.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None

@@ -94,6 +94,16 @@ def _division_problems(run: RunConfig) -> list[str]:
     return found
 
 
+def _chunk_layers(run: RunConfig) -> list[int]:
+    """Layers of the model chunks of a run that has no division problem; each number once."""
+    parallel = run.parallel
+    ends = (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers)
+    given = [layers for layers in ends if layers is not None]
+    stages = parallel.pipeline_model_parallel_size - len(given)
+    equal = [(run.model.num_layers - sum(given)) // stages] if stages else []
+    return sorted({layers // (parallel.virtual_pipeline_model_parallel_size or 1) for layers in given + equal})
+
+
 def _head_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
     """What --cp-comm-type a2a asks of the heads: each context-parallel rank takes some of those of its TP rank."""
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
@@ -135,6 +145,13 @@ def _training_problems(run: RunConfig) -> list[str]:
         found.append(f"--loss-spike-factor is {train.loss_spike_factor}; expected a number above 1, such as 3.")
     if train.recompute_granularity == "full" and not (train.recompute_method and train.recompute_num_layers):
         found.append("--recompute-granularity full needs --recompute-method uniform|block and --recompute-num-layers N.")
+    elif train.recompute_granularity == "full" and train.recompute_method == "uniform":
+        found += [
+            f"--recompute-method uniform: {layers} layers of a model chunk are no multiple of --recompute-num-layers "
+            f"{train.recompute_num_layers}. Choose a divisor, or --recompute-method block."
+            for layers in _chunk_layers(run)
+            if layers % (train.recompute_num_layers or 1)
+        ]
     return found
 
 

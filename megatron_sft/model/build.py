@@ -145,12 +145,25 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     kind = MLATransformerConfig if latent else TransformerConfig
     core = {name: value for name, value in model.core.items() if name != "hybrid_layer_pattern"}
     _require_known(core, kind)
-    config = kind(**{**fields, **core})
+    config = _accepted(kind, {**fields, **core})
     config.hetereogenous_dist_checkpoint |= "hybrid_layer_pattern" in model.core  # a name for each layer, as MambaModel has
     config.sft_model = model  # type: ignore[attr-defined] # what our modules need beyond megatron-core's fields
     config.sft_cp_comm_type = parallel.cp_comm_type  # type: ignore[attr-defined]
     config.no_rope_freq = None  # megatron-core would take the table away that scales queries in these layers
     return config
+
+
+def _accepted(kind: type, fields: dict[str, Any]) -> Any:
+    """The configuration; what megatron-core's __post_init__ refuses, by assertion or ValueError, is a ConfigError."""
+    try:
+        return kind(**fields)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(
+            [
+                f"megatron-core's {kind.__name__} refuses the model: {' '.join(str(error).split())} Expected fields that go "
+                "together. Correct or leave out the flags of these names."
+            ]
+        ) from None
 
 
 def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:

@@ -160,6 +160,7 @@ def test_a2a_needs_heads_for_every_context_parallel_rank() -> None:
         ["--exp-avg-dtype", "fp8"],
         ["--attention-dropout", "0.1"],
         ["--loss-spike-factor", "1"],
+        ["--recompute-method", "uniform", "--recompute-granularity", "full", "--recompute-num-layers", "3", "--num-layers", "8"],
     ],
 )
 def test_a_flag_that_would_do_nothing_is_refused(given: list[str]) -> None:

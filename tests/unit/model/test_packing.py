@@ -111,6 +111,12 @@ def test_spans_of_a_context_parallel_part():
     assert spans_of([0, 7], 3, 0, 7) == [Span(3, 0, 0), Span(3, 0, 3), Span(1, 0, 6)]
 
 
+def test_what_megatron_core_refuses_is_said_in_its_words(ranks):
+    train = TrainConfig(recompute_granularity="selective", recompute_modules=("core_attn", "moe_act"))
+    with pytest.raises(ConfigError, match="refuses the model: moe_act in recompute_modules is only supported with"):
+        build_model(MODEL, ParallelConfig(), train)
+
+
 def test_unknown_core_setting_names_the_nearest(ranks):
     with pytest.raises(ConfigError, match="Did you mean moe_router_topk"):
         build_model(dataclasses.replace(MODEL, core={"moe_router_top_k": 2}), ParallelConfig(), TrainConfig())
