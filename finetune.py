@@ -10,25 +10,13 @@ Exit status: 0 trained to the end, 2 wrong input, 3 stopped by a bad value or a 
 import sys
 from collections.abc import Sequence
 
-from megatron_sft import log
-from megatron_sft.config.arguments import parse
-from megatron_sft.core_compat import leave_out_compiler, process_environment
-from megatron_sft.errors import UserError
+from megatron_sft import entry
+from megatron_sft.__main__ import finetune
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs one training; returns the exit status."""
-    rank, world_size, _ = process_environment()
-    log.configure(rank)
-    try:
-        run, explicit = parse(argv, world_size)
-        leave_out_compiler()
-        from megatron_sft.train.setup import finetune  # torch and megatron-core: not for --help and flag errors
-
-        return finetune(run, explicit)
-    except UserError as error:
-        log.logger.error("%s", error)
-        return error.exit_status
+    return entry.run(finetune, argv)
 
 
 if __name__ == "__main__":

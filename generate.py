@@ -7,29 +7,30 @@ cat prompts.txt | python generate.py --load MODEL --output answers.jsonl
 import sys
 from collections.abc import Sequence
 
-from megatron_sft.core_compat import leave_out_compiler, process_environment
-from megatron_sft.errors import UserError
+from megatron_sft import entry
+from megatron_sft.core_compat import leave_out_compiler
 
 
-def main(argv: Sequence[str]) -> int:
-    """Answers every prompt; returns the process's exit status."""
+def generate(argv: Sequence[str], world_size: int) -> int:
+    """Answers every prompt and shows the answers."""
     from megatron_sft.config.arguments import parse_generate
 
-    try:
-        run, explicit, options = parse_generate(argv, process_environment()[1])
-        leave_out_compiler()
-        from megatron_sft.inference.prompts import answer_prompts
+    run, explicit, options = parse_generate(argv, world_size)
+    leave_out_compiler()
+    from megatron_sft.inference.prompts import answer_prompts
 
-        rows = answer_prompts(run, explicit, options)
-    except UserError as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        return error.exit_status
+    rows = answer_prompts(run, explicit, options)
     for number, row in enumerate(rows, start=1):
         asked = "\n".join(f"{m['role']}: {m['content']}" for m in row["messages"])
         print(f"\n=== {number}\n{asked}\n--- answer ({len(row['tokens'])} tokens, {row['finish_reason']})\n{row['response']}")
     if options.output and rows:
         print(f"\nwrote {len(rows)} answers to {options.output}")
     return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the process's exit status."""
+    return entry.run(generate, argv, to_stderr=True)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ if ((${#LAUNCH[@]})); then
 elif ((PROCESSES == 1)); then
   LAUNCH=("${PYTHON}")
 else
-  LAUNCH=("${PYTHON}" -m torch.distributed.run --standalone "--nproc_per_node=${PROCESSES}")
+  LAUNCH=("${PYTHON}" -m megatron_sft.launch --standalone "--nproc_per_node=${PROCESSES}")
 fi
 PARALLEL_ARGS=(
   --tensor-model-parallel-size "${TP}" --pipeline-model-parallel-size "${PP}" --context-parallel-size "${CP}"

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_sft import log
+from megatron_sft import entry
 from megatron_sft.config.arguments import parse, parse_generate, parse_mmlu, parse_plan, parse_view
 from megatron_sft.config.run import RunConfig
-from megatron_sft.core_compat import leave_out_compiler, process_environment
-from megatron_sft.errors import ConfigError, UserError
+from megatron_sft.core_compat import leave_out_compiler
+from megatron_sft.errors import ConfigError
 
 
 def finetune(argv: Sequence[str], world_size: int) -> int:
@@ -192,18 +192,12 @@ COMMANDS: Mapping[str, Callable[[Sequence[str], int], int]] = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command; returns the exit status."""
-    rank, world_size, _ = process_environment()
-    log.configure(rank)
     command = COMMANDS.get(argv[0]) if argv else None
     if command is None:
         lines = [f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()]
         print("\n".join(["usage: megatron-sft COMMAND [flags]", *lines]))
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    try:
-        return command(argv[1:], world_size)
-    except UserError as error:
-        log.logger.error("%s", error)
-        return error.exit_status
+    return entry.run(command, argv[1:])
 
 
 def run() -> None:

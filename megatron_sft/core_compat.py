@@ -11,12 +11,16 @@ import importlib.util
 import inspect
 import logging
 import os
+import re
+import resource
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_sft.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -293,9 +297,58 @@ def provide_latent_projections(linear: type) -> None:
 
 
 def process_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) without a launcher."""
-    env = os.environ
-    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) without a launcher.
+
+    Raises:
+        ConfigError: they are no numbers, or some that belong to them are missing.
+    """
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    texts = {name: os.environ.get(name) or default for name, default in defaults.items()}
+    found = [f"{name}={text!r}" for name, text in texts.items() if not re.fullmatch(r"[0-9]{1,9}", text)]
+    rank, world_size, local_rank = (0, 1, 0) if found else map(int, texts.values())
+    if not 0 <= rank < world_size:
+        found.append(f"RANK={rank} with WORLD_SIZE={world_size}")
+    port = os.environ.get("MASTER_PORT", "")
+    if world_size > 1:
+        found += [f"no {name} beside WORLD_SIZE" for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world_size > 1 and port and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16):
+        found.append(f"MASTER_PORT={port!r}")
+    if found:
+        raise ConfigError(
+            [
+                f"environment: {', '.join(found)}; expected RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as "
+                "torchrun sets them, or none of them for one process. Start with torchrun, or unset them."
+            ]
+        )
+    return rank, world_size, local_rank
+
+
+MIN_OPEN_FILES = 256
+"""One process opens about 100, most of them for gloo's groups."""
+
+
+def allow_open_files() -> None:
+    """Raises the limit of open files to what this process may have.
+
+    Raises:
+        ConfigError: that is fewer than a run opens.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < MIN_OPEN_FILES:
+        raise ConfigError(
+            [f"at most {most} open files are allowed; expected {MIN_OPEN_FILES} or more. Allow more: ulimit -n 4096."]
+        )
+
+
+def be_patient_launcher() -> None:
+    """Gives the processes of torchrun a day to save after SIGTERM or Ctrl-C, where it gives 30 s.
+
+    torch/distributed/launcher/api.py (2.12 and later; 2.11 has no such setting). Call it in the launcher, before it starts.
+    """
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "86400")
 
 
 def balance_experts_by_row() -> None:

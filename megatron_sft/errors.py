@@ -11,6 +11,8 @@ class UserError(Exception):
     """Base of every error that the user can mend; `exit_status` is the process's."""
 
     exit_status = 2
+    is_said = False
+    """Another process has the same error and prints it, or has printed it."""
 
 
 class ConfigError(UserError):
@@ -36,6 +38,12 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, partial or of another model."""
+
+
+class SavingError(CheckpointError):
+    """A checkpoint or an HF folder could not be written although the run began (a full disk); earlier ones are untouched."""
+
+    exit_status = 3
 
 
 class TrainingError(UserError):

@@ -6,12 +6,16 @@ import sys
 logger = logging.getLogger("megatron_sft")
 
 
-def configure(rank: int) -> None:
+def configure(rank: int, to_stderr: bool = False) -> None:
     """Sends messages to standard output on rank 0; other ranks show warnings and errors, prefixed with their rank.
 
     Safe to call again: the handler is replaced, not added.
+
+    Args:
+        rank: of this process.
+        to_stderr: standard output belongs to something else.
     """
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(sys.stderr if to_stderr else sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

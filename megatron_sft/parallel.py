@@ -5,8 +5,9 @@ Everybody else receives `Ranks`, frozen integers; code that needs a group asks m
 
 import contextlib
 import datetime
+import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,9 +17,18 @@ import torch.distributed as dist
 
 from megatron_sft.config.run import ParallelConfig
 from megatron_sft.core_compat import install_cpu_mode, process_environment
-from megatron_sft.errors import UserError
+from megatron_sft.errors import ConfigError, UserError
 
 T = TypeVar("T")
+TELL_S = 20
+"""For the other processes to hear why one ends."""
+WAYS_OUT: Mapping[str, str] = {
+    "EADDRINUSE": "Expected a free port. Choose another MASTER_PORT (--master-port), or end the process that has it.",
+    "Too many open files": "Expected room for a socket a process and group. Raise the limit: ulimit -n 65536.",
+    "Unable to find": "Expected a network interface, if only loopback: ip link set lo up, or name one in GLOO_SOCKET_IFNAME.",
+    "": "Expected machines that reach each other. Check MASTER_ADDR, MASTER_PORT, firewalls, and that all were started.",
+}
+"""By what the error says."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     Args:
         parallel: the layout; problems.py has checked that it fits the world size.
         seed: the run's seed; tensor-parallel and pipeline ranks derive theirs from it as Megatron-LM does.
+
+    Raises:
+        ConfigError: the processes cannot reach each other.
+        UserError: what another process has found before it came here.
     """
     install_cpu_mode()
     rank, world_size, local_rank = process_environment()
@@ -62,15 +76,83 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
         torch.cuda.set_device(local_rank)
     backend = parallel.distributed_backend or ("nccl" if cuda else "gloo")
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-    if not dist.is_initialized():
-        if world_size == 1:  # no launcher: no port is taken
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout)
-    _make_groups(parallel)
+    with _explained(f"rank {rank} of {world_size}"):
+        if not dist.is_initialized():
+            # one process: no launcher, no port is taken
+            store = dist.HashStore() if world_size == 1 else _meet(None, rank, world_size, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        _make_groups(parallel)
     ranks = _ranks(rank, world_size, local_rank)
     _seed(seed, ranks)
     return ranks
+
+
+def _meet(own: UserError | None, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Joins the other processes' key-value store; the error of one is raised on all. They meet here once.
+
+    Args:
+        own: what this process has found, which ends it.
+        rank: of this process.
+        world_size: processes.
+        timeout: for the others to come here.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    store = dist.PrefixStore("start", store)
+    store.set_timeout(timeout)
+    _put(store, f"error/{rank}", own)
+    if rank == 0:
+        errors = [_taken(store, f"error/{other}") for other in range(world_size)]
+        _put(store, "found", next(((other, error) for other, error in enumerate(errors) if error), (0, None)))
+    origin, found = _taken(store, "found")
+    store.set(f"seen/{rank}", "")
+    if found is None:
+        return dist.PrefixStore("run", store)
+    if rank == 0:  # may hold the store, where the others look
+        store.wait([f"seen/{other}" for other in range(world_size)], datetime.timedelta(seconds=TELL_S))
+    if origin:
+        found.args = (f"rank {origin}: {found}",)
+    found.is_said = rank != 0
+    raise found
+
+
+def _put(store: dist.Store, key: str, value: Any) -> None:
+    store.set(key, pickle.dumps(value).hex())
+
+
+def _taken(store: dist.Store, key: str) -> Any:
+    """The value, once somebody has put it there."""
+    return pickle.loads(bytes.fromhex(store.get(key).decode()))
+
+
+def tell_others(error: UserError) -> bool:
+    """Says why this process ends to those that come to `initialize`, so that they end too.
+
+    Returns:
+        Whether rank 0 has found the same, or says it for this one.
+    """
+    rank, world_size, _ = process_environment()
+    if dist.is_initialized():
+        return False
+    try:
+        _meet(error, rank, world_size, datetime.timedelta(seconds=TELL_S))
+    except UserError as found:
+        return str(found).endswith(str(error))
+    except (RuntimeError, ValueError, OSError):  # nobody is there
+        return False
+    return False
+
+
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """What torch and gloo raise when processes cannot connect, as one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        way_out = next((text for name, text in WAYS_OUT.items() if name in reason), WAYS_OUT[""])
+        raise ConfigError([f"{where}: the processes cannot be connected ({reason}). {way_out}"]) from None
 
 
 @contextlib.contextmanager
@@ -172,6 +254,7 @@ def agree(action: Callable[[], T], exchange: Callable[[Any], list[Any]] = gather
         failure = error
     failures = [error for error in exchange(failure) if error is not None]
     if failures:
+        failures[0].is_said = dist.is_initialized() and dist.get_rank() != 0
         raise failures[0]
     return result  # type: ignore[return-value]  # None only where action gave it
 

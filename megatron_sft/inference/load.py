@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sft import log, parallel
+from megatron_sft import parallel
 from megatron_sft.checkpoint.distributed import load_checkpoint
 from megatron_sft.config.problems import problems
 from megatron_sft.config.run import DataConfig, ModelConfig, RunConfig
@@ -48,7 +48,6 @@ def load_for_inference(run: RunConfig, explicit: frozenset[str]) -> Inference:
         raise ConfigError(found)
     tokenizer = load_tokenizer(data)
     ranks = parallel.initialize(layout, run.train.seed)
-    log.configure(ranks.rank)
     chunks = build_model(model, layout, run.train)
     if source.is_hf:
         load_weights(chunks, model, source.path, ranks, checkpoint.importer, remote)

@@ -27,6 +27,9 @@ from megatron_sft.train.optim import ScheduleLengths, whole_parameters
 from megatron_sft.train.state import TrainState
 from megatron_sft.train.step import StepResult, train_step
 
+SAME_SIGNAL_S = 2.0
+"""Ctrl-C comes from the terminal and from the launcher, a time limit's SIGTERM from Slurm and from the launcher."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -49,11 +52,12 @@ class Job:
 class StopRequest:
     """SIGTERM, SIGINT, the end of --exit-duration-in-mins or --exit-interval: the loop finishes its step, saves and ends.
 
-    Every rank asks at every step, because a signal may reach some of them only.
+    Every rank asks at every step, because a signal may reach some of them only. A second signal ends the process at once.
     """
 
     def __init__(self, run: RunConfig):
         self._signal = 0
+        self._signalled = 0.0
         self._interval = run.train.exit_interval
         minutes = run.train.exit_duration_in_mins
         self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
@@ -62,7 +66,11 @@ class StopRequest:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
+        now = time.monotonic()
+        if self._signal and now - self._signalled > SAME_SIGNAL_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._signal, self._signalled = number, self._signalled if self._signal else now
 
     def agreed(self, iteration: int) -> int:
         """The signal number that any rank received, -1 when it is time, 0 to go on. The same on every rank."""

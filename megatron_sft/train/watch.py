@@ -30,6 +30,8 @@ from megatron_sft.parallel import Ranks, gather
 POLL_S = 1.0
 GRACE_S = 3.0
 _FAILURE = "watch/failure"
+_SAID = "watch/said"
+"""Who prints the failure."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,12 @@ class Watch:
             return
         failure = self._cause(error)
         if failure is not None:
-            raise TrainingError(failure.message) from None
+            followed = TrainingError(failure.message)
+            followed.exit_status = failure.exit_status
+            self._leave_to_one(followed)
+            raise followed from None
+        if isinstance(error, UserError) and not error.is_said:
+            self._leave_to_one(error)
         if self._ranks.rank == 0:
             time.sleep(1.5 * POLL_S)  # this process may hold the store, where the others look for the reason
 
@@ -119,6 +126,23 @@ class Watch:
             self._publish(Failure(self._ranks.rank, f"rank {self._ranks.rank} failed while {self._activity}: {text}", status))
         return None
 
+    def _leave_to_one(self, error: UserError) -> None:
+        """Where the failure that ends the run is this error, one process prints it: rank 0 unless that does not come to it."""
+        deadline = time.monotonic() + (POLL_S + GRACE_S + 1.0) * (self._ranks.rank != 0)
+        self._stop.set()
+        with contextlib.suppress(RuntimeError):
+            first = self._published()
+            if first is None or str(error) not in first.message:
+                return
+            while not self._store.check([_SAID]) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            error.is_said = not self._is_mine_to_say()
+
+    def _is_mine_to_say(self) -> bool:
+        """True for whoever asks first, once."""
+        own = f"{self._ranks.rank} {time.monotonic_ns()}"
+        return self._store.compare_set(_SAID, "", own) == own.encode()
+
     def _run(self) -> None:
         heard, since, last = b"", time.monotonic(), time.monotonic()
         following = (self._ranks.rank + 1) % self._ranks.world_size
@@ -135,7 +159,8 @@ class Watch:
                 failure = self._published() or self._found_dead()
                 if failure is None and now - since > self._timeout_s:
                     failure = self._publish(Failure(following, self._stalled(following), is_stalled=True))
-                    logger.error("%s", failure.message)  # now: a launcher may end this process once that one is gone
+                    if self._is_mine_to_say():  # now: a launcher may end this process once that one is gone
+                        logger.error("%s", failure.message)
             except RuntimeError as error:
                 failure = Failure(0, f"the key-value store of the run (of rank 0 or the launcher) does not answer: {error}")
             if failure is not None:
@@ -148,7 +173,11 @@ class Watch:
             os.kill(self._processes[failure.rank].pid, signal.SIGKILL)  # a stopped process does not answer to less
         if self._stop.wait(GRACE_S):
             return
-        logger.error("%s", failure.message)
+        is_mine = True
+        with contextlib.suppress(RuntimeError):
+            is_mine = self._is_mine_to_say()
+        if is_mine:
+            logger.error("%s", failure.message)
         sys.stdout.flush()
         os._exit(failure.exit_status)
 

@@ -173,7 +173,7 @@ def test_processes_follow_the_parallel_sizes(tmp_path: Path, sizes: dict[str, st
     python.chmod(0o755)
     done = run("finetune.sh", CONF, **{**sizes, "PYTHON": str(python)})
     words = done.stdout.split("\n")
-    assert words[:4] == ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    assert words[:4] == ["-m", "megatron_sft.launch", "--standalone", f"--nproc_per_node={processes}"]
     assert value(words, "--tensor-model-parallel-size") == sizes.get("TP", "1")
 
 

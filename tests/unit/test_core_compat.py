@@ -1,11 +1,15 @@
 """What stands between megatron-core, torch and us gives what they give."""
 
 import importlib
+import subprocess
+import sys
 
+import pytest
 import torch
 from torch.nn.attention import varlen
 
-from megatron_sft.core_compat import fuse_gradient_norm, varlen_attention
+from megatron_sft.core_compat import fuse_gradient_norm, process_environment, varlen_attention
+from megatron_sft.errors import ConfigError
 
 
 def test_gradient_norm_and_clipping_are_megatron_cores_in_fp32():
@@ -40,3 +44,43 @@ def test_varlen_attention_asks_for_grouped_queries_where_torch_wants_to_be_asked
     for function, answer in ((of_2_11, "2.11"), (of_2_12, True)):
         monkeypatch.setattr(varlen, "varlen_attn", function)
         assert varlen_attention()(0, 1, 2, 3, 4, 5, 6, scale=None, window_size=(-1, 0)) == answer
+
+
+PLACE = {"MASTER_ADDR": "h", "MASTER_PORT": "1"}
+ENVIRONMENTS = [
+    ({}, (0, 1, 0)),
+    ({"RANK": "", "WORLD_SIZE": ""}, (0, 1, 0)),
+    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **PLACE}, (3, 4, 1)),
+    ({"RANK": "1", "WORLD_SIZE": "2", **PLACE}, (1, 2, 0)),
+    ({"WORLD_SIZE": "2"}, "no RANK beside WORLD_SIZE, no MASTER_ADDR beside WORLD_SIZE, no MASTER_PORT beside WORLD_SIZE;"),
+    ({"RANK": "1"}, "RANK=1 with WORLD_SIZE=1;"),
+    ({"RANK": "4", "WORLD_SIZE": "4", **PLACE}, "RANK=4 with WORLD_SIZE=4;"),
+    ({"RANK": "-1", "WORLD_SIZE": "two", "LOCAL_RANK": "1e3"}, "RANK='-1', WORLD_SIZE='two', LOCAL_RANK='1e3';"),
+    ({"WORLD_SIZE": "0"}, "RANK=0 with WORLD_SIZE=0;"),
+    ({"RANK": "0", "WORLD_SIZE": "2", **PLACE, "MASTER_PORT": "65536"}, "MASTER_PORT='65536';"),
+    ({"RANK": "0", "WORLD_SIZE": "2", **PLACE, "MASTER_PORT": "x"}, "MASTER_PORT='x';"),
+    ({"RANK": "0", "WORLD_SIZE": "9" * 20, **PLACE}, f"WORLD_SIZE='{'9' * 20}';"),
+]
+
+
+@pytest.mark.parametrize(("variables", "expected"), ENVIRONMENTS)
+def test_a_launchers_variables_are_whole_or_an_error(monkeypatch, variables, expected):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, tuple):
+        assert process_environment() == expected
+    else:
+        with pytest.raises(ConfigError) as caught:
+            process_environment()
+        assert f"environment: {expected} expected RANK, WORLD_SIZE" in str(caught.value)
+
+
+@pytest.mark.parametrize(("limit", "status"), [("ulimit -n 64", 2), ("ulimit -n 255", 2), ("ulimit -Sn 64", 0)])
+def test_the_limit_of_open_files_is_raised_or_an_error(limit, status):
+    command = f'{limit}; exec "$0" -m megatron_sft prepare --help 2>&1'
+    done = subprocess.run(["bash", "-c", command, sys.executable], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout
+    refused = f"at most {limit.split()[-1]} open files are allowed; expected 256 or more. Allow more: ulimit -n 4096."
+    assert (refused in done.stdout) == bool(status) and "Traceback" not in done.stdout

@@ -16,6 +16,8 @@ ALLOWED: Mapping[str, set[str]] = {
     "files": set(),
     "log": set(),
     "core_compat": {"errors", "log"},
+    "entry": EVERY | {"parallel"},
+    "launch": {"core_compat", "errors"},
     "config": {"errors", "log", "core_compat"},
     "parallel": EVERY,
     "data": {"config", "errors", "files", "log"},
@@ -28,9 +30,9 @@ ALLOWED: Mapping[str, set[str]] = {
     "tasks": EVERY | {"parallel", "data", "inference"},
     "train": EVERY | {"parallel", "data", "model", "hf", "checkpoint", "weights"},
     "plan": EVERY | {"parallel", "model", "hf", "weights", "conversion", "train"},
-    "__main__": EVERY | {"checkpoint", "conversion", "data", "inference", "parallel", "plan", "tasks", "train"},
+    "__main__": EVERY | {"checkpoint", "conversion", "data", "entry", "inference", "parallel", "plan", "tasks", "train"},
 }
-USES_CORE = set(ALLOWED) - {"errors", "files", "log", "config", "data", "__main__"}
+USES_CORE = set(ALLOWED) - {"errors", "files", "log", "config", "data", "entry", "launch", "__main__"}
 
 
 def imported_modules(tree: ast.AST, dotted: str) -> Iterator[str]:

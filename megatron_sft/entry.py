@@ -1,0 +1,41 @@
+"""What every command line here has in common: the environment is checked, an error becomes one message and a status.
+
+Not here: what a command does.
+"""
+
+from collections.abc import Callable, Sequence
+
+from megatron_sft import log
+from megatron_sft.core_compat import allow_open_files, process_environment
+from megatron_sft.errors import UserError
+
+
+def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_stderr: bool = False) -> int:
+    """Runs a command of one or several processes. What all of them find wrong, rank 0 says once.
+
+    Args:
+        command: (argv, processes) -> exit status.
+        argv: without the program's name.
+        to_stderr: standard output is the command's own; messages go to standard error.
+
+    Returns:
+        The process's exit status.
+    """
+    rank, world_size = 0, 1
+    log.configure(rank, to_stderr)
+    try:
+        allow_open_files()
+        rank, world_size, _ = process_environment()
+        log.configure(rank, to_stderr)
+        return command(argv, world_size)
+    except UserError as error:
+        if rank == 0 and not error.is_said:
+            log.logger.error("%s", error)
+        is_said = error.is_said
+        if world_size > 1 and not is_said:
+            from megatron_sft.parallel import tell_others  # torch: not for one process
+
+            is_said = tell_others(error)
+        if rank != 0 and not is_said:
+            log.logger.error("%s", error)
+        return error.exit_status
