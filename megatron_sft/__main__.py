@@ -27,14 +27,14 @@ def finetune(argv: Sequence[str], world_size: int) -> int:
 def prepare(argv: Sequence[str], world_size: int) -> int:
     """Tokenises, masks and caches the data of a run ahead of time, without a GPU: the flags of finetune.py."""
     run, _ = parse_view(argv, world_size)
-    from megatron_sft.data.prepare import open_store, training_set
+    from megatron_sft.data.prepare import VALID_SPLITS, open_store, training_set
     from megatron_sft.data.report import as_table, data_report
 
     store, plan = training_set(run.data)
     print(as_table(data_report(store, plan, run.data.seq_length)))
     print(f"token store: {store.folder}")
     if run.data.valid_data:
-        print(f"token store of the validation data: {open_store(run.data, run.data.valid_data).folder}")
+        print(f"token store of the validation data: {open_store(run.data, run.data.valid_data, splits=VALID_SPLITS).folder}")
     return 0
 
 

@@ -142,7 +142,7 @@ class DataConfig:
     split: tuple[float, float, float] = (100.0, 0.0, 0.0)
     """Shares of the rows for training, validation and test; only the first is trained on, test rows are not read."""
     data_split: str = "train"
-    """Split name of a hub data set (--finetune-data-split)."""
+    """Split that is read of a hub data set, or of a folder whose files are named for splits (--finetune-data-split)."""
     tokenizer_model: str = ""
     """Folder or hub name of the Hugging Face tokenizer, or a sentencepiece tokenizer.model file."""
     chat_template: str | None = None

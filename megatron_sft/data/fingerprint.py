@@ -141,7 +141,9 @@ def store_fingerprint(config: DataConfig, sources: Sequence[Any], hashes: Path |
         "tokenizer": _tokenizer_identity(config.tokenizer_model, files),
         "template": _text_or_file(config.chat_template, files),
         "custom_dataset": files.hash(config.custom_dataset.rpartition(":")[0]) if config.custom_dataset else None,
-        "sources": [[s.name, s.path, [[os.path.abspath(path), files.hash(path)] for path in _files_of(s)]] for s in sources],
+        "sources": [
+            [s.name, s.path, s.splits, [[os.path.abspath(path), files.hash(path)] for path in _files_of(s)]] for s in sources
+        ],
     }
     value = hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
     return Fingerprint(value, files.identities)

@@ -27,19 +27,24 @@ class Split(NamedTuple):
     test: np.ndarray
 
 
-def open_store(config: DataConfig, paths: Sequence[str], names: Sequence[str] = ()) -> TokenStore:
+VALID_SPLITS = ("validation", "test")
+"""Of a folder or hub name in valid_data that has splits, the first that is there is read."""
+
+
+def open_store(config: DataConfig, paths: Sequence[str], names: Sequence[str] = (), splits: Sequence[str] = ()) -> TokenStore:
     """The tokens and masks of all rows at `paths`, from the cache or built now.
 
     Args:
         config: how rows become tokens; data_cache_path says where the cache is.
         paths: files, folders, globs or hub names, in order.
         names: one a path; empty: the file stems.
+        splits: of folders and hub names; empty: config.data_split.
 
     Raises:
         DataError: rows that cannot be used, or a cache that cannot be written.
     """
     cache = Path(config.data_cache_path) if config.data_cache_path else Path.home() / ".cache" / "megatron_sft"
-    sources = [open_source(path, config, names[index] if names else None) for index, path in enumerate(paths)]
+    sources = [open_source(path, config, names[index] if names else None, splits) for index, path in enumerate(paths)]
     try:
         return build_token_store(config, sources, cache / "tokens")
     except OSError as error:  # of the rows' files it is a DataError already

@@ -16,7 +16,7 @@ import re
 import stat
 import traceback
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from megatron_sft.config.run import DataConfig
 from megatron_sft.data.json_rows import COMPRESSIONS, Item, json_rows, jsonl_rows, parse_line
 from megatron_sft.data.limits import MAX_ROW_BYTES, TOO_DEEP, TOO_LONG, NotStrictError, is_deep, num_characters, unique_keys
 from megatron_sft.data.schema import RowError
+from megatron_sft.data.splits import files_of_split
 from megatron_sft.errors import DataError
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
@@ -40,16 +41,17 @@ class Source:
         name: what reports call it (the file's stem, unless the user names it).
         path: as the user gave it, slice included.
         files: the local files that are read, in order; empty for hub names and custom classes.
+        splits: of a folder or hub name that has splits; the first that is there is read.
         num_rows: rows, known only after one whole pass; None before.
     """
 
-    def __init__(self, path: str, config: DataConfig, name: str | None = None):
-        self.path, self.config = path, config
+    def __init__(self, path: str, config: DataConfig, name: str | None = None, splits: Sequence[str] = ()):
+        self.path, self.config, self.splits = path, config, tuple(splits) or (config.data_split,)
         found = _SLICE.match(path)
         self._base = found["path"] if found else path
         self._slice = (found["start"], found["stop"], found["percent"]) if found else None
         self.name = name or _stem(self._base)
-        self.files = _local_files(self._base, config.data_split)
+        self.files = _local_files(self._base, self.splits)
         self.num_rows: int | None = None
         if found and float(found["percent"] or 0) > 100:
             raise DataError(f"{path}: the slice is above 100 %; expected at most all rows. See --prompt-data-epochs for more.")
@@ -81,7 +83,7 @@ class Source:
 
     def _all(self) -> Iterator[Item]:
         if not self.files:
-            yield from _hub_rows(self._base, self.config)
+            yield from _hub_rows(self._base, self.splits)
         for file in self.files:
             yield from read_file(file)
 
@@ -90,7 +92,7 @@ class CustomSource(Source):
     """Rows of a user's own class: CLASS(path) must be iterable and yield dicts (--custom-dataset FILE.py:CLASS)."""
 
     def __init__(self, path: str, config: DataConfig, name: str | None = None):
-        self.path, self.config, self.files, self.num_rows, self._slice = path, config, [], None, None
+        self.path, self.config, self.files, self.num_rows, self._slice, self.splits = path, config, [], None, None, ()
         self.name = name or _stem(path)
         self._spec = str(config.custom_dataset)
         with _users_code(self._spec):
@@ -131,13 +133,19 @@ class CustomSource(Source):
                 )
 
 
-def open_source(path: str, config: DataConfig, name: str | None = None) -> Source:
+def open_source(path: str, config: DataConfig, name: str | None = None, splits: Sequence[str] = ()) -> Source:
     """The source at a path or hub name.
+
+    Args:
+        path: file, folder, glob or hub name, perhaps with a slice.
+        config: how it is read.
+        name: what reports call it; None: the file's stem.
+        splits: of a folder or hub name that has several, the first that is there; empty: config.data_split.
 
     Raises:
         DataError: nothing is there, or nothing that can be read.
     """
-    return CustomSource(path, config, name) if config.custom_dataset else Source(path, config, name)
+    return CustomSource(path, config, name) if config.custom_dataset else Source(path, config, name, splits)
 
 
 def read_file(path: str) -> Iterator[Item]:
@@ -161,16 +169,18 @@ def _ending(path: str) -> str | None:
     return next((e for e in ENDINGS if path.lower().endswith(tuple(e + c for c in ("", *COMPRESSIONS)))), None)
 
 
-def _local_files(path: str, split: str) -> list[str]:
+def _local_files(path: str, splits: Sequence[str]) -> list[str]:
     """The data files below a path, each a file that can be read to an end; [] when it can only be a hub name."""
     if os.path.isdir(path):
         if os.path.isfile(os.path.join(path, "dataset_dict.json")):  # written by datasets.DatasetDict.save_to_disk
-            return _local_files(os.path.join(path, split), split)
+            split = next((split for split in splits if os.path.isdir(os.path.join(path, split))), splits[0])
+            return _local_files(os.path.join(path, split), splits)
         files = sorted(file for file in _files_below(path) if _ending(file))
         if not files:
             raise DataError(
                 f"{path}: the folder has no data file; expected {', '.join(ENDINGS)} (also .gz, .zst). Correct the path."
             )
+        files = files_of_split(path, files, splits)
     elif os.path.lexists(path):
         files = [path]
     else:
@@ -309,21 +319,27 @@ def _checked(batch: Any) -> Any:
     return batch
 
 
-def _hub_rows(name: str, config: DataConfig) -> Iterator[Item]:
+def _hub_rows(name: str, splits: Sequence[str]) -> Iterator[Item]:
     try:
         import datasets
     except ImportError:
         raise DataError(f"{name}: no such file; a hub name needs the datasets package. pip install datasets") from None
-    try:
-        rows = datasets.load_dataset(name, split=config.data_split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"{name}: neither a local file nor a data set that the hub gave ({reason}); expected a path or a "
-            "hub name with that split. Correct the name, or --finetune-data-split."
-        ) from None
-    for index, record in enumerate(rows, start=1):
-        yield _item(record, f"{name}:{index}")
+    reason = ""
+    for split in splits:
+        try:
+            rows = datasets.load_dataset(name, split=split)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = reason or (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, ValueError):  # such as an unknown split
+                continue
+            break
+        for index, record in enumerate(rows, start=1):
+            yield _item(record, f"{name}:{index}")
+        return
+    raise DataError(
+        f"{name}: neither a local file nor a data set that the hub gave ({reason}); expected a path or a "
+        f"hub name with split {' or '.join(splits)}. Correct the name, or --finetune-data-split."
+    )
 
 
 USER_FAULTS = (

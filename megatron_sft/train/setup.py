@@ -19,7 +19,7 @@ from megatron_sft.config.run import DATA_IDENTITY, RunConfig
 from megatron_sft.core_compat import use_deterministic_algorithms
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.data.loader import TrainLoader, ValidLoader, order_digest, steps_of_samples
-from megatron_sft.data.prepare import mixture, open_store, pack_documents, split_documents
+from megatron_sft.data.prepare import VALID_SPLITS, mixture, open_store, pack_documents, split_documents
 from megatron_sft.data.report import as_table, data_report
 from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
 from megatron_sft.data.tokens import TokenStore
@@ -121,7 +121,7 @@ def build_data(run: RunConfig) -> Data:
     parts = split_documents(config, store)
     plan = pack_documents(config, store, mixture(config, store, parts.train))
     train_set = SFTDataset.from_config(store, plan, config, pad)
-    valid_store = open_store(config, config.valid_data) if config.valid_data else store
+    valid_store = open_store(config, config.valid_data, splits=VALID_SPLITS) if config.valid_data else store
     chosen = np.arange(len(valid_store)) if config.valid_data else parts.valid
     valid_set = None
     if len(chosen) and run.train.eval_iters:
