@@ -38,18 +38,27 @@ def publish_folder(source: Path, target: Path, aside: Path) -> None:
     Args:
         source: the finished folder, beside target.
         target: its place; a folder that is there now is replaced.
-        aside: free name beside it, for the replaced folder between two renames; a kill there leaves it behind.
+        aside: name beside it, for the replaced folder between two renames; a kill there leaves it behind.
 
     Raises:
         OSError: source and what was at target are still there, under one of their names.
     """
     for path in (*source.rglob("*"), source):
         sync(path)
-    if target.exists():
+    if os.path.lexists(target):
+        remove(aside)
         os.rename(target, aside)
     os.rename(source, target)
     sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, as far as that can be done; of a link the link alone, never what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -27,9 +27,9 @@ from megatron_sft.errors import CheckpointError
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks, agree, gather
 
-RUN_CONFIG = "run_config.json"
 _SAVE_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, CheckpointingException)
 _ADVICE = "Earlier checkpoints are untouched; mend it and resume."
+_NONE_LEFT = "Expected a whole one. Restore one from a copy, or choose another folder."
 T = TypeVar("T")
 Exchange = Callable[[Any], list[Any]]
 """Gives every process everybody's value, by rank."""
@@ -178,7 +178,7 @@ class CheckpointSaver:
         if self._ranks.rank != 0:
             return
         records = torch_dist.write_metadata(folder, job, [results for results, _ in written])
-        records.append(manifest.write_file(folder / RUN_CONFIG, config))
+        records.append(manifest.write_file(folder / manifest.RUN_CONFIG, config))
         manifest.write_manifest(folder, [*records, *(record for _, files in written for record in files)])
         tracker.publish(self.root, iteration)
         tracker.retain(self.root, self._run.checkpoint.save_retain)
@@ -319,6 +319,8 @@ def load_checkpoint(
 def _choose(root: Path, iteration: tracker.Iteration | None, ranks: Ranks, verify: bool) -> tracker.Iteration:
     """Collective: the first candidate without a problem; all processes check a share of its files."""
     listed = gather([iteration] if iteration is not None else tracker.candidates(root))[0]
+    if iteration is None and listed and tracker.read_tracker(root) is None:
+        logger.warning("%s: says no iteration (missing or damaged); the newest is taken.", root / tracker.TRACKER)
     found: list[str] = []
     for candidate in listed:
         folder = tracker.checkpoint_folder(root, candidate)
@@ -334,7 +336,7 @@ def _choose(root: Path, iteration: tracker.Iteration | None, ranks: Ranks, verif
             f"{root}: found no {tracker.TRACKER} and no iter_* or release folder. Expected a Megatron checkpoint. "
             "Check the path given to --load."
         )
-    raise CheckpointError(f"{root}: no usable checkpoint. Found: {'; '.join(found)}. Restore one from a copy.")
+    raise CheckpointError(f"{root}: no usable checkpoint. Found: {'; '.join(found)}. {_NONE_LEFT}")
 
 
 def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks: Ranks, load_rng: bool) -> dict[str, Any]:
@@ -375,10 +377,10 @@ def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks
 
 
 def latest_iteration(root: str | Path) -> tracker.Iteration | None:
-    """The checkpoint that load_checkpoint tries first and whose files are all there; None when there is none at all.
+    """The checkpoint that load_checkpoint tries first and that looks whole; None when there is none at all.
 
     Raises:
-        CheckpointError: there are checkpoints and every one is incomplete.
+        CheckpointError: there are checkpoints and every one is damaged.
     """
     root = Path(root)
     listed = tracker.candidates(root)
@@ -389,25 +391,23 @@ def latest_iteration(root: str | Path) -> tracker.Iteration | None:
             return candidate
         found += problems
     if listed:
-        raise CheckpointError(f"{root}: no usable checkpoint. Found: {'; '.join(found[:5])}. Restore one from a copy.")
+        raise CheckpointError(f"{root}: no usable checkpoint. Found: {'; '.join(found[:5])}. {_NONE_LEFT}")
     return None
 
 
-def read_run_config(root: str | Path, iteration: tracker.Iteration | None = None) -> dict[str, Any]:
-    """The resolved configuration that a checkpoint was written with; {} for a checkpoint of Megatron-LM."""
-    root = Path(root)
-    chosen = latest_iteration(root) if iteration is None else iteration
+def read_run_config(root: str | Path) -> dict[str, Any]:
+    """The resolved configuration that latest_iteration's checkpoint was written with; {} for one of Megatron-LM.
+
+    It is read after its checksum was compared: what is damaged is never used, nor is it an error while an earlier
+    checkpoint is whole.
+    """
+    chosen = latest_iteration(root)
     if chosen is None:
         return {}
-    path = tracker.checkpoint_folder(root, chosen) / RUN_CONFIG
+    path = tracker.checkpoint_folder(Path(root), chosen) / manifest.RUN_CONFIG
     if not path.is_file():
         return {}
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: {error}; expected the JSON written with the checkpoint. Delete it or restore it."
-        ) from error
+    config = dict(json.loads(path.read_text(encoding="utf-8")))
     train = config.get("train", {})
     if chosen != tracker.RELEASE and not train.get("global_batch_size"):
         config["train"] = {**train, "global_batch_size": _batch_size(_args(path.parent))}

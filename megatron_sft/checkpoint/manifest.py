@@ -14,11 +14,20 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from megatron_sft.checkpoint.reading import is_plain_name, open_regular, read_limited
 
 MANIFEST = "manifest.json"
 MEGATRON_MANIFEST = "integrity.json"
+RUN_CONFIG = "run_config.json"
+_SMALL = (RUN_CONFIG, ".metadata", "common.pt", "metadata.json")
 _CHUNK_BYTES = 4 << 20
+_SMALL_BYTES = 1 << 20
+_MANIFEST_BYTES = 1 << 28
+_ANY_SIZE = -1
+Files = dict[str, tuple[int, str, str]]
+"""{name: (bytes, algorithm, checksum)}"""
 
 
 @dataclass(frozen=True)
@@ -111,70 +120,68 @@ def problems(folder: Path, content: bool, share: tuple[int, int] = (0, 1)) -> li
 
     Args:
         folder: iter_%07d or release.
-        content: read and checksum the files; otherwise only presence and size are looked at.
+        content: read and checksum every file; otherwise those of at most 1 MiB, of the others presence and size.
         share: (index, number) of the process that asks; the files are divided among them.
     """
     if not (folder / "metadata.json").is_file():
         return [f"{folder}: no metadata.json; it is not a whole torch_dist checkpoint"]
+    if os.path.lexists(folder / MANIFEST):
+        path, listed = folder / MANIFEST, _our_files
+    elif os.path.lexists(folder / RUN_CONFIG):
+        return [f"{folder}: {RUN_CONFIG} without the {MANIFEST} that was written with it; expected both"]
+    elif os.path.lexists(folder / MEGATRON_MANIFEST) and content:
+        path, listed = folder / MEGATRON_MANIFEST, _megatron_files
+    else:  # Megatron-LM's without --verify-integrity
+        return []
     try:
-        files = _read_manifest(folder)
-    except FileNotFoundError:
-        return _megatron_problems(folder) if content and share[0] == 0 else []
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{folder / MANIFEST}: {error or 'unreadable'}; expected the manifest that was written with it"]
-    mine = sorted(files.items(), key=lambda file: -file[1][0])[share[0] :: share[1]]
+        files = listed(json.loads(read_limited(path, _MANIFEST_BYTES)))
+    except (OSError, ValueError, RecursionError) as error:
+        return [f"{path}: {error}; expected the manifest that was written with it"]
+    if path.name == MANIFEST and (unlisted := [name for name in _SMALL if name not in files and os.path.lexists(folder / name)]):
+        return [f"{path}: does not list {', '.join(unlisted)}; expected every file with its checksum"]
+    mine = sorted(files.items(), key=lambda file: file[1], reverse=True)[share[0] :: share[1]]
     with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-        found = pool.map(lambda file: _file_problem(folder / file[0], file[1][0], file[1][1], content), mine)
+        found = pool.map(lambda file: _file_problem(folder / file[0], file[1], content), mine)
         return [problem for problem in found if problem]
 
 
-def _read_manifest(folder: Path) -> dict[str, tuple[int, int]]:
-    """{file name: (bytes, crc32)}; ValueError when the manifest itself is damaged."""
-    data = json.loads((folder / MANIFEST).read_bytes().decode("utf-8"))
-    files = data["files"]
-    if data["algorithm"] != "crc32" or data["crc32"] != _entry_crc(files) or set(data) != {"algorithm", "files", "crc32"}:
+def _our_files(data: Any) -> Files:
+    files = data.get("files") if isinstance(data, dict) else None
+    if not isinstance(files, dict) or data != {"algorithm": "crc32", "files": files, "crc32": _entry_crc(files)}:
         raise ValueError("its own checksum does not match")
-    if any(Path(name).name != name for name in files):
-        raise ValueError("it names a file outside its folder")
-    return {name: (int(entry["bytes"]), int(entry["crc32"], 16)) for name, entry in files.items()}
+    for name, entry in files.items():
+        if not is_plain_name(name):
+            raise ValueError("it names a file outside its folder")
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("crc32"), str):
+            raise ValueError(f"{name} has no size and checksum")
+    return {name: (entry["bytes"], "crc32", entry["crc32"]) for name, entry in files.items()}
 
 
-def _file_problem(path: Path, size_bytes: int, crc32: int, content: bool) -> str | None:
+def _megatron_files(data: Any) -> Files:
+    files = data.get("files") if isinstance(data, dict) else None
+    if not isinstance(files, dict) or not all(is_plain_name(name) and isinstance(files[name], str) for name in files):
+        raise ValueError("it does not list files of its folder and their checksums")
+    return {name: (_ANY_SIZE, "sha256", files[name]) for name in files}
+
+
+def _file_problem(path: Path, entry: tuple[int, str, str], content: bool) -> str | None:
+    size_bytes, algorithm, expected = entry
     try:
-        found = path.stat().st_size
-        if found != size_bytes:
-            return f"{path}: {found} bytes; expected {size_bytes}"
-        if content and (found_crc := _crc_of(path)) != crc32:
-            return f"{path}: crc32 {found_crc:08x}; expected {crc32:08x}"
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size_bytes not in (size, _ANY_SIZE):
+                return f"{path}: {size} bytes; expected {size_bytes}"
+            if (content or size <= _SMALL_BYTES) and (found := _checksum(file, algorithm)) != expected:
+                return f"{path}: {algorithm} {found[:16]}; expected {expected[:16]}"
     except OSError as error:
-        return f"{path}: {error.strerror}; expected {size_bytes} bytes"
+        return f"{path}: {error.strerror}; expected the file that the manifest lists"
     return None
 
 
-def _crc_of(path: Path) -> int:
+def _checksum(file: BinaryIO, algorithm: str) -> str:
+    if algorithm == "sha256":
+        return hashlib.file_digest(file, algorithm).hexdigest()  # type: ignore[arg-type]  # unbuffered files have readinto
     crc, buffer = 0, memoryview(bytearray(_CHUNK_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            crc = zlib.crc32(buffer[:count], crc)
-    return crc
-
-
-def _megatron_problems(folder: Path) -> list[str]:
-    """The same for a checkpoint of Megatron-LM; nothing to say when it was saved without --verify-integrity."""
-    path = folder / MEGATRON_MANIFEST
-    if not path.is_file():
-        return []
-    try:
-        files = dict(json.loads(path.read_text(encoding="utf-8"))["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{path}: {error or 'unreadable'}; expected Megatron-LM's integrity manifest"]
-    found = []
-    for name, expected in files.items():
-        if not (folder / name).is_file():
-            found.append(f"{folder / name}: missing")
-            continue
-        with open(folder / name, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != expected:
-            found.append(f"{folder / name}: sha256 {digest[:16]}; expected {str(expected)[:16]}")
-    return found
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        crc = zlib.crc32(buffer[:count], crc)
+    return f"{crc:08x}"

@@ -7,6 +7,7 @@ Megatron's own `grad_norm` and `lr`. Only rank 0 writes.
 import contextlib
 import datetime
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,24 @@ def console_line(metrics: Metrics, train_iters: int) -> str:
 def keep_until(path: Path, iteration: int) -> None:
     """Cuts lines of later iterations off a metrics.jsonl, so that a resumed run continues the file it broke off.
 
-    A half-written last line is cut off too. The file is replaced in one step.
+    A half-written last line is cut off too; lines that are not of ours stay. The file is replaced in one step.
     """
-    if not path.exists():
+    if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["iteration"] <= iteration:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            break
-    write_whole(path, "".join(kept))
+    *lines, last = path.read_bytes().split(b"\n")
+    kept = [line for line in lines if not _is_after(line, iteration)]
+    if last.endswith(b"}") and not _is_after(last, iteration):
+        kept.append(last)
+    write_whole(path, b"".join(line + b"\n" for line in kept))
+
+
+def _is_after(line: bytes, iteration: int) -> bool:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    found = values.get("iteration") if isinstance(values, dict) else None
+    return isinstance(found, int) and found > iteration
 
 
 class MetricsWriter:
@@ -81,7 +88,7 @@ class MetricsWriter:
                 path = Path(save) / "metrics.jsonl"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 keep_until(path, iteration)
-                self._jsonl = path.open("a", buffering=1)
+                self._jsonl = open(path, "a", buffering=1, opener=_without_waiting)
             self._tensorboard = _tensorboard(tensorboard, iteration)
         self._wandb = _wandb(run)
 
@@ -119,6 +126,11 @@ class MetricsWriter:
                 f"{self._places}: cannot be written ({error.strerror}); expected a writable folder with room. Make room and "
                 "give the same command again: the run goes on from its last checkpoint."
             ) from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens for `open`; a FIFO that nobody reads is an error, not a wait."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _tensorboard(folder: str | None, iteration: int) -> Any:

@@ -91,8 +91,13 @@ def test_wrong_places_and_flags_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no Megatron checkpoint; expected a folder with latest_checkpointed"):
         conversion.export(tmp_path / "hf", tmp_path / "out", nothing, None)
     other = tmp_path / "other"
-    other.mkdir()
+    (other / "release").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no Megatron checkpoint"):
+        conversion.export(other, tmp_path / "out", nothing, None)
     (other / "latest_checkpointed_iteration.txt").write_text("release")
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint\. Found: .*release: no metadata\.json"):
+        conversion.export(other, tmp_path / "out", nothing, None)
+    (other / "release" / "metadata.json").write_text("{}")
     with pytest.raises(CheckpointError, match="does not say which architecture it has"):
         conversion.export(other, tmp_path / "out", nothing, None)
     with pytest.raises(CheckpointError, match="--save is --load"):

@@ -1,9 +1,13 @@
 """Console line and metrics.jsonl."""
 
 import json
+import os
 import re
 
+import pytest
+
 from megatron_sft.config.run import CheckpointConfig, LogConfig, RunConfig
+from megatron_sft.errors import TrainingError
 from megatron_sft.train.metrics import MetricsWriter, console_line, keep_until
 
 METRICS = {
@@ -36,6 +40,32 @@ def test_resumed_run_continues_the_file_where_the_checkpoint_was(tmp_path):
     path.write_text('{"iteration": 1}\n{"iteration": 2}\n{"iteration": 3}\n{"itera')
     keep_until(path, 2)
     assert path.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
+
+
+def test_lines_that_are_not_ours_neither_crash_nor_cut_the_history(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    foreign = [b"", b"note", b"[1]", b"7", b'{"iteration": "x"}', b'{"other": 9}', b"\xff\xfe", b"1" * 5000, b"[" * 100_000]
+    ours = [b'{"iteration": %d}' % number for number in range(1, 5)]
+    path.write_bytes(b"\n".join([ours[0], *foreign, *ours[1:]]))
+    keep_until(path, 2)
+    assert path.read_bytes().split(b"\n") == [ours[0], *foreign, ours[1], b""]
+    keep_until(path, 0)
+    assert path.read_bytes().split(b"\n") == [*foreign, b""]
+
+
+def test_a_last_line_without_its_end_is_kept_where_it_is_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"iteration": 1}\n{"iteration": 2}')
+    keep_until(path, 2)
+    assert path.read_bytes() == b'{"iteration": 1}\n{"iteration": 2}\n'
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_metrics_that_cannot_be_a_file_are_an_error(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    run = RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path)))
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl and .* cannot be written"):
+        MetricsWriter(run, 0, 10)
 
 
 def test_writer_has_one_object_an_iteration(tmp_path):
