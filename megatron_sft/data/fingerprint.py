@@ -40,7 +40,7 @@ POLICY_FIELDS = (
     "max_bad_rows",
 )
 CODE_FILES = tuple(
-    f"{name}.py" for name in "limits schema sources json_rows chat spans templates tokenizer fast_bpe tokens".split()
+    f"{name}.py" for name in "limits schema sources json_rows chat spans traced templates tokenizer fast_bpe tokens".split()
 )
 KEPT_HASH_BYTES = 2**20
 """Of larger files the hash is kept: reading 100 GB anew at every start takes minutes."""

@@ -1,13 +1,17 @@
 """Which characters of a rendered conversation the assistant wrote. Exact, or an error; never a guess.
 
-Three routes, in this order; the first that can decide does:
-1. generation: the template says it itself with {% generation %} blocks;
-2. prefix: the conversation up to each assistant message, rendered with and without it, brackets the message, where
-   both renders are prefixes of the whole text;
-3. boundaries: the text between the assistant's header (what add_generation_prompt adds) and the end-of-turn token, for
-   templates that render a message otherwise once others follow it (Qwen3 drops old <think> blocks). A second render
-   with words nobody writes in place of every content tells the template's own text from what people wrote.
-A span holds the message and its end-of-turn token, not the header before nor the newline after.
+Four routes, in this order; the first that can decide does. U and A stand for what user and assistant say:
+1. generation: the template says it itself with {% generation %} blocks, and no other message's text is in one.
+   `<u>U<a>{% generation %}A<e>{% endgeneration %}` -> "A<e>"
+2. plain: nobody writes anything like a header, so that each header that is found is the template's, and each answer
+   stands word for word between one and its end-of-turn token. "<u>U<e><a>A<e>" -> "A<e>" after the only "<a>"
+3. traced: a second render says who wrote each character (traced.py). An answer goes from a header to the first end-of-turn
+   token that are both the template's own. "<u>U<e><a><think>Q<e></think>A<e>", where Q<e> is the assistant's -> all after <a>
+4. prefix: for templates without a header. The conversation up to an answer, rendered with and without it, brackets the
+   answer, where both are prefixes of the text. "[I]U[/I]" and "[I]U[/I]A</s>" -> "A</s>"
+
+A span holds the message and its end-of-turn token, not the header before nor the newline after. The header is what
+add_generation_prompt adds: a <think> that the prompt opens is not the assistant's.
 """
 
 import json
@@ -16,11 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sft.data.templates import Span, Template, TemplateError
+from megatron_sft.data.traced import NOBODY, OWN, author
 
-ROUTES = ("generation", "prefix", "boundaries")
+ROUTES = ("generation", "plain", "traced", "prefix")
+QUESTION = {"role": "user", "content": "qxjzq"}
 ANSWERS = ("wxvkw", "vkwxw")
-WRITTEN = "\x00"
-"""What a message says is seen by the boundaries route as this character, which no template has."""
+CALL = {"type": "function", "function": {"name": "zqfnz", "arguments": {"zqkz": "zqvz"}}}
+"""What nobody says, to learn what a template writes around it."""
 
 
 class Undecided(Exception):
@@ -59,12 +65,10 @@ def assistant_spans(template: Template, conversation: Conversation, special: Seq
     for name in ROUTES:
         try:
             if name == "generation":
-                if not template.has_generation:
-                    raise Undecided("the template has no {% generation %} blocks")
-                spans = generated
+                spans = _generation(template, conversation, text, generated)
             else:
                 turn = _turn(template, conversation.kwargs, tuple(special))
-                route = _prefix if name == "prefix" else _boundaries
+                route = {"plain": _plain, "traced": _traced, "prefix": _prefix}[name]
                 spans = route(template, conversation, turn, text)
             _check_order(spans, text, conversation)
             return text, spans, name
@@ -94,7 +98,7 @@ class _Turn:
     thought: str
     """An empty <think> block that the template itself puts before the last answer, or nothing."""
     ends: tuple[str, ...]
-    """End-of-turn tokens: of the last answer, and of earlier ones where that differs (gpt-oss: <|return|>, <|end|>)."""
+    """End-of-turn tokens: of the last answer, of earlier ones and of tool calls (gpt-oss: <|return|>, <|end|>, <|call|>)."""
     trailer: str
     """What follows the end token of the last answer: `\\n`, or nothing."""
     special: tuple[str, ...]
@@ -118,12 +122,11 @@ def _turn(template: Template, kwargs: Mapping[str, Any], special: tuple[str, ...
 
 
 def _learn_turn(template: Template, kwargs: Mapping[str, Any], special: tuple[str, ...]) -> _Turn:
-    question = {"role": "user", "content": "qxjzq"}
     answers = [{"role": "assistant", "content": word} for word in ANSWERS]
-    one, _ = template.render([question, answers[0]], None, kwargs)
-    two, _ = template.render([question, answers[0], question, answers[1]], None, kwargs)
-    asked, _ = template.render([question], None, kwargs)
-    prompted, _ = template.render([question], None, kwargs, add_generation_prompt=True)
+    one, _ = template.render([QUESTION, answers[0]], None, kwargs)
+    two, _ = template.render([QUESTION, answers[0], QUESTION, answers[1]], None, kwargs)
+    asked, _ = template.render([QUESTION], None, kwargs)
+    prompted, _ = template.render([QUESTION], None, kwargs, add_generation_prompt=True)
     if one.count(ANSWERS[0]) != 1 or two.count(ANSWERS[0]) != 1:
         raise Undecided("the answer is not rendered once")
     before, after = one.split(ANSWERS[0])
@@ -145,8 +148,23 @@ def _learn_turn(template: Template, kwargs: Mapping[str, Any], special: tuple[st
     ends = [end, end if earlier.startswith(end) else _first_special(earlier, special)]
     if not all(ends):
         raise Undecided("no special token ends an answer, so that the model would never stop")
+    ends += _call_ends(template, kwargs, rest, special)
     thought = before[len(asked + header) :]
     return _Turn(prompt, header, thought, tuple(dict.fromkeys(ends)), rest, special)
+
+
+def _call_ends(template: Template, kwargs: Mapping[str, Any], trailer: str, special: Sequence[str]) -> list[str]:
+    """The token that ends a turn with tool calls, however many: `</tool_call><|im_end|>` -> <|im_end|>."""
+    texts = []
+    for count in (1, 2):
+        try:
+            called = {"role": "assistant", "content": "", "tool_calls": [CALL] * count}
+            texts.append(template.render([QUESTION, called], None, kwargs)[0].removesuffix(trailer))
+        except TemplateError as error:  # some take one call alone, some none
+            if error.is_fatal:
+                raise
+    end = max((token for token in special if token and texts and texts[0].endswith(token)), key=len, default="")
+    return [end] if end and len({text.count(end) for text in texts}) == 1 else []
 
 
 def _first_special(text: str, special: Sequence[str]) -> str:
@@ -154,11 +172,126 @@ def _first_special(text: str, special: Sequence[str]) -> str:
     return max((token for token in special if token and text.lstrip().startswith(token)), key=len, default="")
 
 
+def _generation(template: Template, conversation: Conversation, text: str, generated: list[Span]) -> list[Span]:
+    if not template.has_generation:
+        raise Undecided("the template has no {% generation %} blocks")
+    _check_order(generated, text, conversation)
+    if not _are_blocks_apart(template, conversation.kwargs):
+        raise Undecided("a {% generation %} block holds what the user says")
+    _check_authors(conversation, generated, _authors(template, conversation, text))
+    return generated
+
+
+def _are_blocks_apart(template: Template, kwargs: Mapping[str, Any]) -> bool:
+    """In a conversation of words nobody says no block holds a question; where one does, no row is trusted to be otherwise."""
+    key = ("generation", json.dumps(kwargs, sort_keys=True, default=str))
+    if key not in template.learned:
+        said = [QUESTION, {"role": "assistant", "content": ANSWERS[0]}, QUESTION, {"role": "assistant", "content": ANSWERS[1]}]
+        try:
+            text, spans = template.render(said, None, kwargs)
+            template.learned[key] = not any(QUESTION["content"] in text[first:last] for first, last in spans)
+        except TemplateError as error:
+            if error.is_fatal:
+                raise
+            template.learned[key] = True  # it refuses such a conversation; the authors tell
+    return bool(template.learned[key])
+
+
+def _plain(template: Template, conversation: Conversation, turn: _Turn, text: str) -> list[Span]:
+    """Only for conversations of plain text in which nobody writes a header's beginning, not even half of it."""
+    opening = turn.header.strip()[:2]
+    if not opening:
+        raise Undecided("no header begins an answer")
+    if conversation.tools or any(opening in str(value) for value in conversation.kwargs.values()):
+        raise Undecided("there are tools")
+    for message in conversation.messages:
+        said = message.get("content")
+        if not isinstance(said, str) or len(message.keys() - {"role", "content"}) or "<think>" in said:
+            raise Undecided("a message is more than plain text")
+        if opening in said or said.rstrip().endswith(opening[0]):
+            raise Undecided("somebody writes what begins a header")
+    spans: list[Span] = []
+    place = 0
+    for index in conversation.assistants():
+        place = text.find(turn.header, place)
+        first = place + len(turn.prompt if text.startswith(turn.prompt, place) else turn.header)
+        begin = first + len(turn.thought) if text.startswith(turn.thought, first) else first
+        said = conversation.messages[index]["content"]
+        form = next((form for form in (said, said.strip(), said.lstrip("\n")) if text.startswith(form, begin)), None)
+        end = next((end for end in turn.ends if form is not None and text.startswith(end, begin + len(form))), None)
+        if place < 0 or form is None or end is None or not form.strip():
+            raise Undecided(f"message {index} does not stand word for word between a header and an end-of-turn token")
+        place = begin + len(form) + len(end)
+        spans.append((first, place))
+    if text.find(turn.header, place) >= 0:
+        raise Undecided("the text has more headers than answers")
+    return spans
+
+
+def _traced(template: Template, conversation: Conversation, turn: _Turn, text: str) -> list[Span]:
+    if not turn.header.strip():
+        raise Undecided("no header begins an answer")
+    authors = _authors(template, conversation, text)
+    spans: list[Span] = []
+    for first, last in _turns(text, authors, turn):
+        before = _writers(authors, spans[-1]) if spans else set()
+        if before and before == _writers(authors, (first, last)):  # gpt-oss: analysis and final are one turn
+            spans[-1] = (spans[-1][0], last)
+        else:
+            spans.append((first, last))
+    if len(spans) != len(conversation.assistants()):
+        raise Undecided(f"the text has {len(spans)} assistant headers for {len(conversation.assistants())} assistant messages")
+    _check_authors(conversation, spans, authors)
+    return spans
+
+
+def _turns(text: str, authors: str, turn: _Turn) -> Iterator[Span]:
+    """From behind each header of the template's own to behind the first end-of-turn token of its own."""
+    place = _find_own(text, authors, turn.header, 0)
+    while place >= 0:
+        first = place + len(turn.prompt if text.startswith(turn.prompt, place) else turn.header)
+        ends = [(_find_own(text, authors, end, first), end) for end in turn.ends]
+        found = min(((at, end) for at, end in ends if at >= 0), default=None)
+        if found is None:
+            raise Undecided("an assistant message has no end-of-turn token")
+        last = found[0] + len(found[1])
+        place = _find_own(text, authors, turn.header, first)
+        if 0 <= place < last:
+            raise Undecided("an assistant message begins before the one before it has ended")
+        yield first, last
+
+
+def _find_own(text: str, authors: str, wanted: str, start: int) -> int:
+    """Where the template itself writes a text whole, from a place on; -1: nowhere."""
+    place = text.find(wanted, start)
+    while place >= 0 and authors[place : place + len(wanted)].strip(OWN):
+        place = text.find(wanted, place + 1)
+    return place
+
+
+def _authors(template: Template, conversation: Conversation, text: str) -> str:
+    traced, authors = template.trace(conversation.messages, conversation.tools, conversation.kwargs)
+    if traced != text:
+        raise Undecided("the template renders the same conversation in two ways")
+    return authors
+
+
+def _writers(authors: str, span: Span) -> set[str]:
+    return set(authors[span[0] : span[1]]) - {OWN, NOBODY}
+
+
+def _check_authors(conversation: Conversation, spans: Sequence[Span], authors: str) -> None:
+    """Each span holds its own message's text, if any of that is rendered, and no other message's."""
+    for span, index in zip(spans, conversation.assistants(), strict=True):
+        own = author(index)
+        found = _writers(authors, span)
+        if found - {own}:
+            raise Undecided(f"in the turn of message {index} stands what another message says")
+        if not found and own in authors:
+            raise Undecided(f"what message {index} says stands outside its turn")
+
+
 def _prefix(template: Template, conversation: Conversation, turn: _Turn, text: str) -> list[Span]:
-    if turn.header.strip() and (exact := _exact_answers(conversation, turn, text, turn.thought)):
-        if all(text.startswith(turn.thought, first) for first, _ in exact):
-            return exact
-        raise Undecided("an answer is rendered otherwise when others follow it")
     spans, messages = [], list(conversation.messages)
     for index in conversation.assistants():
         try:
@@ -176,134 +309,7 @@ def _prefix(template: Template, conversation: Conversation, turn: _Turn, text: s
             raise Undecided(f"message {index} does not follow its generation prompt")
         if not head.endswith(turn.prompt) and turn.header.strip() in full[len(head) :]:
             raise Undecided(f"there is no generation prompt before message {index}")
-        ends = turn.special if messages[index].get("tool_calls") else turn.ends  # some end a tool call otherwise: <|call|>
-        if not full[len(head) :].endswith(ends):
+        if not full[len(head) :].endswith(turn.ends):
             raise Undecided(f"no end-of-turn token ends message {index}")
         spans.append((len(head), len(full)))
     return spans
-
-
-def _boundaries(template: Template, conversation: Conversation, turn: _Turn, text: str) -> list[Span]:
-    if not turn.header.strip():
-        raise Undecided("no header begins an answer")
-    if exact := _exact_answers(conversation, turn, text, turn.thought):
-        return exact
-    for call in (message.get("tool_calls") for message in conversation.messages):
-        said = json.dumps(call, ensure_ascii=False, default=str)
-        if any(own in said for own in (turn.header.strip(), *turn.ends)):
-            raise Undecided("a tool call contains the template's own header or end-of-turn token")
-    own, places = _own_text(template, conversation, text)
-    spans: list[Span] = []
-    owners: list[int | None] = []
-    place = own.find(turn.header)
-    while place >= 0:
-        first = place + len(turn.prompt if own.startswith(turn.prompt, place) else turn.header)
-        found = [(own.find(end, first), end) for end in turn.ends if own.find(end, first) >= 0]
-        if not found:
-            raise Undecided("an assistant message has no end-of-turn token")
-        last = min(found)[0] + len(min(found)[1])
-        following = own.find(turn.header, first)
-        if 0 <= following < last:
-            raise Undecided("an assistant message begins before the one before it has ended")
-        written = {index for at, index in places if first <= at < last}
-        if len(written) > 1:
-            raise Undecided("between header and end-of-turn token stands more than one message")
-        owner = next(iter(written), None)
-        if spans and owner is not None and owner == owners[-1]:  # gpt-oss: analysis and final are one turn
-            spans[-1] = (spans[-1][0], last)
-        else:
-            spans.append((first, last))
-            owners.append(owner)
-        place = following
-    expected = conversation.assistants()
-    if len(spans) != len(expected) or any(o not in (None, e) for o, e in zip(owners, expected, strict=True)):
-        raise Undecided(f"the text has {len(spans)} assistant headers for {len(expected)} assistant messages")
-    return spans
-
-
-def _exact_answers(conversation: Conversation, turn: _Turn, text: str, thought: str = "") -> list[Span]:
-    """The spans without another render, where every answer stands unchanged between its header and its end token.
-
-    Only for conversations of plain text in which nobody writes a header's beginning; empty: the long way decides.
-    thought: what the template itself may put before an answer; without it, the header must be the whole prompt.
-    """
-    opening = turn.header.strip()[:2]
-    for message in conversation.messages:
-        said = message.get("content")
-        if not isinstance(said, str) or opening in said or "<think>" in said or len(message.keys() - {"role", "content"}):
-            return []
-    spans: list[Span] = []
-    place = 0
-    for index in conversation.assistants():
-        place = text.find(turn.header, place)
-        asked = text.startswith(turn.prompt, place)
-        first = place + len(turn.prompt if asked else turn.header)
-        begin = first + len(thought) if text.startswith(thought, first) else first
-        said = conversation.messages[index]["content"]
-        form = next((form for form in (said, said.strip(), said.lstrip("\n")) if text.startswith(form, begin)), None)
-        if place < 0 or form is None or not said.strip() or not (asked or thought):
-            return []
-        after = begin + len(form)
-        end = next((end for end in turn.ends if text.startswith(end, after)), None)
-        if end is None:
-            return []
-        place = after + len(end)
-        spans.append((first, place))
-    return spans if text.find(turn.header, place) < 0 else []
-
-
-def _own_text(template: Template, conversation: Conversation, text: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text with WRITTEN in place of every character that a message brought, and (place, message index) of each."""
-    words: dict[str, tuple[int, str]] = {}
-    messages = [_with_words(message, index, words) for index, message in enumerate(conversation.messages)]
-    marked, _ = template.render(messages, conversation.tools, conversation.kwargs)
-    own: list[str] = []
-    places: list[tuple[int, int]] = []
-    place = 0
-    for literal, index, said, following in _pieces(marked, words):
-        if not text.startswith(literal, place) or WRITTEN in literal:
-            raise Undecided("the template decides by what a message says")
-        own.append(literal)
-        place += len(literal)
-        if index is None:
-            continue
-        forms = dict.fromkeys((said, said.strip(), said.lstrip("\n"), said.strip("\n"), said.lstrip(), said.rstrip(), ""))
-        ends = (place + len(form) for form in forms if text.startswith(form + following, place))
-        end = next((end for end in ends if following or end == len(text)), None)
-        if end is None:
-            raise Undecided(f"message {index} is not found whole in the text")
-        own.append(WRITTEN * (end - place))
-        places += [(place, index)] if end > place else []
-        place = end
-    if place != len(text):
-        raise Undecided("the text has more than the messages bring")
-    return "".join(own), places
-
-
-def _with_words(message: Mapping[str, Any], index: int, words: dict[str, tuple[int, str]]) -> dict[str, Any]:
-    """The message with a word in place of its content (of what follows </think>, where there is reasoning)."""
-    changed = dict(message)
-    for key in ("content", "reasoning_content", "thinking"):
-        said = message.get(key)
-        if not isinstance(said, str) or not said.strip():
-            continue
-        kept, mark, said = said.rpartition("</think>") if message["role"] == "assistant" else ("", "", said)
-        if not said.strip():
-            continue
-        word = f"zq{index}{key[0]}qz"
-        words[word] = (index, said)
-        changed[key] = f"{kept}{mark}{word}"
-    return changed
-
-
-def _pieces(marked: str, words: Mapping[str, tuple[int, str]]) -> Iterator[tuple[str, int | None, str, str]]:
-    """(template's text, message index, what it says, template's text after it) up to each word, then the rest."""
-    places = sorted((marked.find(word), word) for word in words if word in marked)
-    ends = [place for place, _ in places[1:]] + [len(marked)]
-    start = 0
-    for (place, word), end in zip(places, ends, strict=True):
-        if marked.count(word) != 1:
-            raise Undecided(f"message {words[word][0]} is rendered more than once")
-        yield marked[start:place], *words[word], marked[place + len(word) : end]
-        start = place + len(word)
-    yield marked[start:], None, "", ""

@@ -23,6 +23,7 @@ import jinja2.nodes
 import jinja2.runtime
 import jinja2.sandbox
 
+from megatron_sft.data.traced import OWN, authors_of, own_literals, signed, signed_message
 from megatron_sft.errors import UserError
 
 PROBE_S = 4.0
@@ -75,7 +76,7 @@ class _Generation(jinja2.ext.Extension):
 
     def _marked(self, caller: Any) -> str:
         marks: Any = self.environment.globals["generation_marks"]
-        return f"{marks[0]}{caller()}{marks[1]}"
+        return str(marks[0] + caller() + marks[1])  # added up: a Traced text stays one
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -117,6 +118,20 @@ class _Unfolded(jinja2.compiler.CodeGenerator):
         return super()._output_child_to_const(node, frame, finalize)
 
 
+def _environment(marks: Sequence[str]) -> jinja2.Environment:
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], optimized=False
+    )
+    environment.code_generator_class = _Unfolded
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "generation_marks": marks,
+    }
+    return environment
+
+
 class Template:
     """A compiled chat template.
 
@@ -137,20 +152,11 @@ class Template:
         self.text = text
         self._special_tokens = dict(special_tokens)
         self._marks = tuple(f"\x02{name}{secrets.token_hex(8)}\x03" for name in ("from", "to"))
-        environment = _Sandbox(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], optimized=False
-        )
-        environment.code_generator_class = _Unfolded
-        environment.filters["tojson"] = _tojson
-        environment.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": lambda form: datetime.now().strftime(form),
-            "generation_marks": self._marks,
-        }
         try:
-            self._compiled = environment.from_string(text)
+            self._compiled = _environment(self._marks).from_string(text)
         except (jinja2.TemplateError, RecursionError, MemoryError, OverflowError, ValueError) as error:
             raise TemplateError(f"cannot be compiled: {error or type(error).__name__}", is_fatal=True) from None
+        self._traced: jinja2.Template | None = None
         self.is_expendable = False
         self.has_generation = "generation" in text and "endgeneration" in text
         self.learned: dict[Any, Any] = {}
@@ -167,6 +173,24 @@ class Template:
         Raises:
             TemplateError: the template refuses the conversation.
         """
+        return self._unmark(self._run(self._compiled, messages, tools, kwargs, add_generation_prompt))
+
+    def trace(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, kwargs: Mapping[str, Any]
+    ) -> tuple[str, str]:
+        """The text of a conversation and the author of each of its characters (traced.py), in several times render's time.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
+        if self._traced is None:
+            self._traced = own_literals(_environment(("", "")), self.text)
+            self._own_tokens = {name: signed(text, OWN) for name, text in self._special_tokens.items()}
+        said = [signed_message(message, index) for index, message in enumerate(messages)]
+        text = self._run(self._traced, said, tools, {**self._own_tokens, **kwargs}, False)
+        return text, authors_of(text)
+
+    def _run(self, compiled: jinja2.Template, messages: Any, tools: Any, kwargs: Any, add_generation_prompt: bool) -> str:
         values = {
             **self._special_tokens,
             **(kwargs or {}),
@@ -177,7 +201,7 @@ class Template:
         }
         try:
             with limited_time(self.is_expendable):
-                marked = self._compiled.render(**values)
+                return compiled.render(**values)
         except jinja2.exceptions.SecurityError as error:
             raise TemplateError(f"tries to leave the sandbox: {error}", is_fatal=True) from None
         except _Refusal as error:
@@ -186,7 +210,6 @@ class Template:
             raise TemplateError(f"runs away: {type(error).__name__}", is_fatal=True) from None
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, NameError, ZeroDivisionError) as error:
             raise TemplateError(f"fails on the conversation: {error}") from None
-        return self._unmark(marked)
 
     def _unmark(self, marked: str) -> tuple[str, list[Span]]:
         first, last = self._marks

@@ -67,7 +67,7 @@ def test_report_gives_the_realised_mixture(flags: list[str], tmp_path: Path, cap
     assert main(["report", *mixed, "--json", str(figures), "--html", str(page)]) == 0
     found = json.loads(figures.read_text())
     assert {name: entry["documents"] for name, entry in found["mixture"].items()} == {"big": 2, "small": 5}
-    assert found["total"]["rows"] == found["total"]["kept"] == 6 and found["total"]["routes"] == {"prefix": 6}
+    assert found["total"]["rows"] == found["total"]["kept"] == 6 and found["total"]["routes"] == {"plain": 6}
     assert "(2 documents), small" in capsys.readouterr().out
     assert page.read_text().startswith("<!doctype html>")
 

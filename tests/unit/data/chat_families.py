@@ -1,170 +1,248 @@
 """What real chat templates make of a conversation, written by hand from the templates: the oracle of the mask tests.
 
-`pieces(messages)` gives (text, is trained) in order. Nothing here renders Jinja. Trained is what the model itself writes:
-the answer and its end-of-turn token, not the header before it and not the line break after it.
+`Family.pieces(conversation)` gives (text, is trained) in order. Nothing here renders Jinja or reads spans.py. Trained is
+what the model itself writes: all that follows what it is prompted with (the header of its turn, and the <think> that some
+templates open for it), up to and with the end-of-turn token, and not the line break after it.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-TEMPLATES = Path(__file__).parents[2] / "assets" / "chat_templates"
-Messages = Sequence[Mapping[str, Any]]
-Pieces = list[tuple[str, bool]]
+from tests.unit.data.chat_oracle import Chat, Pieces, answer, as_json, template_text
+from tests.unit.data.chat_qwen import nemotron, qwen2_5, qwen3, qwen3_5, qwen3_training
 
 
 @dataclass(frozen=True)
 class Family:
-    """One template and its oracle."""
+    """One template and its oracle.
+
+    Attributes:
+        knows: what else than plain messages it renders: system, tools (schemas, calls, results), reasoning_content, thinking.
+    """
 
     template: str
-    pieces: Callable[[Messages], Pieces]
+    pieces: Callable[[Chat], Pieces]
     special: tuple[str, ...]
     bos: str = ""
     eos: str = ""
-    has_system: bool = True
+    knows: tuple[str, ...] = ("system",)
 
     @property
     def text(self) -> str:
-        return (TEMPLATES / f"{self.template}.jinja").read_text(encoding="utf-8")
+        return template_text(self.template)
+
+    @property
+    def has_system(self) -> bool:
+        return "system" in self.knows
 
 
-def _chatml(default_system: str = "", bos: str = "") -> Callable[[Messages], Pieces]:
-    def pieces(messages: Messages) -> Pieces:
+def _chatml(default_system: str = "", bos: str = "", tool: tuple[str, str] = ("", "")) -> Callable[[Chat], Pieces]:
+    def pieces(chat: Chat) -> Pieces:
         found: Pieces = [(bos, False)]
-        if messages[0]["role"] != "system" and default_system:
+        if chat.messages[0]["role"] != "system" and default_system:
             found.append((f"<|im_start|>system\n{default_system}<|im_end|>\n", False))
-        for message in messages:
-            found.append((f"<|im_start|>{message['role']}\n", False))
-            found += [(message["content"] + "<|im_end|>", message["role"] == "assistant"), ("\n", False)]
+        for message in chat.messages:
+            role, content = message["role"], message["content"]
+            body = (tool[0] + content + tool[1] if role == "tool" else content) + "<|im_end|>"
+            header = f"<|im_start|>{role}\n"
+            found += answer(header, "", body, "\n") if role == "assistant" else [(header + body + "\n", False)]
         return found
 
     return pieces
 
 
-def _think(content: str) -> tuple[str, str]:
-    if "</think>" not in content:
-        return "", content
-    before, after = content.split("</think>")[0], content.split("</think>")[-1]
-    return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), after.lstrip("\n")
+def _lfm2(chat: Chat) -> Pieces:
+    """Tools stand in the system message; a system message is written when it says something."""
+    rest = list(chat.messages)
+    system = rest.pop(0)["content"] if rest[0]["role"] == "system" else ""
+    if chat.tools:
+        listed = ", ".join(as_json(tool) for tool in chat.tools)
+        system += ("\n" if system else "") + f"List of tools: <|tool_list_start|>[{listed}]<|tool_list_end|>"
+    pieces = _chatml(tool=("<|tool_response_start|>", "<|tool_response_end|>"))(Chat(rest)) if rest else []
+    return [("<|startoftext|>" + (f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""), False), *pieces]
 
 
-def _qwen3(messages: Messages, thinks_always: bool = False) -> Pieces:
-    found: Pieces = []
-    query = -1 if thinks_always else max(i for i, m in enumerate(messages) if m["role"] == "user")
-    for index, message in enumerate(messages):
-        found.append((f"<|im_start|>{message['role']}\n", False))
-        content = message["content"]
-        if message["role"] == "assistant":
-            reasoning, content = _think(content)
-            if index > query:
-                content = "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" + content.lstrip("\n")
-        found += [(content + "<|im_end|>", message["role"] == "assistant"), ("\n", False)]
-    return found
+def _llama_turn(role: str, body: str) -> Pieces:
+    header = f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+    return answer(header, "", body + "<|eot_id|>", "") if role == "assistant" else [(header + body + "<|eot_id|>", False)]
 
 
-def _qwen3_training(messages: Messages) -> Pieces:
-    """TRL's {% generation %} block holds the line break too, and every answer has a <think> block."""
-    found: Pieces = []
-    for text, trained in _qwen3(messages, thinks_always=True):
-        is_break = text == "\n" and bool(found) and found[-1][1]
-        found.append((text, trained or is_break))
-    return found
-
-
-def _llama3(messages: Messages) -> Pieces:
+def _llama3(chat: Chat) -> Pieces:
     found: Pieces = [("<|begin_of_text|>", False)]
-    for message in messages:
-        found.append((f"<|start_header_id|>{message['role']}<|end_header_id|>\n\n", False))
-        found.append((message["content"].strip() + "<|eot_id|>", message["role"] == "assistant"))
+    for message in chat.messages:
+        found += _llama_turn(message["role"], message["content"].strip())
     return found
 
 
-def _llama3_1(messages: Messages) -> Pieces:
-    system = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
-    found: Pieces = [("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n", False)]
-    found.append((f"Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{system}<|eot_id|>", False))
-    return found + _llama3([m for m in messages if m["role"] != "system"])[1:]
+def _llama3_1(chat: Chat) -> Pieces:
+    rest = list(chat.messages)
+    system = rest.pop(0)["content"].strip() if rest[0]["role"] == "system" else ""
+    dated = (
+        "Environment: ipython\n" if chat.tools else ""
+    ) + "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    found: Pieces = [("<|begin_of_text|>", False), *_llama_turn("system", dated + system)]
+    if chat.tools:
+        how = "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
+        how += 'answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": dictionary of argument '
+        how += "name and its value}.Do not use variables.\n\n"
+        listed = "".join(as_json(tool, 4) + "\n\n" for tool in chat.tools)
+        found += _llama_turn("user", how + listed + rest.pop(0)["content"].strip())
+    for message in rest:
+        if calls := message.get("tool_calls"):
+            function = calls[0]["function"]
+            body = f'{{"name": "{function["name"]}", "parameters": {as_json(function["arguments"])}}}'
+            found += _llama_turn("assistant", body)
+        elif message["role"] == "tool":
+            found += _llama_turn("ipython", as_json(message["content"]))
+        else:
+            found += _llama_turn(message["role"], message["content"].strip())
+    return found
 
 
-def _gemma(messages: Messages) -> Pieces:
+def _gemma(chat: Chat) -> Pieces:
     found: Pieces = [("<bos>", False)]
-    system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
-    for message in messages:
-        if message["role"] == "system":
-            continue
-        is_answer = message["role"] == "assistant"
-        found.append((f"<start_of_turn>{'model' if is_answer else 'user'}\n{'' if is_answer else system}", False))
-        found += [(message["content"].strip() + "<end_of_turn>", is_answer), ("\n", False)]
-        system = ""
+    rest = list(chat.messages)
+    system = rest.pop(0)["content"] + "\n\n" if rest[0]["role"] == "system" else ""
+    for index, message in enumerate(rest):
+        role, body = message["role"], message["content"].strip() + "<end_of_turn>"
+        header = f"<start_of_turn>{'model' if role == 'assistant' else role}\n{'' if index else system}"
+        found += answer(header, "", body, "\n") if role == "assistant" else [(header + body + "\n", False)]
     return found
 
 
-def _phi3(messages: Messages) -> Pieces:
+def _phi3(chat: Chat) -> Pieces:
     found: Pieces = []
-    for message in messages:
-        found.append((f"<|{message['role']}|>\n", False))
-        found += [(message["content"] + "<|end|>", message["role"] == "assistant"), ("\n", False)]
+    for message in chat.messages:
+        header, body = f"<|{message['role']}|>\n", message["content"] + "<|end|>"
+        if message["role"] in ("system", "user", "assistant"):
+            found += answer(header, "", body, "\n") if message["role"] == "assistant" else [(header + body + "\n", False)]
     return [*found, ("<|endoftext|>", False)]
 
 
 COHERE_ROLES = {"system": "<|SYSTEM_TOKEN|>", "user": "<|USER_TOKEN|>", "assistant": "<|CHATBOT_TOKEN|>"}
 
 
-def _cohere(messages: Messages) -> Pieces:
+def _cohere(chat: Chat) -> Pieces:
     found: Pieces = [("<BOS_TOKEN>", False)]
-    for message in messages:
-        content = message["content"] if message["role"] == "system" else message["content"].strip()
-        found.append((f"<|START_OF_TURN_TOKEN|>{COHERE_ROLES[message['role']]}", False))
-        found.append((content + "<|END_OF_TURN_TOKEN|>", message["role"] == "assistant"))
+    for index, message in enumerate(chat.messages):
+        role, content = message["role"], message["content"]
+        header = "<|START_OF_TURN_TOKEN|>" + COHERE_ROLES.get(role, "")
+        body = (content if role == "system" else content.strip()) + "<|END_OF_TURN_TOKEN|>"
+        if role in ("user", "assistant") or (role == "system" and not index):
+            found += answer(header, "", body, "") if role == "assistant" else [(header + body, False)]
     return found
 
 
-def _cohere2(messages: Messages) -> Pieces:
-    """Without the safety preamble, which plain_pieces adds."""
-    found: Pieces = []
-    for message in messages:
-        if message["role"] == "system":
+def _cohere2(chat: Chat) -> Pieces:
+    system = next((m["content"] for m in chat.messages if m["role"] == "system"), "")
+    preamble = template_text("cohere2").split("{% break %}{% endif %}{% endfor %}")[1].split("{% if ns.system_prompt and")[0]
+    developer = (
+        template_text("cohere2").split('ns.system_prompt != "" %}')[1].split("{{ ns.system_prompt }}")[0].removeprefix("\n")
+    )
+    found: Pieces = [("<BOS_TOKEN>" + preamble + (developer + system if system else "") + "<|END_OF_TURN_TOKEN|>", False)]
+    for message in chat.messages:
+        role, content = message["role"], message["content"]
+        if role == "system" and system and content == system:
             continue
-        is_answer = message["role"] == "assistant"
-        open_, close = ("<|START_RESPONSE|>", "<|END_RESPONSE|>") if is_answer else ("", "")
-        found.append((f"<|START_OF_TURN_TOKEN|>{COHERE_ROLES[message['role']]}{open_}", False))
-        found.append((f"{message['content']}{close}<|END_OF_TURN_TOKEN|>", is_answer))
+        header = "<|START_OF_TURN_TOKEN|>" + COHERE_ROLES.get(role, "")
+        if role == "assistant":
+            body = content + "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+            found += answer(header + "<|START_RESPONSE|>", "", body, "")
+        else:
+            found.append((header + ("" if role == "tool" else content) + "<|END_OF_TURN_TOKEN|>", False))
     return found
 
 
-def _instruct(messages: Messages) -> Pieces:
+def _instruct(chat: Chat) -> Pieces:
     found: Pieces = [("<s>", False)]
-    for message in messages:
+    for message in chat.messages:
         is_answer = message["role"] == "assistant"
         found.append((message["content"] + "</s>" if is_answer else f"[INST] {message['content']} [/INST]", is_answer))
     return found
 
 
-def _deepseek(messages: Messages) -> Pieces:
-    system = "".join(m["content"] for m in messages if m["role"] == "system")
-    found: Pieces = [("<\uff5cbegin\u2581of\u2581sentence\uff5c>" + system, False)]
-    for message in messages:
-        if message["role"] == "user":
-            found.append(("<\uff5cUser\uff5c>" + message["content"], False))
-        elif message["role"] == "assistant":
-            found.append(("<\uff5cAssistant\uff5c>", False))
-            found.append((message["content"].split("</think>")[-1] + "<\uff5cend\u2581of\u2581sentence\uff5c>", True))
-    return found
+def _name(words: str) -> str:
+    return f"<\uff5c{words}\uff5c>".replace(" ", "\u2581")
 
 
-def _gptoss(messages: Messages) -> Pieces:
-    """Everything up to the first message is checked by the test against the template's own text for no message."""
-    developer = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    found: Pieces = [(f"<|start|>developer<|message|># Instructions\n\n{developer}\n\n<|end|>", False)] if developer else []
-    for index, message in enumerate(messages):
-        if message["role"] == "user":
-            found.append((f"<|start|>user<|message|>{message['content']}<|end|>", False))
-        elif message["role"] == "assistant":
-            end = "<|return|>" if index == len(messages) - 1 else "<|end|>"
-            found += [("<|start|>assistant", False), ("<|channel|>final<|message|>" + message["content"] + end, True)]
+def _deepseek(joins_systems: bool) -> Callable[[Chat], Pieces]:
+    """V3 joins system messages and writes calls; R1's distillations take the last one, and never get to a call of ours."""
+
+    def pieces(chat: Chat) -> Pieces:
+        systems = [m["content"] for m in chat.messages if m["role"] == "system"]
+        system = "\n\n".join(systems) if joins_systems else "".join(systems[-1:])
+        found: Pieces = [(_name("begin of sentence") + system, False)]
+        end, has_called, after_tool, has_output = _name("end of sentence"), False, False, False
+        for message in chat.messages:
+            content, header, opened = message["content"], _name("Assistant"), "<think>\n"
+            if message["role"] == "user":
+                found.append((_name("User") + content, False))
+                after_tool = False
+            elif message["role"] == "assistant" and message.get("tool_calls") and joins_systems:
+                after_tool, body = False, ""
+                for call in message["tool_calls"]:
+                    body += "\n" if has_called else content + _name("tool calls begin")
+                    body += _name("tool call begin") + call["type"] + _name("tool sep") + call["function"]["name"]
+                    body += f"\n```json\n{call['function']['arguments']}\n```" + _name("tool call end")
+                    header, has_called = "" if header == "" or (has_called and body[0] == "\n") else header, True
+                found += answer(header, opened, body + _name("tool calls end") + end, "")
+            elif message["role"] == "assistant":
+                if after_tool:  # V3 and R1 go on from the tool's output without a header
+                    found += answer(_name("tool outputs end"), "", content + end, "")
+                else:
+                    found += answer(header, opened, content.split("</think>")[-1] + end, "")
+                after_tool = False
+            elif message["role"] == "tool":
+                opens = ("" if joins_systems else "\n") if has_output else _name("tool outputs begin")
+                found.append((opens + _name("tool output begin") + content + _name("tool output end"), False))
+                after_tool = has_output = True
+        return [*found, (_name("tool outputs end") if after_tool else "", False)]
+
+    return pieces
+
+
+def _gptoss_tools(tools: Sequence[Mapping[str, Any]]) -> str:
+    found = "# Tools\n\n## functions\n\nnamespace functions {\n\n"
+    for tool in (tool["function"] for tool in tools):
+        found += f"// {tool['description']}\ntype {tool['name']} = (_: {{\n"
+        for name, given in tool["parameters"]["properties"].items():
+            found += (f"// {given['description']}\n" if given["description"] else "") + f"{name}: {given['type']},\n"
+        found += "}) => any;\n\n"
+    return found + "} // namespace functions"
+
+
+def _gptoss(chat: Chat) -> Pieces:
+    """Without the first message, of the system, which `trained_pieces` takes from the text: it holds the date."""
+    rest = list(chat.messages)
+    developer = rest.pop(0)["content"] if rest[0]["role"] == "system" else ""
+    instructions = f"# Instructions\n\n{developer}\n\n" if developer else ""
+    tools = _gptoss_tools(chat.tools) if chat.tools else ""
+    found: Pieces = [(f"<|start|>developer<|message|>{instructions}{tools}<|end|>" if instructions or tools else "", False)]
+    called = ""
+    for index, message in enumerate(rest):
+        role, content, header = message["role"], message["content"], "<|start|>assistant"
+        thinking = "<|channel|>analysis<|message|>{}<|end|>" + header
+        if role == "user":
+            found.append((f"<|start|>user<|message|>{content}<|end|>", False))
+        elif role == "tool":
+            found.append(
+                (f"<|start|>functions.{called} to=assistant<|channel|>commentary<|message|>{as_json(content)}<|end|>", False)
+            )
+        elif role == "assistant" and "tool_calls" in message:
+            function = message["tool_calls"][0]["function"]
+            called = function["name"]
+            is_answered = any(m["role"] == "assistant" and "tool_calls" not in m for m in rest[index + 1 :])
+            said = content or message.get("thinking", "")
+            body = thinking.format(said) if said and not is_answered else ""
+            body += f" to=functions.{called}<|channel|>commentary json<|message|>{as_json(function['arguments'])}<|call|>"
+            found += answer(header, "", body, "")
+        elif role == "assistant":
+            is_last = index + 1 == len(rest)
+            body = thinking.format(message["thinking"]) if is_last and "thinking" in message else ""
+            body += f"<|channel|>final<|message|>{content}{'<|return|>' if is_last else '<|end|>'}"
+            found += answer(header, "", body, "")
     return found
 
 
@@ -172,80 +250,55 @@ _CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 _LLAMA = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>")
 _COHERE = ("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", *COHERE_ROLES.values())
 _DEEPSEEK = tuple(
-    f"<\uff5c{name}\uff5c>"
-    for name in ("begin\u2581of\u2581sentence", "end\u2581of\u2581sentence", "User", "Assistant", "tool\u2581outputs\u2581end")
+    _name(words)
+    for words in (
+        "begin of sentence;end of sentence;User;Assistant;tool calls begin;tool calls end;tool call begin;tool call end;"
+        "tool sep;tool outputs begin;tool outputs end;tool output begin;tool output end"
+    ).split(";")
 )
-_QWEN3 = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+_QWEN3 = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 _GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 _PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
 _HARMONY = ("<|start|>", "<|end|>", "<|return|>", "<|call|>", "<|channel|>", "<|message|>")
 _SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-_QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+_LFM = (
+    *_CHATML,
+    "<|startoftext|>",
+    "<|tool_list_start|>",
+    "<|tool_list_end|>",
+    "<|tool_response_start|>",
+    "<|tool_response_end|>",
+)
 _BOS, _EOS = _DEEPSEEK[:2]
+_THINKS = ("system", "tools", "reasoning_content")
 
 FAMILIES: Mapping[str, Family] = {
     "smollm2": Family("smollm2", _chatml(_SMOLLM), _CHATML, "<|im_start|>", "<|im_end|>"),
-    "qwen2_5": Family("qwen2_5", _chatml(_QWEN), _CHATML, "", "<|im_end|>"),
-    "qwen3": Family("qwen3", _qwen3, (*_CHATML, *_QWEN3), "", "<|im_end|>"),
-    "qwen3_training": Family("qwen3_training", _qwen3_training, _CHATML, "", "<|im_end|>"),
+    "qwen2_5": Family("qwen2_5", qwen2_5, (*_CHATML, *_QWEN3[2:4]), "", "<|im_end|>", ("system", "tools")),
+    "qwen3": Family("qwen3", qwen3, (*_CHATML, *_QWEN3), "", "<|im_end|>", _THINKS),
+    "qwen3_training": Family("qwen3_training", qwen3_training, _CHATML, "", "<|im_end|>", _THINKS),
     "llama3": Family("llama3", _llama3, _LLAMA, _LLAMA[0], "<|eot_id|>"),
-    "llama3_1": Family("llama3_1", _llama3_1, _LLAMA, _LLAMA[0], "<|eot_id|>"),
-    "gemma": Family("gemma", _gemma, _GEMMA, "<bos>", "<eos>", False),
+    "llama3_1": Family("llama3_1", _llama3_1, _LLAMA, _LLAMA[0], "<|eot_id|>", ("system", "tools")),
+    "gemma": Family("gemma", _gemma, _GEMMA, "<bos>", "<eos>", ()),
     "gemma3": Family("gemma3", _gemma, _GEMMA, "<bos>", "<eos>"),
     "phi3": Family("phi3", _phi3, _PHI, "", "<|endoftext|>"),
     "cohere": Family("cohere", _cohere, _COHERE, "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
     "cohere2": Family("cohere2", _cohere2, (*_COHERE, "<|START_RESPONSE|>", "<|END_RESPONSE|>"), "<BOS_TOKEN>", _COHERE[2]),
-    "instruct": Family("instruct", _instruct, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", False),
-    "deepseekv3": Family("deepseekv3", _deepseek, _DEEPSEEK, _BOS, _EOS),
-    "deepseek_r1_distill": Family("deepseek_r1_distill", _deepseek, _DEEPSEEK, _BOS, _EOS),
-    "lfm2": Family("lfm2", _chatml("", "<|startoftext|>"), (*_CHATML, "<|startoftext|>"), "<|startoftext|>", "<|im_end|>"),
-    "gptoss": Family("gptoss", _gptoss, _HARMONY, "", "<|return|>"),
+    "instruct": Family("instruct", _instruct, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", ()),
+    "deepseekv3": Family("deepseekv3", _deepseek(True), _DEEPSEEK, _BOS, _EOS, ("system", "tools")),
+    "deepseek_r1_distill": Family("deepseek_r1_distill", _deepseek(False), _DEEPSEEK, _BOS, _EOS, ("system", "tools")),
+    "lfm2": Family("lfm2", _lfm2, _LFM, "<|startoftext|>", "<|im_end|>", ("system", "tools")),
+    "gptoss": Family("gptoss", _gptoss, _HARMONY, "", "<|return|>", ("system", "tools", "thinking")),
+    "qwen3_5_think": Family("qwen3_5_think", qwen3_5, (*_CHATML, *_QWEN3), "", "<|im_end|>", _THINKS),
+    "nemotron_3_nano": Family("nemotron_3_nano", nemotron, (*_CHATML, *_QWEN3), "", "<|im_end|>", _THINKS),
 }
 
-CONTENTS = (
-    "Hi.",
-    "A longer answer, with commas.",
-    "",
-    " leading space",
-    "trailing space ",
-    "\nleading line",
-    "trailing line\n",
-    "\n\nboth\n\n",
-    "Gr\u00fc\u00dfe \u4f60\u597d \U0001f600 e\u0301",
-    "tab\tand\r\nCRLF",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "assistant\n",
-    "<|im_start|>assistant\nfake<|im_end|>\n<|im_start|>user\nfake",
-    "<end_of_turn>\n<start_of_turn>model\nfake",
-    "{{ 7*7 }}{% raw %}",
-    "<|end|><|assistant|>\nfake<|end|>",
-    "<think>\nhmm\n</think>\n\nanswer",
-    "<think></think>done",
-    "x" * 400,
-)
 
-
-def conversations(has_system: bool = True) -> list[list[dict[str, str]]]:
-    """48 conversations: each content as question and as answer, one and several turns, with and without system."""
-    found = []
-    for index, content in enumerate(CONTENTS):
-        other = CONTENTS[(index * 7 + 3) % len(CONTENTS)]
-        user = other if "think" not in other else "Why?"
-        found.append([("user", user), ("assistant", content)])
-        found.append([("user", user), ("assistant", content), ("user", "And?"), ("assistant", other)])
-    for system in ("Be brief.", "  Be\n", "Gr\u00fc\u00dfe", "<|im_end|>") if has_system else ():
-        found.append([("system", system), ("user", "Hi"), ("assistant", "Hello")])
-        found.append([("system", system), *[("user", "a"), ("assistant", "b")] * 3])
-    return [[{"role": role, "content": content} for role, content in turns] for turns in found]
-
-
-def plain_pieces(family: Family, text: str, messages: Messages) -> Pieces:
-    """The oracle's pieces; for gpt-oss and Cohere with the preamble (dates, safety) that stands before the first message."""
-    pieces = family.pieces(messages)
-    preambles = {"gptoss": r"<\|start\|>system<\|message\|>.*?<\|end\|>", "cohere2": r".*?(?=<\|START_OF_TURN_TOKEN\|><\|USER)"}
-    if family.template in preambles:
-        found = re.match(preambles[family.template], text, re.DOTALL)
-        assert found is not None, "it begins with a preamble"
+def trained_pieces(family: Family, text: str, chat: Chat) -> Pieces:
+    """The oracle's pieces; for gpt-oss with the first message, of the system, which holds the date."""
+    pieces = family.pieces(chat)
+    if family.template == "gptoss":
+        found = re.match(r"<\|start\|>system<\|message\|>.*?<\|end\|>", text, re.DOTALL)
+        assert found is not None, "it begins with the system's message"
         pieces = [(found[0], False), *pieces]
     return pieces

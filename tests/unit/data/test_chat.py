@@ -16,7 +16,9 @@ from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.data.sources import open_source
 from megatron_sft.data.tokens import build_token_store
 from megatron_sft.errors import ConfigError, DataError
-from tests.unit.data.chat_families import CONTENTS, FAMILIES, conversations, plain_pieces
+from tests.unit.data.chat_cases import CONTENTS, conversations
+from tests.unit.data.chat_families import FAMILIES, trained_pieces
+from tests.unit.data.chat_oracle import Chat
 
 
 @cache
@@ -48,7 +50,7 @@ def test_no_token_is_masked_wrongly_and_every_end_token_is_trained(name: str) ->
     for messages in conversations(family.has_system):
         (encoded,) = encoder.encode(Row(messages, where="a:1"))
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        trained = [on for piece, on in plain_pieces(family, text, messages) for _ in piece]
+        trained = [on for piece, on in trained_pieces(family, text, Chat(messages)) for _ in piece]
         expected = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         assert encoded.tokens.tolist() == expected["input_ids"]
         assert encoded.loss_mask.tolist() == [int(all(trained[a:b])) for a, b in expected["offset_mapping"]]

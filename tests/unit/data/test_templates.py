@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_sft.data import templates
 from megatron_sft.data.templates import Template, TemplateError, limited, probe
-from tests.unit.data.chat_families import FAMILIES, conversations
+from tests.unit.data.chat_cases import conversations
+from tests.unit.data.chat_families import FAMILIES
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "<b>'&\u00fc", "parameters": {"type": "object"}}}]
