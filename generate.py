@@ -17,14 +17,13 @@ def generate(argv: Sequence[str], world_size: int) -> int:
 
     run, explicit, options = parse_generate(argv, world_size)
     leave_out_compiler()
-    from megatron_sft.inference.prompts import answer_prompts
+    from megatron_sft.inference.prompts import answer_prompts, write_answers
 
     rows = answer_prompts(run, explicit, options)
     for number, row in enumerate(rows, start=1):
         asked = "\n".join(f"{m['role']}: {m['content']}" for m in row["messages"])
         print(f"\n=== {number}\n{asked}\n--- answer ({len(row['tokens'])} tokens, {row['finish_reason']})\n{row['response']}")
-    if options.output and rows:
-        print(f"\nwrote {len(rows)} answers to {options.output}")
+    write_answers(rows, options)
     return 0
 
 

@@ -6,13 +6,13 @@ Flags are a training run's, read by arguments.py. Not here: what a command does;
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from megatron_sft import entry
 from megatron_sft.config.arguments import parse, parse_generate, parse_mmlu, parse_plan, parse_view
 from megatron_sft.config.run import RunConfig
 from megatron_sft.core_compat import leave_out_compiler
 from megatron_sft.errors import ConfigError
+from megatron_sft.output import output_problems, write_output
 
 
 def finetune(argv: Sequence[str], world_size: int) -> int:
@@ -41,6 +41,7 @@ def prepare(argv: Sequence[str], world_size: int) -> int:
 def preview(argv: Sequence[str], world_size: int) -> int:
     """Shows tokens, masks and packs as they are trained: the flags of finetune.py [--rows N --html FILE]."""
     run, options = parse_view(argv, world_size)
+    _check_outputs(html=options.html)
     from megatron_sft.data.chat import load_tokenizer
     from megatron_sft.data.prepare import training_set
     from megatron_sft.data.preview import as_html, as_text, decoder, is_terminal, shown_documents
@@ -49,41 +50,42 @@ def preview(argv: Sequence[str], world_size: int) -> int:
     shown, decode = shown_documents(store, options.rows), decoder(load_tokenizer(run.data))
     print(as_text(store, plan, shown, decode, is_terminal()))
     if options.html:
-        _write(options.html, as_html(store, plan, shown, decode, run.data.seq_length))
+        write_output("--html", options.html, as_html(store, plan, shown, decode, run.data.seq_length))
     return 0
 
 
 def report(argv: Sequence[str], world_size: int) -> int:
     """Counts rows, tokens, masks and packs by source: the flags of finetune.py [--json FILE --html FILE]."""
     run, options = parse_view(argv, world_size)
+    _check_outputs(html=options.html, json=options.json)
     from megatron_sft.data.prepare import training_set
     from megatron_sft.data.report import as_html, as_json, as_table, data_report
 
     store, plan = training_set(run.data)
     figures = data_report(store, plan, run.data.seq_length)
     print(as_table(figures))
-    for path, text in ((options.json, as_json), (options.html, as_html)):
+    for flag, path, text in (("--json", options.json, as_json), ("--html", options.html, as_html)):
         if path:
-            _write(path, text(figures))
+            write_output(flag, path, text(figures))
     return 0
 
 
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot be written ({error.strerror}). Expected a file in a folder that exists."]) from None
-    print(f"wrote {path}")
+def _check_outputs(**outputs: str | None) -> None:
+    """Raises ConfigError where one of the files could not be written, before there is anything to write."""
+    if found := [problem for name, path in outputs.items() for problem in output_problems(f"--{name}", path)]:
+        raise ConfigError(found)
 
 
 def generate(argv: Sequence[str], world_size: int) -> int:
     """Answers prompts into --output FILE.jsonl."""
     run, explicit, options = parse_generate(argv, world_size)
     leave_out_compiler()
-    from megatron_sft.inference.prompts import answer_prompts
+    from megatron_sft.inference.prompts import answer_prompts, write_answers
 
-    for row in answer_prompts(run, explicit, options):
+    rows = answer_prompts(run, explicit, options)
+    for row in rows:
         print(row["response"])
+    write_answers(rows, options)
     return 0
 
 
@@ -157,10 +159,11 @@ def plan(argv: Sequence[str], world_size: int) -> int:
     from megatron_sft import plan as planning
 
     run, given, options = parse_plan(["--use-distributed-optimizer", *planning.conf_flags(argv[0]), *argv[1:]])
+    _check_outputs(json=options.json)
     rows = planning.plan(run, given, options, argv[0], planning.run_flags(argv[1:]))
     print(planning.as_table(rows, options))
     if options.json:
-        _write(options.json, planning.as_json(rows))
+        write_output("--json", options.json, planning.as_json(rows))
     planning.refuse_if_none_fits(rows, options)
     return 0
 

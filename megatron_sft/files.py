@@ -4,17 +4,20 @@ A new file or folder is written under another name beside its place, brought to 
 say when the disk refuses; every function raises OSError, which the caller explains.
 """
 
+import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 
-def write_whole(path: str | Path, content: str | bytes) -> None:
+def write_whole(path: str | Path, content: str | bytes, mode: int | None = None) -> None:
     """Writes or replaces a file: a reader sees the old content or the new one.
 
     Args:
         path: in a folder that exists.
         content: text is written as UTF-8.
+        mode: permissions of the file; None: what new files have.
 
     Raises:
         OSError: nothing was changed.
@@ -23,6 +26,8 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode & 0o777)
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -59,6 +64,25 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def regular(path: Path) -> Path:
+    """The path, if a regular file is there or a link to one: opening a pipe waits for its writer, and a device has no end.
+
+    Raises:
+        OSError: there is none, or something else.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return path
+
+
+def regular_folder(folder: Path) -> Path:
+    """The folder, if all files directly in it are regular: for readers that are not ours. Raises OSError as `regular` does."""
+    for path in folder.iterdir():
+        if path.exists() and not path.is_dir():
+            regular(path)
+    return folder
 
 
 def sync(path: Path) -> None:

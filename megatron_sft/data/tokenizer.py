@@ -13,6 +13,7 @@ import numpy as np
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data.fast_bpe import Tokens
 from megatron_sft.errors import ConfigError
+from megatron_sft.files import regular, regular_folder
 
 
 def load_tokenizer(config: DataConfig) -> Any:
@@ -29,6 +30,8 @@ def load_tokenizer(config: DataConfig) -> Any:
         if name.endswith(".model") and os.path.isfile(name):
             tokenizer = _sentencepiece(name)
         else:
+            if os.path.isdir(name):
+                regular_folder(Path(name))
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         first_line = str(error).strip().split("\n")[0][:300]
@@ -56,7 +59,7 @@ def template_text(given: str) -> str:
     if "{" in given:
         return given
     try:
-        return Path(given).read_text(encoding="utf-8")
+        return regular(Path(given)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"--chat-template {given}: {error}. Expected a file of Jinja text, or the text itself."]) from None
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_sft.config.run import ModelConfig
 from megatron_sft.errors import CheckpointError
+from megatron_sft.files import regular, regular_folder
 from megatron_sft.hf.conflicts import ARCHITECTURE
 from megatron_sft.hf.derived import DERIVED, Fields, Keys
 from megatron_sft.hf.families import CONFIG, DEFAULTS, FAMILIES, OTHER_SPELLINGS, Family
@@ -48,7 +49,7 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """config.json of an HF folder as a dict. Raises CheckpointError when it is missing or no JSON object."""
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(regular(path).read_text(encoding="utf-8"))
     except OSError as error:
         if path.with_name("adapter_config.json").exists():
             raise CheckpointError(
@@ -61,6 +62,12 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); expected a model's config.json. Copy it again.") from None
+    try:
+        regular_folder(Path(folder))  # transformers reads others
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename}: {error.strerror}; expected only files and folders in a model's folder. Remove it."
+        ) from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(config).__name__}; expected an object. Copy it again.")
     return config

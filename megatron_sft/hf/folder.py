@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_sft.errors import CheckpointError
-from megatron_sft.files import publish_folder
+from megatron_sft.files import publish_folder, regular
 from megatron_sft.hf.families import TEXT_PREFIX
 
 INDEX = "model.safetensors.index.json"
@@ -66,7 +66,7 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
 
 def _indexed_files(folder: Path, index: Path) -> dict[Path, list[str] | None]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(regular(index).read_text(encoding="utf-8"))["weight_map"]
         names: dict[str, list[str]] = {}
         for tensor, file in weight_map.items():
             names.setdefault(str(file), []).append(tensor)
@@ -108,7 +108,7 @@ def _inside(folder: Path, name: str) -> Path:
 def open_file(path: Path) -> Iterator[Any]:
     """safetensors' own reader of one file; damage becomes a CheckpointError."""
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(regular(path)), framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(

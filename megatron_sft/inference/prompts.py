@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sft import files, parallel
+from megatron_sft import parallel
 from megatron_sft.config.run import DataConfig, GenerateConfig, RunConfig
 from megatron_sft.data.schema import Message
 from megatron_sft.data.sources import ENDINGS, open_source
@@ -19,6 +19,7 @@ from megatron_sft.errors import ConfigError, DataError
 from megatron_sft.inference.generation import Generation, generate
 from megatron_sft.inference.load import load_for_inference
 from megatron_sft.log import logger
+from megatron_sft.output import output_problems, write_output
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Prompt:
 
 
 def answer_prompts(run: RunConfig, explicit: frozenset[str], options: GenerateConfig) -> list[dict[str, Any]]:
-    """Everything that generate.py does, from flags to written answers. Collective.
+    """Everything that generate.py does, from flags to answers. Collective.
 
     Returns:
         answer_rows on rank 0; nothing elsewhere.
@@ -47,10 +48,14 @@ def answer_prompts(run: RunConfig, explicit: frozenset[str], options: GenerateCo
     seconds, total = time.monotonic() - start, sum(len(answer.tokens) for answer in answers)
     logger.info("%d prompts, %d tokens in %.1f s: %.1f tokens/s", len(answers), total, seconds, total / seconds)
     rows = answer_rows(loaded.tokenizer, prompts, encoded, answers) if first else []
-    if first and options.output:
-        write_whole(options.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     parallel.finalize()
     return rows
+
+
+def write_answers(rows: Sequence[dict[str, Any]], options: GenerateConfig) -> None:
+    """Writes answer_rows to --output where that is given, one JSON object a line."""
+    if options.output and rows:
+        write_output("--output", options.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def check_options(options: GenerateConfig) -> None:
@@ -64,7 +69,7 @@ def check_options(options: GenerateConfig) -> None:
         (not 0 < options.fraction <= 1, f"--fraction is {options.fraction}; expected more than 0, at most 1."),
         (options.draft_length != 0, f"--draft-length is {options.draft_length}; expected 0, there are no draft models."),
     ]
-    found = [sentence for broken, sentence in rules if broken]
+    found = [sentence for broken, sentence in rules if broken] + output_problems("--output", options.output)
     if found:
         raise ConfigError(found)
 
@@ -196,13 +201,3 @@ def answer_rows(
         }
         for prompt, ids, answer in zip(prompts, encoded, answers, strict=True)
     ]
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Writes a file that is there completely or not at all."""
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(target, text)
-    except OSError as error:
-        raise DataError(f"--output {target}: {error.strerror}; expected a file that can be written. Choose another.") from None

@@ -23,8 +23,8 @@ from megatron_sft.data.sources import open_source, read_file
 from megatron_sft.errors import ConfigError, DataError
 from megatron_sft.inference.generation import from_all_shards, from_last_stage, last_logits, packed_rows, prefill_params
 from megatron_sft.inference.load import load_for_inference
-from megatron_sft.inference.prompts import write_whole
 from megatron_sft.log import logger
+from megatron_sft.output import output_problems, write_output
 from megatron_sft.parallel import Ranks
 
 LETTERS = "ABCD"
@@ -225,7 +225,7 @@ def check_options(options: MMLUConfig) -> None:
         ),
         (options.mmlu_batch_size < 1, f"--mmlu-batch-size is {options.mmlu_batch_size}; expected 1 or more."),
     ]
-    found = [sentence for broken, sentence in rules if broken]
+    found = [sentence for broken, sentence in rules if broken] + output_problems("--output", options.output)
     if found:
         raise ConfigError(found)
 
@@ -250,7 +250,7 @@ def mmlu(run: RunConfig, explicit: frozenset[str], options: MMLUConfig) -> int:
     logger.info("%s", table(scores))
     if options.output and loaded.ranks.rank == 0:
         settings = {"load": run.checkpoint.load, "few_shots": options.few_shots, "fraction": options.fraction}
-        write_whole(options.output, json.dumps({**settings, **scores}, indent=1) + "\n")
+        write_output("--output", options.output, json.dumps({**settings, **scores}, indent=1) + "\n")
     parallel.finalize()
     if options.lower_bound is not None and scores["average"] < options.lower_bound:
         logger.warning("average %.4f is below --lower-bound %s", scores["average"], options.lower_bound)

@@ -15,6 +15,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "log": set(),
+    "output": {"errors", "files", "log"},
     "core_compat": {"errors", "log"},
     "entry": EVERY | {"parallel"},
     "launch": {"core_compat", "errors"},
@@ -26,13 +27,14 @@ ALLOWED: Mapping[str, set[str]] = {
     "checkpoint": EVERY | {"parallel"},
     "weights": EVERY | {"parallel", "model", "hf", "checkpoint"},
     "conversion": EVERY | {"parallel", "model", "hf", "checkpoint", "weights"},
-    "inference": EVERY | {"parallel", "model", "hf", "checkpoint", "weights", "data"},
-    "tasks": EVERY | {"parallel", "data", "inference"},
+    "inference": EVERY | {"parallel", "model", "hf", "checkpoint", "weights", "data", "output"},
+    "tasks": EVERY | {"parallel", "data", "inference", "output"},
     "train": EVERY | {"parallel", "data", "model", "hf", "checkpoint", "weights"},
     "plan": EVERY | {"parallel", "model", "hf", "weights", "conversion", "train"},
-    "__main__": EVERY | {"checkpoint", "conversion", "data", "entry", "inference", "parallel", "plan", "tasks", "train"},
+    "__main__": EVERY
+    | {"checkpoint", "conversion", "data", "entry", "inference", "output", "parallel", "plan", "tasks", "train"},
 }
-USES_CORE = set(ALLOWED) - {"errors", "files", "log", "config", "data", "entry", "launch", "__main__"}
+USES_CORE = set(ALLOWED) - {"errors", "files", "log", "config", "data", "entry", "launch", "output", "__main__"}
 
 
 def imported_modules(tree: ast.AST, dotted: str) -> Iterator[str]:

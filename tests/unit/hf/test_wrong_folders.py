@@ -98,6 +98,14 @@ def directory(name):
     return make
 
 
+def pipe(name):
+    def make(folder):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return make
+
+
 def adapter(folder):
     os.rename(folder / WEIGHTS, folder / "adapter_model.safetensors")
     os.rename(folder / "config.json", folder / "adapter_config.json")
@@ -121,6 +129,9 @@ DAMAGED = {  # found in the headers
         "damaged or cut off",
     ),
     "a folder": (directory(WEIGHTS), "damaged or cut off"),
+    "a pipe": (pipe(WEIGHTS), "model.safetensors: no regular file; expected only files and folders"),
+    "index a pipe": (pipe(INDEX), "index.json: no regular file"),
+    "generation config a pipe": (pipe("generation_config.json"), "generation_config.json: no regular file"),
     "two files cut": (two_files_cut, "(?s)model-00001-of-00003.safetensors: damaged.*model-00003-of-00003.safetensors: damaged"),
     "two files missing": (two_files_missing, r"2 of 3 weight files are missing \(model-00001-of-00003.*Finish the download"),
     "index to another folder": (index("../other.safetensors"), "'../other.safetensors' lies outside the folder"),
@@ -193,6 +204,7 @@ NO_FOLDER = {
     "adapter": (adapter, r"an adapter \(LoRA\) alone|neither an HF folder"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json|neither an HF folder"),
     "config a folder": (directory("config.json"), "no config.json|neither an HF folder"),
+    "config a pipe": (pipe("config.json"), r"no config.json \(no regular file\)|neither an HF folder"),
     "nothing": (shutil.rmtree, "no config.json|neither an HF folder"),
     "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "no config.json|neither an HF folder"),
     "a file": (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), "no config.json|neither an HF folder"),
