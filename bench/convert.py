@@ -63,14 +63,17 @@ def measure(source: Path, target: Path) -> dict[str, float]:
     import torch
 
     from megatron_sft import conversion, parallel
-    from megatron_sft.config.run import ParallelConfig
+    from megatron_sft.config.run import CheckpointConfig, DataConfig, ParallelConfig, RunConfig, TrainConfig
     from megatron_sft.hf.config import model_config_from_hf, read_hf_config
     from megatron_sft.hf.weights import load_hf_weights, save_hf
+    from megatron_sft.model.build import build_model
+    from megatron_sft.weights import padded
 
     clock = Clock()
-    model = conversion.padded(model_config_from_hf(read_hf_config(source)), 1)
+    model = padded(model_config_from_hf(read_hf_config(source)), 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    chunks, ranks = conversion.built(model, ParallelConfig(), "bf16")
+    ranks, train = parallel.initialize(ParallelConfig(), 1), TrainConfig(params_dtype="bf16")
+    chunks = build_model(model, ParallelConfig(), train)
     start = time.perf_counter()
     with torch.no_grad():
         for parameter in chunks[0].parameters():
@@ -88,9 +91,11 @@ def measure(source: Path, target: Path) -> dict[str, float]:
     del chunks
     megatron = target.with_name("megatron")
     with clock("convert"):
-        conversion.convert(source, megatron, ParallelConfig(), "bf16", verify=False)
+        places = CheckpointConfig(load=str(source), save=str(megatron), verify_conversion=False)
+        conversion.convert(RunConfig(train=train, checkpoint=places))
     with clock("export"):
-        conversion.export(megatron, target, ParallelConfig(), source)
+        places = CheckpointConfig(load=str(megatron), save_hf=str(target))
+        conversion.export(RunConfig(data=DataConfig(tokenizer_model=str(source)), checkpoint=places))
     return {**clock.found, "memory_s": memory_s, "base_gb": before, "load_gb": loaded, "peak_gb": peak}
 
 

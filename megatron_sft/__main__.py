@@ -101,16 +101,9 @@ def mmlu(argv: Sequence[str], world_size: int) -> int:
 def convert(argv: Sequence[str], world_size: int) -> int:
     """HF folder, or Megatron checkpoint in any layout -> weights alone: --load PLACE --save ROOT [--no-verify-conversion]."""
     run, explicit = _model_run(argv, world_size, "load", "save")
-    from megatron_sft.checkpoint.tracker import is_megatron_checkpoint
     from megatron_sft.conversion import convert as write
-    from megatron_sft.conversion import reshard
 
-    checkpoint, dtype = run.checkpoint, run.train.params_dtype
-    if is_megatron_checkpoint(str(checkpoint.load)):
-        reshard(str(checkpoint.load), str(checkpoint.save), run.parallel, _hf_folder(run), dtype, (run.model, explicit))
-        return 0
-    check, importer, remote = checkpoint.verify_conversion, checkpoint.importer, run.data.trust_remote_code
-    write(str(checkpoint.load), str(checkpoint.save), run.parallel, dtype, check, importer, (run.model, explicit), remote)
+    write(run, explicit)
     return 0
 
 
@@ -119,14 +112,8 @@ def export(argv: Sequence[str], world_size: int) -> int:
     run, explicit = _model_run(argv, world_size, "load", "save_hf")
     from megatron_sft.conversion import export as write
 
-    described = (run.model, explicit)
-    write(str(run.checkpoint.load), str(run.checkpoint.save_hf), run.parallel, _hf_folder(run), described=described)
+    write(run, explicit)
     return 0
-
-
-def _hf_folder(run: RunConfig) -> str | None:
-    """--tokenizer-model where it was given; without it --load stands there."""
-    return run.data.tokenizer_model if run.data.tokenizer_model != run.checkpoint.load else None
 
 
 def verify(argv: Sequence[str], world_size: int) -> int:

@@ -1,8 +1,14 @@
-"""Where a run's weights come from, and which architecture they have. Decided before anything is built.
+"""The door from a run to a model with weights, for training, inference and conversion alike:
 
-1. --save already holds a checkpoint: the run goes on from it, whatever --load says;
-2. --load is a Megatron checkpoint: the run goes on from it, or takes its weights alone with --finetune;
-3. --load is an HF folder: its weights are converted.
+    resolve   where the weights come from and which architecture they have; no process group, no weights
+    build     the model with the weights that it starts from; what changes a model (adapters, frozen parameters) belongs
+              at its end, before the optimizer is built and a checkpoint's states are restored
+    restore   all that a run goes on from
+
+The weights are, in this order:
+1. those of --save, if it holds a checkpoint already: the run goes on from it, whatever --load says;
+2. those of --load, a Megatron checkpoint: the run goes on from it, or takes its weights alone with --finetune;
+3. those of --load, an HF folder: they are converted.
 """
 
 import dataclasses
@@ -11,15 +17,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sft.checkpoint.distributed import latest_iteration, read_run_config
+from megatron_sft.checkpoint.distributed import latest_iteration, load_checkpoint, read_run_config
 from megatron_sft.checkpoint.tracker import RELEASE, is_megatron_checkpoint
-from megatron_sft.config.run import CheckpointConfig, ModelConfig
+from megatron_sft.config.problems import problems
+from megatron_sft.config.run import ModelConfig, RunConfig
+from megatron_sft.core_compat import process_environment
 from megatron_sft.errors import CheckpointError, ConfigError
 from megatron_sft.hf.config import family_of, model_config_from_hf, read_hf_config
 from megatron_sft.hf.conflicts import conflicts, merged
 from megatron_sft.hf.folder import stored_tensors
-from megatron_sft.hf.importer import architecture_of
+from megatron_sft.hf.importer import architecture_of, load_weights
+from megatron_sft.hf.verify import quick_check
 from megatron_sft.hf.weights import LAYER_NUMBER, predicts
+from megatron_sft.log import logger
+from megatron_sft.model.build import SFTModel, build_model
+from megatron_sft.parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -34,25 +46,99 @@ class WeightSource:
     """The configuration that the checkpoint was written with; empty for HF folders and Megatron-LM's checkpoints."""
 
 
-def find_source(checkpoint: CheckpointConfig, trust_remote_code: bool = False) -> WeightSource:
+def resolve(
+    run: RunConfig, explicit: frozenset[str], training: bool = True, like: str | None = None
+) -> tuple[RunConfig, WeightSource]:
+    """The run with the architecture that its weights have, checked against its layout, and where they are.
+
+    Args:
+        run: as the flags say it.
+        explicit: fields of run.model that a flag set; they must not contradict the checkpoint.
+        training: False takes weights alone, and never those of --save.
+        like: HF folder that says the architecture of a Megatron checkpoint that does not (Megatron-LM's).
+
+    Raises:
+        ConfigError: flags that contradict the checkpoint, or do not fit together; all of a kind at once.
+        CheckpointError: --load is neither an HF folder nor a Megatron checkpoint, or does not say its architecture.
+    """
+    source = find_source(run, training)
+    run = dataclasses.replace(run, model=resolve_model(run, explicit, source, like))
+    if found := problems(run, process_environment()[1], training):
+        raise ConfigError(found)
+    return run, source
+
+
+def build(run: RunConfig, source: WeightSource, ranks: Ranks) -> list[SFTModel]:
+    """Collective: this rank's chunks with the weights that the run starts from; a run that resumes gets them in `restore`.
+
+    Args:
+        run: and its
+        source: as resolve gave them.
+        ranks: of this process.
+
+    Raises:
+        CheckpointError: on every rank, when the weights are not this model's or do not compute what transformers computes.
+    """
+    chunks = build_model(run.model, run.parallel, run.train)
+    if source.is_hf:
+        load_weights(chunks, run, source.path, ranks)
+        logger.info("converted the HF weights of %s", source.path)
+        if run.checkpoint.verify_conversion:
+            quick_check(chunks, run.model, source.path, ranks)
+    elif not source.resumes:
+        verify = run.checkpoint.verify_integrity
+        load_checkpoint(source.path, chunks, None, None, ranks, weights_only=True, verify=verify)
+    return chunks
+
+
+def restore(run: RunConfig, source: WeightSource, ranks: Ranks, chunks: list[Any], optimizer: Any) -> dict[str, Any]:
+    """Collective: puts a checkpoint's weights, optimizer states and random states in their places.
+
+    Args:
+        run: and its
+        source: as resolve gave them.
+        ranks: of this process.
+        chunks: build's, wrapped or not.
+        optimizer: megatron-core's, over `chunks`.
+
+    Returns:
+        What was saved as the run's state, which the schedule's place follows from; {} for a run that does not resume.
+
+    Raises:
+        CheckpointError: no usable checkpoint, or one of another model.
+    """
+    if not source.resumes:
+        return {}
+    wanted = run.checkpoint
+    if not wanted.load_optim:
+        optimizer = None
+    return load_checkpoint(source.path, chunks, optimizer, None, ranks, load_rng=wanted.load_rng, verify=wanted.verify_integrity)
+
+
+def find_source(run: RunConfig, training: bool = True) -> WeightSource:
     """Looks at --save and --load.
+
+    Args:
+        run: its `checkpoint` and what it says of HF folders.
+        training: False looks at --load alone, and takes its weights alone.
 
     Raises:
         ConfigError: there is no --load.
         CheckpointError: --load is neither an HF folder nor a Megatron checkpoint.
     """
-    if checkpoint.save and is_megatron_checkpoint(checkpoint.save) and latest_iteration(checkpoint.save) is not None:
-        return _megatron_source(checkpoint.save, resumes=True)
-    if not checkpoint.load:
+    save, load = run.checkpoint.save, run.checkpoint.load
+    if training and save and is_megatron_checkpoint(save) and latest_iteration(save) is not None:
+        return _megatron_source(save, resumes=True)
+    if not load:
         raise ConfigError(
             ["--load is missing: expected an HF folder or a Megatron checkpoint. Set HF_MODEL_CKPT or MLM_MODEL_CKPT."]
         )
-    if is_megatron_checkpoint(checkpoint.load):
-        return _megatron_source(checkpoint.load, resumes=not checkpoint.finetune)
-    if os.path.isfile(os.path.join(checkpoint.load, "config.json")):
-        return hf_source(checkpoint.load, checkpoint.importer, trust_remote_code)
+    if is_megatron_checkpoint(load):
+        return _megatron_source(load, resumes=training and not run.checkpoint.finetune)
+    if os.path.isfile(os.path.join(load, "config.json")):
+        return hf_source(run, load)
     raise CheckpointError(
-        f"{checkpoint.load}: neither an HF folder (config.json and *.safetensors) nor a Megatron checkpoint "
+        f"{load}: neither an HF folder (config.json and *.safetensors) nor a Megatron checkpoint "
         "(latest_checkpointed_iteration.txt). Check the path given to --load."
     )
 
@@ -62,18 +148,18 @@ def _megatron_source(root: str, resumes: bool) -> WeightSource:
     return WeightSource(root, False, resumes and latest_iteration(root) != RELEASE, read_run_config(root))
 
 
-def hf_source(folder: str, importer: str = "builtin", trust_remote_code: bool = False) -> WeightSource:
+def hf_source(run: RunConfig, folder: str) -> WeightSource:
     """The weights of an HF folder, after a look at its config.json and at the files' headers, which costs milliseconds.
 
     Raises:
         CheckpointError: unknown family; files that are missing, damaged or quantised; another vocabulary, width or number
             of layers than config.json describes.
     """
-    source = WeightSource(folder, True, False, {})
-    if importer != "builtin":
+    source, remote = WeightSource(folder, True, False, {}), run.data.trust_remote_code
+    if run.checkpoint.importer != "builtin":
         return source
     hf = read_hf_config(folder)
-    model, family, stored = model_config_from_hf(hf, trust_remote_code), family_of(hf, trust_remote_code), stored_tensors(folder)
+    model, family, stored = model_config_from_hf(hf, remote), family_of(hf, remote), stored_tensors(folder)
     layers = {int(match[1]) for name in stored if (match := LAYER_NUMBER.match(name)) and not predicts(name, stored)}
     name = family.tensors["embedding.word_embeddings.weight"][1]
     faults = []
@@ -90,38 +176,37 @@ def hf_source(folder: str, importer: str = "builtin", trust_remote_code: bool = 
     return source
 
 
-def resolve_model(
-    flags: ModelConfig,
-    explicit: frozenset[str],
-    source: WeightSource,
-    tensor_parallel: int,
-    trust_remote_code: bool = False,
-    importer: str = "builtin",
-) -> ModelConfig:
+def resolve_model(run: RunConfig, explicit: frozenset[str], source: WeightSource, like: str | None = None) -> ModelConfig:
     """The architecture: the checkpoint's, with what the flags add. Without a config.json it is the flags' alone.
 
     Args:
-        flags: the architecture as the flags say it.
+        run: its `model` is the architecture as the flags say it; tensor parallelism pads the vocabulary.
         explicit: fields of it that a flag set.
         source: where the weights come from.
-        tensor_parallel: pads the vocabulary to a multiple of it.
-        trust_remote_code: families that come with their own Python code are read by config.json alone.
-        importer: builtin or modelopt; with modelopt an unknown model_type is what the flags say.
+        like: as resolve's.
 
     Raises:
         ConfigError: a flag contradicts the checkpoint; all contradictions at once, before any weight is read.
+        CheckpointError: neither it nor the flags say the architecture.
     """
+    place = source.path
     if source.is_hf:
-        model = architecture_of(source.path, flags, importer, trust_remote_code)
+        model = architecture_of(place, run)
     elif "model" in source.run_config:
         model = model_config_from_json(source.run_config["model"])
+    elif like is not None:
+        place, model = like, architecture_of(like, run)
+    elif "num_layers" in explicit:
+        model = run.model
     else:
-        model = flags
-    problems = conflicts(flags, explicit, model)
-    if problems:
-        raise ConfigError([f"{source.path}: {problem}" for problem in problems])
-    model = merged(flags, explicit, model)
-    return padded(model, tensor_parallel if model.padded_vocab_size else model.make_vocab_size_divisible_by * tensor_parallel)
+        raise CheckpointError(
+            f"{place}: does not say which architecture it has; expected run_config.json with it. Pass the flags of its conf, "
+            "or to convert and export the HF folder that the model came from (--tokenizer-model)."
+        )
+    if found := conflicts(run.model, explicit, model):
+        raise ConfigError([f"{place}: {problem}" for problem in found])
+    model, size = merged(run.model, explicit, model), run.parallel.tensor_model_parallel_size
+    return padded(model, size if model.padded_vocab_size else model.make_vocab_size_divisible_by * size)
 
 
 def padded(model: ModelConfig, multiple: int) -> ModelConfig:

@@ -4,14 +4,13 @@ modelopt reads what families.py lacks, and weights in FP8 blocks (DeepSeek-V3) a
 The architecture of a model that families.py lacks stands in the flags alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_sft.config.run import ModelConfig
+from megatron_sft.config.run import ModelConfig, RunConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config, text_config
 from megatron_sft.hf.families import FAMILIES
@@ -22,48 +21,35 @@ FAULTS = (LookupError, ValueError, RuntimeError, AttributeError, AssertionError,
 """What modelopt raises on a model that it cannot read."""
 
 
-def architecture_of(
-    folder: str | Path, flags: ModelConfig, importer: str = "builtin", trust_remote_code: bool = False
-) -> ModelConfig:
-    """The architecture of an HF folder; `flags` when modelopt reads it and families.py does not know its model_type."""
-    hf = read_hf_config(folder)
-    if importer == "modelopt":
-        if text_config(hf).get("model_type") not in FAMILIES:
-            return flags
-        hf = unquantised(hf)
-    return model_config_from_hf(hf, trust_remote_code)
+def architecture_of(folder: str | Path, run: RunConfig) -> ModelConfig:
+    """The architecture of an HF folder; run.model when modelopt reads it and families.py does not know its model_type."""
+    if run.checkpoint.importer == "modelopt":
+        return unquantised_architecture(folder, run.model)
+    return model_config_from_hf(read_hf_config(folder), run.data.trust_remote_code)
 
 
-def unquantised(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the model that modelopt makes of quantised weights."""
-    return {key: value for key, value in hf.items() if key != "quantization_config"}
+def unquantised_architecture(folder: str | Path, flags: ModelConfig) -> ModelConfig:
+    """That of the model which modelopt makes of perhaps quantised weights; `flags` for a model_type not in families.py."""
+    hf = {key: value for key, value in read_hf_config(folder).items() if key != "quantization_config"}
+    return model_config_from_hf(hf) if text_config(hf).get("model_type") in FAMILIES else flags
 
 
-def load_weights(
-    chunks: Sequence[nn.Module],
-    model: ModelConfig,
-    folder: str | Path,
-    ranks: Ranks,
-    importer: str = "builtin",
-    trust_remote_code: bool = False,
-) -> None:
+def load_weights(chunks: Sequence[nn.Module], run: RunConfig, folder: str | Path, ranks: Ranks) -> None:
     """Fills the model from an HF folder. All ranks call it.
 
     Args:
         chunks: this rank's model chunks, wrapped or not.
-        model: the architecture that the chunks were built from.
+        run: its `model` is the architecture that the chunks were built from; also says who imports.
         folder: HF folder with config.json and safetensors.
         ranks: this process's place.
-        importer: builtin or modelopt.
-        trust_remote_code: for modelopt, which reads config.json through transformers.
 
     Raises:
         CheckpointError: on every rank, when the folder does not hold this model.
     """
-    if importer == "builtin":
-        load_hf_weights(chunks, model, folder, ranks)
+    if run.checkpoint.importer == "builtin":
+        load_hf_weights(chunks, run.model, folder, ranks)
     else:
-        agree(lambda: _load_with_modelopt(chunks, model, Path(folder), trust_remote_code))
+        agree(lambda: _load_with_modelopt(chunks, run.model, Path(folder), run.data.trust_remote_code))
 
 
 def _load_with_modelopt(chunks: Sequence[nn.Module], model: ModelConfig, folder: Path, trust_remote_code: bool) -> None:

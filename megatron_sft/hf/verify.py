@@ -20,7 +20,7 @@ from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config
 from megatron_sft.hf.conflicts import conflicts
 from megatron_sft.hf.folder import open_file, stored_tensors
-from megatron_sft.hf.importer import architecture_of
+from megatron_sft.hf.importer import unquantised_architecture
 from megatron_sft.hf.weights import core_module, exported_tensors
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks, agree, gather
@@ -234,7 +234,7 @@ def quick_check(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | P
         CheckpointError: on every rank, naming the first thing that differs.
     """
     module = core_module(chunks[0])
-    faults = _setting_faults(module, model, architecture_of(folder, model, "modelopt"))
+    faults = _setting_faults(module, model, unquantised_architecture(folder, model))
     agree(lambda: _refuse_infinite(chunks, folder))
     if read_hf_config(folder).get("quantization_config"):
         logger.info("layers not compared with transformers, which needs GPU kernels for quantised weights")
@@ -276,7 +276,9 @@ def _layer_faults(
     return []
 
 
-def changed_tensors(chunks: list[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> list[tuple[str, str, str]]:
+def changed_tensors(
+    chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks
+) -> list[tuple[str, str, str]]:
     """Writes every HF tensor back in memory and compares it with the folder's. All ranks call it.
 
     Returns:

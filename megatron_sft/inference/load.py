@@ -5,15 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sft import parallel
-from megatron_sft.checkpoint.distributed import load_checkpoint
-from megatron_sft.config.problems import problems
 from megatron_sft.config.run import DataConfig, ModelConfig, RunConfig
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.errors import ConfigError
-from megatron_sft.hf.importer import load_weights
-from megatron_sft.model.build import build_model
 from megatron_sft.parallel import Ranks
-from megatron_sft.weights import WeightSource, find_source, resolve_model
+from megatron_sft.weights import WeightSource, build, resolve
 
 
 @dataclass(frozen=True)
@@ -38,22 +34,13 @@ def load_for_inference(run: RunConfig, explicit: frozenset[str]) -> Inference:
     layout = dataclasses.replace(
         run.parallel, sequence_parallel=False, context_parallel_size=1, virtual_pipeline_model_parallel_size=None
     )
-    checkpoint = dataclasses.replace(run.checkpoint, save=None, finetune=True)
-    source = find_source(checkpoint, run.data.trust_remote_code)
+    checkpoint = dataclasses.replace(run.checkpoint, verify_conversion=False)
+    run, source = resolve(dataclasses.replace(run, parallel=layout, checkpoint=checkpoint), explicit, training=False)
     data = _tokenizer_config(run.data, source)
-    size, remote = layout.tensor_model_parallel_size, data.trust_remote_code
-    model = resolve_model(run.model, explicit, source, size, remote, checkpoint.importer)
-    found = problems(dataclasses.replace(run, model=model, parallel=layout), parallel.process_environment()[1], training=False)
-    if found:
-        raise ConfigError(found)
     tokenizer = load_tokenizer(data)
     ranks = parallel.initialize(layout, run.train.seed)
-    chunks = build_model(model, layout, run.train)
-    if source.is_hf:
-        load_weights(chunks, model, source.path, ranks, checkpoint.importer, remote)
-    else:
-        load_checkpoint(source.path, chunks, None, None, ranks, weights_only=True)
-    return Inference(chunks[0].eval(), model, tokenizer, data.tokenizer_model, ranks)
+    chunks = build(run, source, ranks)
+    return Inference(chunks[0].eval(), run.model, tokenizer, data.tokenizer_model, ranks)
 
 
 def _tokenizer_config(data: DataConfig, source: WeightSource) -> DataConfig:

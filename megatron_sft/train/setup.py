@@ -12,9 +12,7 @@ import numpy as np
 import torch
 
 from megatron_sft import parallel
-from megatron_sft.checkpoint.distributed import load_checkpoint
 from megatron_sft.checkpoint.resume import kept_batch_size, refuse_changed
-from megatron_sft.config.problems import problems
 from megatron_sft.config.run import DATA_IDENTITY, RunConfig
 from megatron_sft.core_compat import use_deterministic_algorithms
 from megatron_sft.data.chat import load_tokenizer
@@ -23,11 +21,8 @@ from megatron_sft.data.prepare import VALID_SPLITS, mixture, open_store, pack_do
 from megatron_sft.data.report import as_table, data_report
 from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
 from megatron_sft.data.tokens import TokenStore
-from megatron_sft.errors import ConfigError, DataError, TrainingError
-from megatron_sft.hf.importer import load_weights
-from megatron_sft.hf.verify import quick_check
+from megatron_sft.errors import DataError, TrainingError
 from megatron_sft.log import logger
-from megatron_sft.model.build import build_model
 from megatron_sft.parallel import Ranks
 from megatron_sft.train import memory
 from megatron_sft.train.evaluate import evaluate
@@ -36,7 +31,7 @@ from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_
 from megatron_sft.train.saving import METRIC, Saving
 from megatron_sft.train.state import TrainState
 from megatron_sft.train.watch import Watch
-from megatron_sft.weights import WeightSource, find_source, resolve_model
+from megatron_sft.weights import WeightSource, build, resolve, restore
 
 EXIT_DURATION = 4
 
@@ -64,8 +59,7 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
     Raises:
         UserError: anything that the user can mend; the message says what.
     """
-    source = find_source(run.checkpoint, run.data.trust_remote_code)
-    run = resolved(run, explicit, source)
+    run, source = resolved(run, explicit)
     if run.train.deterministic_mode:
         use_deterministic_algorithms()
     ranks = parallel.initialize(run.parallel, run.train.seed)
@@ -98,18 +92,12 @@ def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch) 
     return 0
 
 
-def resolved(run: RunConfig, explicit: frozenset[str], source: WeightSource) -> RunConfig:
-    """The run with what its flags leave open: the architecture of its weights, checked against the layout, and its batch size."""
-    size, remote = run.parallel.tensor_model_parallel_size, run.data.trust_remote_code
-    model = resolve_model(run.model, explicit, source, size, remote, run.checkpoint.importer)
-    run = dataclasses.replace(run, model=model)
-    world_size = parallel.process_environment()[1]
-    found = problems(run, world_size)
-    if found:
-        raise ConfigError(found)
-    dp_size = world_size // run.parallel.model_parallel_size
+def resolved(run: RunConfig, explicit: frozenset[str]) -> tuple[RunConfig, WeightSource]:
+    """The run with what its flags leave open, the architecture and the batch size, and where its weights are."""
+    run, source = resolve(run, explicit)
+    dp_size = parallel.process_environment()[1] // run.parallel.model_parallel_size
     batch_size = kept_batch_size(source.run_config if source.resumes else {}, run.train, dp_size)
-    return dataclasses.replace(run, train=dataclasses.replace(run.train, global_batch_size=batch_size))
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, global_batch_size=batch_size)), source
 
 
 def build_data(run: RunConfig) -> Data:
@@ -148,22 +136,17 @@ def build_job(run: RunConfig, ranks: Ranks, source: WeightSource, data: Data, wa
     identity = dict(zip(DATA_IDENTITY, (data.store.content, packs), strict=True))
     if source.resumes:
         refuse_changed(source.run_config, run, run.checkpoint.allow_changed, identity)
-    chunks = build_model(run.model, run.parallel, run.train)
-    if source.is_hf:
-        load_weights(chunks, run.model, source.path, ranks, run.checkpoint.importer, run.data.trust_remote_code)
-        logger.info("converted the HF weights of %s", source.path)
-        if run.checkpoint.verify_conversion:
-            quick_check(chunks, run.model, source.path, ranks)
-    wrapped = wrap_ddp(chunks, run.parallel, run.optim.main_grads_dtype)
+    wrapped = wrap_ddp(build(run, source, ranks), run.parallel, run.optim.main_grads_dtype)
     optimizer = build_optimizer(wrapped, run)
-    state, valid_loss = (TrainState(), None) if source.is_hf else _load(run, ranks, source, wrapped, optimizer)
+    restored = restore(run, source, ranks, wrapped, optimizer)
+    state = _state_of(restored)
     loader, valid_loader = _loaders(run, ranks, data, state)
     total = run.train.train_iters or steps_of_samples(loader.num_samples, loader.num_packs, loader.global_batch_size)
     lengths = schedule_lengths(run, total, loader.num_samples)
     scheduler = build_scheduler(optimizer, run.optim, lengths, schedule_position(lengths, loader, state))
     saving = Saving(run, ranks, wrapped, optimizer, scheduler, identity, watch)
-    if source.resumes and valid_loss is not None:  # the kill may have come between a save and its mark
-        saving.mark(state.iteration, valid_loss)
+    if METRIC in restored:  # the kill may have come between a save and its mark
+        saving.mark(state.iteration, restored[METRIC])
     job = Job(
         run,
         ranks,
@@ -202,24 +185,11 @@ def _loaders(run: RunConfig, ranks: Ranks, data: Data, state: TrainState) -> tup
     return loader, ValidLoader(data.valid, run.train, **dealt) if data.valid else None
 
 
-def _load(
-    run: RunConfig, ranks: Ranks, source: WeightSource, chunks: list[Any], optimizer: Any
-) -> tuple[TrainState, float | None]:
-    """The state of the checkpoint, and the held-out loss at it where that was taken."""
-    whole = source.resumes
-    values = load_checkpoint(
-        source.path,
-        chunks,
-        optimizer if run.checkpoint.load_optim or not whole else None,
-        None,  # the scheduler's place follows from the state
-        ranks,
-        weights_only=not whole,
-        load_rng=run.checkpoint.load_rng,
-        verify=run.checkpoint.verify_integrity,
-    )
-    if not whole or "tokens_seen" not in values:
-        return TrainState(iteration=values["iteration"], consumed_samples=values["consumed_train_samples"]), None
-    return TrainState.from_dict(values), values.get(METRIC)
+def _state_of(restored: dict[str, Any]) -> TrainState:
+    """The state that a checkpoint holds, or what one of Megatron-LM says of it."""
+    if "tokens_seen" in restored:
+        return TrainState.from_dict(restored)
+    return TrainState(iteration=restored.get("iteration", 0), consumed_samples=restored.get("consumed_train_samples", 0))
 
 
 def validate_only(job: Job) -> None:

@@ -152,10 +152,10 @@ def train(case: Case, ranks: Any, folder: str) -> Outcome:
 
 
 def model_of(name: str, folder: str) -> ModelConfig:
-    from megatron_sft import conversion
     from megatron_sft.hf.config import model_config_from_hf, read_hf_config
+    from megatron_sft.weights import padded
 
-    model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 8)
+    model = padded(model_config_from_hf(read_hf_config(folder)), 8)
     return dataclasses.replace(model, core={**model.core, **MODELS[name]})
 
 

@@ -5,13 +5,14 @@ import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file
 
-from megatron_sft import conversion, parallel
+from megatron_sft import parallel
 from megatron_sft.config.run import ParallelConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config
 from megatron_sft.hf.verify import changed_tensors, quick_check
 from megatron_sft.hf.weights import core_module, load_hf_weights, save_hf
 from megatron_sft.model.build import build_model
+from megatron_sft.weights import padded
 from tests.gloo import run_ranks
 from tests.unit.hf.tiny_models import KEYS, tiny_folder
 
@@ -49,7 +50,7 @@ def through_layouts(root, cases):
 
 
 def through_layout(folder, out, layout, ranks):
-    model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 8)
+    model = padded(model_config_from_hf(read_hf_config(folder)), 8)
     chunks = build_model(model, layout, TrainConfig())
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -79,7 +80,7 @@ def test_outputs_equal_transformers_and_round_trip_is_identical(world_size, tmp_
 def failing_export(folder, out):
     layout = ParallelConfig(tensor_model_parallel_size=2)
     ranks = parallel.initialize(layout, 1)
-    model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 2)
+    model = padded(model_config_from_hf(read_hf_config(folder)), 2)
     chunks = build_model(model, layout, TrainConfig())
     load_hf_weights(chunks, model, folder, ranks)
     messages = []

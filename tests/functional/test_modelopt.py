@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sft import conversion, parallel
 from megatron_sft.checkpoint.distributed import read_run_config
-from megatron_sft.config.run import ParallelConfig, TrainConfig
+from megatron_sft.config.run import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.importer import architecture_of, load_weights
 from megatron_sft.hf.verify import quick_check
 from megatron_sft.hf.weights import load_hf_weights, save_hf
 from megatron_sft.model.build import build_model
+from megatron_sft.weights import padded
 from tests.unit.hf import tiny_models
-from tests.unit.hf.tiny_models import tiny_folder
+from tests.unit.hf.tiny_models import conversion_run, tiny_folder
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 MULTIMODAL = {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"]}
@@ -30,8 +31,8 @@ MULTIMODAL = {"model_type": "llama4", "architectures": ["Llama4ForConditionalGen
 def test_convert_command(tmp_path):
     pytest.importorskip("modelopt")
     tiny_folder("qwen3", tmp_path / "hf", torch.bfloat16)
-    conversion.convert(tmp_path / "hf", tmp_path / "out", ParallelConfig(), "bf16", importer="modelopt")
-    assert conversion.verify(tmp_path / "hf", tmp_path / "out")
+    conversion.convert(conversion_run(tmp_path / "hf", save=tmp_path / "out", importer="modelopt"))
+    assert conversion.verify(str(tmp_path / "hf"), str(tmp_path / "out"))
     assert read_run_config(tmp_path / "out")["model"]["num_layers"] == 4
 
 
@@ -42,8 +43,12 @@ def ranks():
     parallel.finalize()
 
 
+def by_modelopt(model=ModelConfig()):
+    return RunConfig(model, checkpoint=CheckpointConfig(importer="modelopt"))
+
+
 def built(folder):
-    model = conversion.padded(architecture_of(folder, None, "modelopt"), 1)
+    model = padded(architecture_of(folder, by_modelopt()), 1)
     return build_model(model, ParallelConfig(), TrainConfig()), model
 
 
@@ -55,7 +60,7 @@ def assert_same_parameters(plain, other, ranks):
     """Our import of `plain` and modelopt's of `other` are bit-identical."""
     (ours, model), (theirs, _) = built(plain), built(plain)
     load_hf_weights(ours, model, plain, ranks)
-    load_weights(theirs, model, other, ranks, "modelopt")
+    load_weights(theirs, by_modelopt(model), other, ranks)
     expected, found = state(ours), state(theirs)
     assert expected.keys() == found.keys() and len(expected) > 20
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
@@ -137,7 +142,7 @@ def test_parameters_of_gpt_oss_in_mxfp4_are_identical(mxfp4, ranks):
 def test_quantised_weights_are_trained_and_exported_unquantised(mxfp4, ranks, tmp_path):
     plain, other = mxfp4
     chunks, model = built(other)
-    load_weights(chunks, model, other, ranks, "modelopt")
+    load_weights(chunks, by_modelopt(model), other, ranks)
     quick_check(chunks, model, other, ranks)
     save_hf(chunks, model, tmp_path / "out", ranks, other, torch.bfloat16)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
@@ -150,7 +155,7 @@ def test_a_model_type_that_only_modelopt_knows(tmp_path, ranks):
     from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
     tiny_folder("qwen3", tmp_path / "like")
-    flags = dataclasses.replace(conversion.padded(architecture_of(tmp_path / "like", None), 1), rope_scaling=None)
+    flags = dataclasses.replace(padded(architecture_of(tmp_path / "like", RunConfig()), 1), rope_scaling=None)
     rope = {"rope_type": "default", "rope_theta": flags.rotary_base, "mrope_section": [8, 4, 4]}
     text = {**tiny_models.SIZES, "head_dim": 32, "rope_parameters": rope}
     vision = {"hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 64}
@@ -159,10 +164,10 @@ def test_a_model_type_that_only_modelopt_knows(tmp_path, ranks):
     theirs = Qwen3VLForConditionalGeneration(config)
     theirs.save_pretrained(tmp_path / "vl")
     with pytest.raises(CheckpointError, match=r"unknown model_type 'qwen3_vl_text'.* or use --importer modelopt"):
-        architecture_of(tmp_path / "vl", flags)
-    assert architecture_of(tmp_path / "vl", flags, "modelopt") == flags
+        architecture_of(tmp_path / "vl", RunConfig(flags))
+    assert architecture_of(tmp_path / "vl", by_modelopt(flags)) == flags
     chunks = build_model(flags, ParallelConfig(), TrainConfig())
-    load_weights(chunks, flags, tmp_path / "vl", ranks, "modelopt")
+    load_weights(chunks, by_modelopt(flags), tmp_path / "vl", ranks)
     weight = theirs.model.language_model.layers[3].mlp.down_proj.weight
     assert torch.equal(chunks[0].decoder.layers[3].mlp.linear_fc2.weight, weight)
     quick_check(chunks, flags, tmp_path / "vl", ranks)
@@ -172,8 +177,8 @@ def test_what_modelopt_cannot_read_is_refused(tmp_path, ranks):
     tiny_folder("mistral", tmp_path / "a")
     chunks, model = built(tmp_path / "a")
     with pytest.raises(CheckpointError, match=r"could not import it \(KeyError: 'MistralForCausalLM'\)"):
-        load_weights(chunks, model, tmp_path / "a", ranks, "modelopt")
+        load_weights(chunks, by_modelopt(model), tmp_path / "a", ranks)
     tiny_folder("llama", tmp_path / "b")
     chunks, model = built(tmp_path / "b")
     with pytest.raises(CheckpointError, match="cannot pad 131 tokens to 136"):
-        load_weights(chunks, conversion.padded(model, 8), tmp_path / "b", ranks, "modelopt")
+        load_weights(chunks, by_modelopt(padded(model, 8)), tmp_path / "b", ranks)

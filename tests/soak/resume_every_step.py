@@ -127,11 +127,9 @@ class Runs:
         from megatron_sft.train import setup
         from megatron_sft.train.loop import train
         from megatron_sft.train.watch import Watch
-        from megatron_sft.weights import find_source
 
         run, explicit = parse([*self.flags, "--save", str(save)], int(os.environ.get("WORLD_SIZE", 1)))
-        source = find_source(run.checkpoint)
-        run = setup.resolved(run, explicit, source)
+        run, source = setup.resolved(run, explicit)
         ranks = parallel.initialize(run.parallel, run.train.seed)
         self.data = self.data or setup.build_data(run)
         job, state, saving = setup.build_job(run, ranks, source, self.data, Watch(ranks, 0))

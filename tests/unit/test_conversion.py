@@ -1,5 +1,6 @@
 """convert, export, verify and conf as the commands call them."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from megatron_sft import conversion
 from megatron_sft.__main__ import main
 from megatron_sft.config.run import ModelConfig, ParallelConfig
 from megatron_sft.errors import CheckpointError, ConfigError
-from tests.unit.hf.tiny_models import tiny_folder
+from tests.unit.hf.tiny_models import conversion_run, tiny_folder
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = "import json, sys; print('RUN ' + json.dumps(sys.argv[2:]))"
@@ -62,13 +63,13 @@ def test_conf_command_of_the_models_page_runs(tmp_path, capsys):
 
 def test_there_and_back_through_a_megatron_checkpoint(tmp_path):
     tiny_folder("qwen3", tmp_path / "hf", torch.bfloat16)
-    conversion.convert(tmp_path / "hf", tmp_path / "megatron", ParallelConfig(), "bf16")
+    conversion.convert(conversion_run(tmp_path / "hf", save=tmp_path / "megatron"))
     assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text().strip() == "release"
-    assert conversion.verify(tmp_path / "hf", tmp_path / "megatron")
-    conversion.export(tmp_path / "megatron", tmp_path / "back", ParallelConfig(), tmp_path / "hf")
+    assert conversion.verify(str(tmp_path / "hf"), str(tmp_path / "megatron"))
+    conversion.export(conversion_run(tmp_path / "megatron", save_hf=tmp_path / "back", like=tmp_path / "hf"))
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    conversion.export(tmp_path / "megatron", tmp_path / "alone", ParallelConfig(), None)
+    conversion.export(conversion_run(tmp_path / "megatron", save_hf=tmp_path / "alone"))
     assert json.loads((tmp_path / "alone" / "config.json").read_text())["model_type"] == "qwen3"
 
 
@@ -82,24 +83,31 @@ def test_conf_takes_the_folder_for_its_default_checkpoint(tmp_path):
     assert "  --num-layers 4 --hidden-size 64 --ffn-hidden-size 96\n" in text
 
 
+def test_a_layout_that_the_folders_model_does_not_allow_is_refused(tmp_path):
+    tiny_folder("gpt_oss", tmp_path / "hf")
+    layout = ParallelConfig(tensor_model_parallel_size=2, expert_tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="megatron-core cuts no expert that has biases"):
+        conversion.convert(conversion_run(tmp_path / "hf", parallel=layout, save=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_places_and_flags_are_refused(tmp_path):
     tiny_folder("llama", tmp_path / "hf")
-    nothing = ParallelConfig()
     with pytest.raises(ConfigError, match=r"--num-layers: the flags say num_layers = 7, config\.json says 4"):
-        described = (ModelConfig(num_layers=7), frozenset({"num_layers"}))
-        conversion.convert(tmp_path / "hf", tmp_path / "out", nothing, described=described)
+        run = dataclasses.replace(conversion_run(tmp_path / "hf", save=tmp_path / "out"), model=ModelConfig(num_layers=7))
+        conversion.convert(run, frozenset({"num_layers"}))
     with pytest.raises(CheckpointError, match="no Megatron checkpoint; expected a folder with latest_checkpointed"):
-        conversion.export(tmp_path / "hf", tmp_path / "out", nothing, None)
+        conversion.export(conversion_run(tmp_path / "hf", save_hf=tmp_path / "out"))
     other = tmp_path / "other"
     (other / "release").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="no Megatron checkpoint"):
-        conversion.export(other, tmp_path / "out", nothing, None)
+        conversion.export(conversion_run(other, save_hf=tmp_path / "out"))
     (other / "latest_checkpointed_iteration.txt").write_text("release")
     with pytest.raises(CheckpointError, match=r"no usable checkpoint\. Found: .*release: no metadata\.json"):
-        conversion.export(other, tmp_path / "out", nothing, None)
+        conversion.export(conversion_run(other, save_hf=tmp_path / "out"))
     (other / "release" / "metadata.json").write_text("{}")
     with pytest.raises(CheckpointError, match="does not say which architecture it has"):
-        conversion.export(other, tmp_path / "out", nothing, None)
+        conversion.export(conversion_run(other, save_hf=tmp_path / "out"))
     with pytest.raises(CheckpointError, match="--save is --load"):
-        conversion.reshard(other, other, nothing, None)
+        conversion.convert(conversion_run(other, save=other))
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_sft import conversion, parallel
+from megatron_sft import parallel
 from megatron_sft.config.run import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config
@@ -14,6 +14,7 @@ from megatron_sft.hf.verify import changed_tensors, first_difference, quick_chec
 from megatron_sft.hf.weights import load_hf_weights
 from megatron_sft.model.build import build_model
 from megatron_sft.model.rope import RotaryTable
+from megatron_sft.weights import padded
 from tests.unit.hf.tiny_models import LLAMA3_ROPE, LONG_ROPE, tiny_folder
 
 
@@ -39,7 +40,7 @@ def changed(model, change):
 
 def loaded(folder, ranks, change=None):
     """The converted model; `change` makes the wrong ModelConfig that it is built from."""
-    model = changed(conversion.padded(model_config_from_hf(read_hf_config(folder)), 1), change or {})
+    model = changed(padded(model_config_from_hf(read_hf_config(folder)), 1), change or {})
     chunks = build_model(model, ParallelConfig(), TrainConfig())
     load_hf_weights(chunks, model, folder, ranks)
     return chunks, model

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sft import conversion, parallel
+from megatron_sft import parallel
 from megatron_sft.config.run import ParallelConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.hf import folder as hf_folder
@@ -15,6 +15,7 @@ from megatron_sft.hf.config import model_config_from_hf, read_hf_config
 from megatron_sft.hf.verify import changed_tensors, first_difference, quick_check
 from megatron_sft.hf.weights import is_hf_folder, load_hf_weights, save_hf
 from megatron_sft.model.build import build_model
+from megatron_sft.weights import padded
 from tests.unit.hf.tiny_models import KEYS, SIZES, tiny_folder
 
 
@@ -25,7 +26,7 @@ def ranks():
 
 
 def loaded(folder, ranks, dtype="fp32"):
-    model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 8)
+    model = padded(model_config_from_hf(read_hf_config(folder)), 8)
     chunks = build_model(model, ParallelConfig(), TrainConfig(params_dtype=dtype))
     load_hf_weights(chunks, model, folder, ranks)
     return chunks, model
@@ -109,7 +110,7 @@ WRONG = {
 def test_wrong_tensors_are_refused_before_anything_is_copied(fault, tmp_path, ranks):
     folder = tmp_path / "model"
     tiny_folder("llama", folder)
-    model = conversion.padded(model_config_from_hf(read_hf_config(folder)), 8)
+    model = padded(model_config_from_hf(read_hf_config(folder)), 8)
     chunks = build_model(model, ParallelConfig(), TrainConfig())
     for parameter in chunks[0].parameters():
         parameter.data.fill_(7.0)

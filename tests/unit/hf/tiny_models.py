@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megatron_sft.config.run import CheckpointConfig, DataConfig, ParallelConfig, RunConfig, TrainConfig
+
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -198,6 +200,13 @@ KEYS: dict[str, dict[str, Any]] = {
         "rope_parameters": LLAMA3_ROPE,
     },
 }
+
+
+def conversion_run(load: Path | str, like: Path | str = "", parallel: ParallelConfig | None = None, **places: Any) -> RunConfig:
+    """The run of `megatron-sft convert` or `export`; `like` is --tokenizer-model, places are save, save_hf and importer."""
+    checkpoint = CheckpointConfig(load=str(load), **{name: str(place) for name, place in places.items()})
+    data, train = DataConfig(tokenizer_model=str(like)), TrainConfig(params_dtype="bf16")
+    return RunConfig(parallel=parallel or ParallelConfig(), data=data, train=train, checkpoint=checkpoint)
 
 
 def tiny_folder(name: str, folder: Path, dtype: torch.dtype = torch.float32, num_layers: int = 4) -> Any:
