@@ -31,7 +31,9 @@ def test_cpu_form_writes_every_field(tmp_path: Path) -> None:
     assert report["device"]["type"] == "cpu" and report["device"]["matmul_tflops"] > 0
     ours, loss = report["rows"]
     assert (ours["shape"], ours["engine"], ours["status"]) == ("tiny", "ours", "ok") and ours["steps"] >= 1
-    assert ours["tokens_per_s"] > 0 and 0 < ours["mfu"] < 1 and ours["peak_gib"] > 0
+    assert ours["tokens_per_s"] > 0 and ours["peak_gib"] > 0
+    share = ours["tflops"] / report["device"]["matmul_tflops"]  # above 1 where other work slowed the product's milliseconds
+    assert ours["mfu"] == pytest.approx(share) and share > 0
     assert ours["bytes_per_parameter"] == 18 and ours["tried"] == [[4, False, "ok"]]
     assert ours["first_loss"] == pytest.approx(np.log(256), abs=0.1)  # random weights guess among 256 ids
     assert len(ours["kernels"]) == 15 and {"name", "ms", "calls"} == ours["kernels"][0].keys()
