@@ -23,7 +23,6 @@ _PADDING = ("padded_vocab_size", "make_vocab_size_divisible_by")
 REFUSED: Mapping[str, tuple[str, ...]] = {
     "model": tuple(name for name in _DEFAULTS["model"] if name not in _PADDING),
     "data": (
-        "tokenizer_model",
         "seq_length",
         "packing",
         "truncation",
@@ -48,6 +47,7 @@ BY_DATA: Mapping[str, tuple[str, ...]] = {
         "train_names",
         "split",
         "data_split",
+        "tokenizer_model",
         "chat_template",
         "trust_remote_code",
         "data_schema",
@@ -90,7 +90,6 @@ FREE: Mapping[str, tuple[str, ...]] = {
     "checkpoint": tuple(_DEFAULTS["checkpoint"]),
     "log": tuple(_DEFAULTS["log"]),
 }
-_PATHS = {"data.tokenizer_model"}
 
 
 def run_config_json(run: RunConfig, state: Mapping[str, Any]) -> str:
@@ -143,7 +142,8 @@ def changes(saved: Mapping[str, Any], run: RunConfig, identity: Mapping[str, str
         for section, names in table.items():
             old = {**defaults[section], **saved.get(section, {})} if section in saved else now[section]
             for name in names:
-                if not _same(f"{section}.{name}", old[name], now[section][name]):
+                unknown = name == "global_batch_size" and old[name] is None  # an early release left it open
+                if old[name] != now[section][name] and not unknown:
                     lines.append(f"{section}.{name}: {_short(old[name])} -> {_short(now[section][name])}")
     for name in DATA_IDENTITY:
         if "data" in saved and saved.get(name) != identity.get(name):
@@ -178,13 +178,6 @@ def refuse_changed(saved: Mapping[str, Any], run: RunConfig, allowed: Sequence[s
         )
     if any(name in names.values() for name in DATA_IDENTITY):
         logger.warning("other data since the checkpoint: rows of the epoch under way may be trained twice, or not at all.")
-
-
-def _same(name: str, old: Any, new: Any) -> bool:
-    """Equal, or the same folder name at another place; an older release left the global batch size open."""
-    if name in _PATHS and isinstance(old, str) and isinstance(new, str):
-        return old.rstrip("/").rpartition("/")[2] == new.rstrip("/").rpartition("/")[2]
-    return bool(old == new) or (name == "train.global_batch_size" and old is None)
 
 
 def _short(value: Any) -> str:
