@@ -13,9 +13,10 @@ from megatron_sft.core_compat import leave_out_compiler
 
 def generate(argv: Sequence[str], world_size: int) -> int:
     """Answers every prompt and shows the answers."""
-    from megatron_sft.config.arguments import parse_generate
+    from megatron_sft.config.arguments import parse
+    from megatron_sft.config.run import GenerateConfig
 
-    run, explicit, options = parse_generate(argv, world_size)
+    run, explicit, options = parse(argv, world_size, options=GenerateConfig)
     leave_out_compiler()
     from megatron_sft.inference.prompts import answer_prompts, write_answers
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_sft import entry
-from megatron_sft.config.arguments import parse, parse_generate, parse_mmlu, parse_plan, parse_view
-from megatron_sft.config.run import RunConfig
+from megatron_sft.config.arguments import parse
+from megatron_sft.config.run import GenerateConfig, MMLUConfig, PlanConfig, RunConfig, ViewConfig
 from megatron_sft.core_compat import leave_out_compiler
 from megatron_sft.errors import ConfigError
 from megatron_sft.output import output_problems, write_output
@@ -26,7 +26,7 @@ def finetune(argv: Sequence[str], world_size: int) -> int:
 
 def prepare(argv: Sequence[str], world_size: int) -> int:
     """Tokenises, masks and caches the data of a run ahead of time, without a GPU: the flags of finetune.py."""
-    run, _ = parse_view(argv, world_size)
+    run, _, _ = parse(argv, world_size, options=ViewConfig)
     from megatron_sft.data.prepare import VALID_SPLITS, open_store, training_set
     from megatron_sft.data.report import as_table, data_report
 
@@ -40,7 +40,7 @@ def prepare(argv: Sequence[str], world_size: int) -> int:
 
 def preview(argv: Sequence[str], world_size: int) -> int:
     """Shows tokens, masks and packs as they are trained: the flags of finetune.py [--rows N --html FILE]."""
-    run, options = parse_view(argv, world_size)
+    run, _, options = parse(argv, world_size, options=ViewConfig)
     _check_outputs(html=options.html)
     from megatron_sft.data.chat import load_tokenizer
     from megatron_sft.data.prepare import training_set
@@ -56,7 +56,7 @@ def preview(argv: Sequence[str], world_size: int) -> int:
 
 def report(argv: Sequence[str], world_size: int) -> int:
     """Counts rows, tokens, masks and packs by source: the flags of finetune.py [--json FILE --html FILE]."""
-    run, options = parse_view(argv, world_size)
+    run, _, options = parse(argv, world_size, options=ViewConfig)
     _check_outputs(html=options.html, json=options.json)
     from megatron_sft.data.prepare import training_set
     from megatron_sft.data.report import as_html, as_json, as_table, data_report
@@ -78,7 +78,7 @@ def _check_outputs(**outputs: str | None) -> None:
 
 def generate(argv: Sequence[str], world_size: int) -> int:
     """Answers prompts into --output FILE.jsonl."""
-    run, explicit, options = parse_generate(argv, world_size)
+    run, explicit, options = parse(argv, world_size, options=GenerateConfig)
     leave_out_compiler()
     from megatron_sft.inference.prompts import answer_prompts, write_answers
 
@@ -91,7 +91,7 @@ def generate(argv: Sequence[str], world_size: int) -> int:
 
 def mmlu(argv: Sequence[str], world_size: int) -> int:
     """Scores MMLU: --load MODEL [--mmlu-dataset FOLDER --fraction F --few-shots N --lower-bound X --output JSON]."""
-    run, explicit, options = parse_mmlu(argv, world_size)
+    run, explicit, options = parse(argv, world_size, options=MMLUConfig)
     leave_out_compiler()
     from megatron_sft.tasks.mmlu import mmlu as score
 
@@ -145,7 +145,8 @@ def plan(argv: Sequence[str], world_size: int) -> int:
         raise ConfigError(["plan: no model named; expected a conf such as Qwen/Qwen3-8B, or an HF folder, before the flags."])
     from megatron_sft import plan as planning
 
-    run, given, options = parse_plan(["--use-distributed-optimizer", *planning.conf_flags(argv[0]), *argv[1:]])
+    needed = ["--use-distributed-optimizer"]
+    run, given, options = parse([*needed, *planning.conf_flags(argv[0]), *argv[1:]], world_size, options=PlanConfig)
     _check_outputs(json=options.json)
     rows = planning.plan(run, given, options, argv[0], planning.run_flags(argv[1:]))
     print(planning.as_table(rows, options))

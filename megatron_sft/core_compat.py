@@ -4,7 +4,6 @@ CPU mode: megatron-core asks torch.cuda for devices, streams and rng states in c
 `install_cpu_mode` answers those questions with the CPU, so that the same model, schedule and optimizer code runs over gloo.
 """
 
-import ast
 import contextlib
 import functools
 import importlib.util
@@ -17,7 +16,6 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sft.errors import ConfigError
@@ -31,29 +29,6 @@ def device() -> "torch.device":
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-@functools.cache
-def transformer_config_fields() -> dict[str, tuple[str, str | None]]:
-    """Fields of megatron-core's TransformerConfig and its bases, read from the source without importing torch.
-
-    Returns:
-        {field name: (annotation text, default text or None)}.
-    """
-    spec = importlib.util.find_spec("megatron.core")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("megatron-core is not installed. Run: pip install megatron-core")
-    root = Path(spec.submodule_search_locations[0])
-    wanted = {"ModelParallelConfig", "TransformerConfig", "MLATransformerConfig"}
-    fields: dict[str, tuple[str, str | None]] = {}
-    for name in ("model_parallel_config.py", "transformer/transformer_config.py"):
-        for node in ast.parse((root / name).read_text()).body:
-            if isinstance(node, ast.ClassDef) and node.name in wanted:
-                for item in node.body:
-                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                        default = ast.unparse(item.value) if item.value is not None else None
-                        fields[item.target.id] = (ast.unparse(item.annotation), default)
-    return fields
 
 
 class _NoStream:

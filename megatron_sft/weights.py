@@ -30,7 +30,7 @@ from megatron_sft.hf.importer import architecture_of, load_weights
 from megatron_sft.hf.verify import quick_check
 from megatron_sft.hf.weights import LAYER_NUMBER, predicts
 from megatron_sft.log import logger
-from megatron_sft.model.build import SFTModel, build_model
+from megatron_sft.model.build import SFTModel, build_model, transformer_config
 from megatron_sft.parallel import Ranks
 
 
@@ -65,6 +65,7 @@ def resolve(
     run = dataclasses.replace(run, model=resolve_model(run, explicit, source, like))
     if found := problems(run, process_environment()[1], training):
         raise ConfigError(found)
+    transformer_config(run.model, run.parallel, run.train)  # what only megatron-core refuses, before a row is read
     return run, source
 
 

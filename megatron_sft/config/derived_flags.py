@@ -6,31 +6,47 @@ Not here: flags that are fields (arguments.py), other spellings and constant val
 import ast
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from megatron_sft.config.fields import Factor, kind_of, kinds
+from megatron_sft.config.run import DataConfig
 
 Values = dict[str, Any]
 """Field path ("train.lr") -> value, of the flags that were given."""
 
 
+MOST_LAYERS = 100_000
+
+
 def integers(text: str) -> list[int]:
-    """A list of integers written with *, + and brackets: ([0]*1+[1]*2) -> [0, 1, 1]. Nothing else is evaluated."""
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
-        raise ValueError("not a list of integers such as ([0]*3+[1]*58)") from None
+    """A list of integers written with *, + and brackets: ([0]*1+[1]*2) -> [0, 1, 1]. Nothing else is evaluated.
+
+    Raises:
+        ValueError: it is none, or has more than MOST_LAYERS.
+    """
+    wrong = ValueError("not a list of integers such as ([0]*3+[1]*58)")
 
     def value(node: ast.AST) -> Any:
-        if isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value < 10_000:
+        if isinstance(node, ast.Constant) and type(node.value) is int and node.value <= MOST_LAYERS:
             return node.value
         if isinstance(node, ast.List):
             return [value(item) for item in node.elts]
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return value(node.left) + value(node.right)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            return value(node.left) * value(node.right)
-        raise ValueError("not a list of integers such as ([0]*3+[1]*58)")
+            times, part = sorted((value(node.left), value(node.right)), key=lambda side: isinstance(side, list))
+            if isinstance(part, list) and isinstance(times, int) and len(part) * times <= MOST_LAYERS:
+                return part * times
+        raise wrong
 
-    return value(tree)
+    try:
+        listed = value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, TypeError, RecursionError, MemoryError):
+        raise wrong from None
+    if not isinstance(listed, list):
+        raise wrong
+    return listed
 
 
 def _train_data(raw: Values, values: Values, found: list[str]) -> None:
@@ -50,26 +66,39 @@ def _train_data(raw: Values, values: Values, found: list[str]) -> None:
 
 
 def _split(raw: Values, values: Values, found: list[str]) -> None:
+    kind = kinds(DataConfig)["split"]
     try:
-        shares = [float(part) for part in raw["--split"].split(",")]
-        if len(shares) > 3:
-            raise ValueError
-        values["data.split"] = tuple([*shares, 0.0, 0.0][:3])
+        shares = kind.read(raw["--split"].split(","))
     except ValueError:
-        found.append(f"--split {raw['--split']}: expected shares of training, validation and test such as 98,2,0.")
+        shares = ()
+    if not 1 <= len(shares) <= 3 or not kind.has(shares):
+        found.append(f"--split {raw['--split']}: expected shares of training, validation and test such as 98,2,0. Correct it.")
+        return
+    values["data.split"] = (*shares, 0.0, 0.0)[:3]
 
 
 def _rope_scaling(raw: Values, values: Values, found: list[str]) -> None:
     """--use-rope-scaling: Llama 3's, with megatron-core's defaults for what --rope-scaling-factor leaves open."""
-    if "--use-rope-scaling" not in raw:
+    factor, kind = raw.get("--rope-scaling-factor", "8"), kind_of(Factor)
+    try:
+        number = kind.read([factor])
+    except ValueError:
+        number = None
+    if not kind.has(number):
+        found.append(f"--rope-scaling-factor {factor}: expected {kind.expected()}. Correct it.")
         return
     values["model.rope_scaling"] = {
         "rope_type": "llama3",
-        "factor": float(raw.get("--rope-scaling-factor", 8.0)),
+        "factor": number,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
+
+
+def _rope_scaling_factor(raw: Values, values: Values, found: list[str]) -> None:
+    if "--use-rope-scaling" not in raw:
+        found.append("--rope-scaling-factor has no effect without --use-rope-scaling. Add it, or leave it out.")
 
 
 def _any_rope_scaling(raw: Values, values: Values, found: list[str]) -> None:
@@ -77,7 +106,7 @@ def _any_rope_scaling(raw: Values, values: Values, found: list[str]) -> None:
     text = raw["--rope-scaling"]
     try:
         scaling = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         scaling = None
     if not isinstance(scaling, dict) or "rope_type" not in scaling:
         found.append(f'--rope-scaling {text}: expected JSON such as {{"rope_type": "linear", "factor": 8}}.')
@@ -106,22 +135,25 @@ def _hybrid(raw: Values, values: Values, found: list[str]) -> None:
 
 def _window(raw: Values, values: Values, found: list[str]) -> None:
     """--window-size LEFT,RIGHT counts neighbours: 127,0 is a window of 128 tokens."""
-    try:
-        left, _, right = raw["--window-size"].strip("()").partition(",")
-        if int(right or 0) != 0:
-            raise ValueError
-        values["model.window_size"] = int(left) + 1
-    except ValueError:
-        found.append(f"--window-size {raw['--window-size']}: expected LEFT,0 with LEFT earlier tokens, such as 127,0.")
+    left, _, right = raw["--window-size"].strip("()").partition(",")
+    if not _is_count(left) or (right or "0").strip() != "0":
+        found.append(
+            f"--window-size {raw['--window-size']}: expected LEFT,0 with LEFT earlier tokens, such as 127,0. Correct it."
+        )
+        return
+    values["model.window_size"] = int(left) + 1
 
 
 def _window_layers(raw: Values, values: Values, found: list[str]) -> None:
     """Every n-th layer has full attention, or a list with 1 where a layer has a window."""
     text, layers = raw["--window-attn-skip-freq"], values.get("model.num_layers", 0)
     try:
-        pattern = [int((layer + 1) % int(text) != 0) for layer in range(layers)] if text.isdigit() else integers(text)
-    except ValueError as error:
-        found.append(f"--window-attn-skip-freq {text}: {error}.")
+        every = int(text) if _is_count(text) else None
+        pattern = integers(text) if every is None else [(layer + 1) % every for layer in range(layers)]
+    except (ValueError, ZeroDivisionError):
+        found.append(
+            f"--window-attn-skip-freq {text}: expected N, every how many layers none has a window, or a list of 0 and 1."
+        )
         return
     values["model.window_layers"] = tuple(bool(item) for item in pattern)
 
@@ -129,10 +161,17 @@ def _window_layers(raw: Values, values: Values, found: list[str]) -> None:
 def _virtual_layers(raw: Values, values: Values, found: list[str]) -> None:
     layers, stages = values.get("model.num_layers", 0), values.get("parallel.pipeline_model_parallel_size", 1)
     wanted = raw["--num-layers-per-virtual-pipeline-stage"]
-    if not wanted.isdigit() or not int(wanted) or layers % (stages * int(wanted)):
-        found.append(f"--num-layers-per-virtual-pipeline-stage {wanted}: does not divide {layers} layers over {stages} stages.")
+    if not _is_count(wanted) or not int(wanted) or not layers or layers % (stages * int(wanted)):
+        found.append(
+            f"--num-layers-per-virtual-pipeline-stage {wanted}: expected a number that divides {layers} layers over {stages} "
+            "stages. Choose one that does, with --num-layers beside it."
+        )
         return
     values["parallel.virtual_pipeline_model_parallel_size"] = layers // stages // int(wanted)
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def _hf_checkpoint(raw: Values, values: Values, found: list[str]) -> None:
@@ -154,39 +193,38 @@ def _tokenizer_type(raw: Values, values: Values, found: list[str]) -> None:
         )
 
 
-_Derive = Callable[[Values, Values, list[str]], None]
-DERIVED: Mapping[str, _Derive] = {
-    "--finetune-hf-dataset": _train_data,
-    "--finetune-data-files": _train_data,
-    "--train-data": _train_data,
-    "--prompt-data": _train_data,
-    "--split": _split,
-    "--use-rope-scaling": _rope_scaling,
-    "--rope-scaling": _any_rope_scaling,
-    "--multi-latent-attention": _latent,
-    "--hybrid-layer-pattern": _hybrid,
-    "--hybrid-override-pattern": _hybrid,
-    "--window-size": _window,
-    "--window-attn-skip-freq": _window_layers,
-    "--num-layers-per-virtual-pipeline-stage": _virtual_layers,
-    "--hf-checkpoint": _hf_checkpoint,
-    "--ref-load": _ref_load,
-    "--tokenizer-type": _tokenizer_type,
+@dataclass(frozen=True)
+class Derived:
+    """A flag that sets fields together with others, or that checks what they say."""
+
+    read: Callable[[Values, Values, list[str]], None] | None = None
+    """(words by flag, field values so far, problems so far) -> None: adds to the last two."""
+    sets: str = ""
+    """The field that it is a spelling of."""
+    words: int | str = 1
+    help: str = ""
+    """Empty: the flag stands in another table too."""
+
+
+DERIVED: Mapping[str, Derived] = {
+    "--finetune-hf-dataset": Derived(_train_data, help="what to train on: file, folder or hub name"),
+    "--finetune-data-files": Derived(_train_data, words="+", help="files to train on"),
+    "--train-data": Derived(_train_data, words="+", help="files, folders or hub names to train on"),
+    "--prompt-data": Derived(_train_data, words="+", help="one path, or NAME PATH pairs: a mixture"),
+    "--split": Derived(_split, help="shares of rows for training, validation and test"),
+    "--use-rope-scaling": Derived(_rope_scaling, "model.rope_scaling", 0, "RoPE scaling of Llama 3"),
+    "--rope-scaling-factor": Derived(_rope_scaling_factor, help="its factor"),
+    "--rope-scaling": Derived(
+        _any_rope_scaling, "model.rope_scaling", help="RoPE scaling of any kind: config.json's mapping as JSON"
+    ),
+    "--multi-latent-attention": Derived(_latent),
+    "--hybrid-layer-pattern": Derived(_hybrid),
+    "--hybrid-override-pattern": Derived(_hybrid),
+    "--window-size": Derived(_window, "model.window_size", help="LEFT,0: sliding window attention"),
+    "--window-attn-skip-freq": Derived(_window_layers, "model.window_layers", help="which layers have the window"),
+    "--num-layers-per-virtual-pipeline-stage": Derived(_virtual_layers, help="layers a model chunk"),
+    "--hf-checkpoint": Derived(_hf_checkpoint, help="HF folder of tokenizer and weights"),
+    "--ref-load": Derived(_ref_load, help="weights to start from"),
+    "--tokenizer-type": Derived(_tokenizer_type, help="HuggingFaceTokenizer or SentencePieceTokenizer"),
 }
-DERIVED_HELP: Mapping[str, tuple[Any, str]] = {
-    "--finetune-hf-dataset": (None, "what to train on: file, folder or hub name"),
-    "--finetune-data-files": ("+", "files to train on"),
-    "--train-data": ("+", "files, folders or hub names to train on"),
-    "--prompt-data": ("+", "one path, or NAME PATH pairs: a mixture"),
-    "--split": (None, "shares of rows for training, validation and test"),
-    "--use-rope-scaling": (0, "RoPE scaling of Llama 3"),
-    "--rope-scaling-factor": (None, "its factor"),
-    "--rope-scaling": (None, "RoPE scaling of any kind: config.json's mapping as JSON"),
-    "--window-size": (None, "LEFT,0: sliding window attention"),
-    "--window-attn-skip-freq": (None, "which layers have the window"),
-    "--num-layers-per-virtual-pipeline-stage": (None, "layers a model chunk"),
-    "--hf-checkpoint": (None, "HF folder of tokenizer and weights"),
-    "--ref-load": (None, "weights to start from"),
-    "--tokenizer-type": (None, "HuggingFaceTokenizer or SentencePieceTokenizer"),
-}
-"""Flag -> (nargs, help) of the flags that set fields together with others."""
+"""In this order, after all flags that are fields."""

@@ -22,6 +22,7 @@ SWITCHES: Mapping[str, tuple[tuple[str, Any], ...]] = {
     "--check-for-nan-in-loss-and-grad": (("train.check_for_nan", True),),
     "--rollout-shuffle": (("data.shuffle", True),),
     "--group-query-attention": (),
+    "--accumulate-allreduce-grads-in-fp32": (("optim.main_grads_dtype", "fp32"),),
 }
 """Flag without a value -> fields it sets."""
 
@@ -41,33 +42,19 @@ SPELLINGS: Mapping[str, str] = {
     "--tensorboard-logdir": "log.tensorboard_dir",
     "--prompt-data-epochs": "data.train_epochs",
     "--prompt-data-weights": "data.train_weights",
+    "--data": "own.prompts_path",
 }
 """Flag with a value -> the one field it is another name of."""
 
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "data.packing": ("best-fit", "sequential", "none"),
-    "data.truncation": ("error", "right", "left", "drop", "split"),
-    "data.train_on": ("assistant", "last-turn", "all"),
-    "data.history_thinking": ("keep", "drop", "mask", "expand"),
-    "data.data_schema": ("messages", "alpaca", "pair", "text"),
-    "optim.optimizer": ("adam",),
-    "optim.main_grads_dtype": ("fp32", "bf16"),
-    "optim.exp_avg_dtype": ("fp32", "bf16"),
-    "optim.exp_avg_sq_dtype": ("fp32", "bf16"),
-    "optim.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
-    "optim.lr_wsd_decay_style": ("exponential", "linear", "cosine", "minus_sqrt"),
-    "parallel.cp_comm_type": ("a2a", "allgather", "p2p"),
-    "parallel.distributed_backend": ("nccl", "gloo"),
-    "train.loss_spike_action": ("skip", "stop"),
-    "checkpoint.importer": ("builtin", "modelopt"),
-    "train.recompute_granularity": ("selective", "full"),
-    "train.recompute_method": ("uniform", "block"),
-    "model.normalization": ("RMSNorm", "LayerNorm"),
-    "model.position_embedding_type": ("rope", "yarn", "none"),
+NOT_THE_SAME: Mapping[str, str] = {
+    "train.global_batch_size": "both say how many packs a step has here, because no rows are made by a rollout. Give one number.",
 }
+"""Field that is no synonym in the project that one of its flags comes from: different values are an error, not an override."""
 
 _KERNEL = "this project chooses kernels by what the machine has"
 _TRUE = "that is how this project always works"
+_NEVER_DRAWN = "weights are loaded, never drawn"
+_NO_METRIC = "not a metric of this project"
 _RL = "there is no rollout engine here: rows are read from files"
 NO_EFFECT: Mapping[str, tuple[int, str]] = {
     "--use-mcore-models": (0, _TRUE),
@@ -80,6 +67,22 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
     "--no-bias-gelu-fusion": (0, _KERNEL),
     "--no-bias-dropout-fusion": (0, _KERNEL),
     "--no-gradient-accumulation-fusion": (0, _KERNEL),
+    "--gradient-accumulation-fusion": (0, _KERNEL),
+    "--apply-rope-fusion": (0, _KERNEL),
+    "--masked-softmax-fusion": (0, _KERNEL),
+    "--bias-activation-fusion": (0, _KERNEL),
+    "--bias-dropout-fusion": (0, _KERNEL),
+    "--moe-grouped-gemm": (0, _KERNEL),
+    "--moe-permute-fusion": (0, _KERNEL),
+    "--moe-router-fusion": (0, _KERNEL),
+    "--moe-shared-expert-overlap": (0, _KERNEL),
+    "--tp-comm-overlap": (0, _KERNEL),
+    "--no-persist-layer-norm": (0, _KERNEL),
+    "--use-cpu-initialization": (0, _NEVER_DRAWN),
+    "--no-initialization": (0, _NEVER_DRAWN),
+    "--moe-per-layer-logging": (0, _NO_METRIC),
+    "--log-timers-to-tensorboard": (0, "perf/step_ms and data/wait_ms are always there"),
+    "--exit-on-missing-checkpoint": (0, _TRUE),
     "--cross-entropy-loss-fusion": (0, "the loss is always fused with the head"),
     "--cross-entropy-fusion-impl": (1, "the loss is always fused with the head"),
     "--use-fused-weighted-squared-relu": (0, _KERNEL),
@@ -103,8 +106,8 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
     "--disable-gloo-process-groups": (0, "gloo groups cost nothing"),
     "--enable-experimental": (0, "nothing here depends on it"),
     "--log-throughput": (0, _TRUE),
-    "--log-params-norm": (0, "not a metric of this project"),
-    "--log-num-zeros-in-grad": (0, "not a metric of this project"),
+    "--log-params-norm": (0, _NO_METRIC),
+    "--log-num-zeros-in-grad": (0, _NO_METRIC),
     "--timing-log-level": (1, "there are no timers"),
     "--dataloader-type": (1, "order is a function of seed, epoch and consumed samples"),
     "--num-dataset-builder-threads": (1, "see --num-workers"),
@@ -117,7 +120,6 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
     "--n-samples-per-prompt": (1, _RL),
     "--use-remove-padding": (0, "rows are always packed without padding"),
     "--rotary-seq-len-interpolation-factor": (1, "RoPE scaling follows from the checkpoint's config.json"),
-    "--moe-layer-recompute": (0, "see --recompute-granularity"),
     "--disable-tqdm": (0, "the bar shows only in a terminal"),
     "--init-model-with-meta-device": (0, "weights are never initialised twice"),
     "--distributed-timeout-seconds-after-init": (1, "see --distributed-timeout-minutes"),
@@ -126,7 +128,38 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
 
 PROBLEMS: Mapping[str, str] = {
     "--fp16": "fp16 needs loss scaling, which this project does not have. Use --bf16.",
-    "--fp8-format": "fp8 training needs TransformerEngine kernels that this project does not drive. Use --bf16.",
     "--main-params-dtype": "master weights are always fp32. Leave it out.",
+    "--batch-size": "unknown flag. Packs a step are --global-batch-size, packs a forward pass --micro-batch-size.",
+    "--learning-rate": "unknown flag. It is --lr here.",
+    "--epochs": "unknown flag. It is --num-epoch here.",
 }
 """Known flag that cannot work -> what to do."""
+
+_ONE_PRECISION = "layers compute in bf16 or fp32 alone here. Leave it out, and use --bf16."
+_ALL_TOKENS = "experts take every token that is routed to them here, in every layout. Leave it out."
+_NO_SUCH_MODEL = "no model here has it. Leave it out."
+REFUSED: Mapping[str, str] = {
+    r"fp[48]|(fp[48]|kitchen|use-kitchen|num-layers-at|first-last-layers)-.*|use-kitchen|quant-recipe": _ONE_PRECISION,
+    r"mtp-.*": "further tokens are not predicted here: such layers of a checkpoint are left as they are. Leave it out.",
+    r"qk-clip.*": "attention scores are not clipped here. Leave it out; --clip-grad limits the gradient.",
+    r"(cpu|fine-grained-activation|fine-grained|activation)-offload.*|offload-.*|min-offloaded-.*": (
+        "activations stay on the device here. Leave it out, and use --recompute-granularity."
+    ),
+    r"(distribute-saved-activations|moe-layer-recompute|num-microbatches-with-partial-activation-checkpoints)": (
+        "no such recomputation here. Use --sequence-parallel, or --recompute-granularity with --recompute-modules."
+    ),
+    r"tp-comm-.*|symmetric-ar-type|(enable-|external-)?cuda-graph.*|delay-wgrad-.*|defer-embedding-.*|wgrad-deferral-.*"
+    r"|overlap-moe-.*|ep-overlap-.*|moe-(enable-deepep|deepep-.*|hybridep-.*|flex-.*|ncclep-.*)": (
+        "no such overlap or graph here. Leave it out; --overlap-grad-reduce and --overlap-param-gather are there."
+    ),
+    r"moe-(expert-capacity-factor|pad-expert-.*|token-drop.*|expert-rank-.*)": _ALL_TOKENS,
+    r"moe-(input-jitter-.*|router-force-.*|router-topk-limited-.*)": "it would route tokens to other experts. Leave it out.",
+    r"(moe-shared-expert-gate|attention-output-gate|experimental-attention-.*|(dsa|linear|mup)-.*|use-mup|mrope-section"
+    r"|apply-query-key-layer-scaling|fp32-residual-connection|apply-residual-connection-post-layernorm)": _NO_SUCH_MODEL,
+    r"(account-for-.*-in-pipeline-split|pipeline-model-parallel-layout)": (
+        "stages are cut by layers. Use --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
+    ),
+    r"inference-.*|flash-decode|cache-mla-latents": "generation here has no such setting. Leave it out.",
+    r"lora-.*": "there are no adapters here: all weights are trained. Leave it out.",
+}
+"""Pattern of flags, without --, of what this project does not do -> why, and what to do."""

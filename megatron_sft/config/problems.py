@@ -6,9 +6,32 @@ checkpoint or the data comes later.
 
 import dataclasses
 import os
-import sys
+from collections.abc import Mapping
+from typing import Any
 
-from megatron_sft.config.run import DATA_IDENTITY, CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_sft.config.core_fields import EFFECTIVE
+from megatron_sft.config.fields import Factor, flag_of, kind_of, range_problems, shown
+from megatron_sft.config.hints import nearest
+from megatron_sft.config.run import (
+    DATA_IDENTITY,
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+)
+
+LENGTHS = ("train_iters", "train_samples", "num_epoch")
+ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""Kinds of RoPE scaling that the model has, and what config.json must then say."""
+ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+FACTOR = kind_of(Factor)
 
 
 def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str]:
@@ -19,10 +42,31 @@ def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str
         world_size: processes.
         training: False for commands that only read a model (generate, mmlu).
     """
-    found = _layout_problems(run, world_size)
+    if found := _range_problems(run):  # what follows counts with these values
+        return found
+    found = _layout_problems(run, world_size) + model_problems(run.model)
     if training:
         found += _training_problems(run) + _optim_problems(run) + _folder_problems(run.checkpoint)
         found += _allowed_problems(run)
+    return found
+
+
+def _range_problems(run: RunConfig) -> list[str]:
+    """Values that their field may not have, those of ModelConfig.core included."""
+    found = [sentence for field in dataclasses.fields(run) for sentence in range_problems(getattr(run, field.name))]
+    return found + core_problems(run.model.core)
+
+
+def core_problems(core: Mapping[str, Any]) -> list[str]:
+    """Entries of ModelConfig.core that have no effect here, or a value that they may not have."""
+    found = []
+    for name, value in core.items():
+        if name not in EFFECTIVE:
+            near = nearest(name, list(EFFECTIVE))
+            way_out = f"Did you mean {near}?" if near else "Leave it out."
+            found.append(f"model setting {name!r}: expected a setting of megatron-core that has an effect here. {way_out}")
+        elif not EFFECTIVE[name].has(value):
+            found.append(f"{flag_of(name)} is {shown(value)}; expected {EFFECTIVE[name].expected()}. Correct it.")
     return found
 
 
@@ -49,13 +93,13 @@ def _layout_problems(run: RunConfig, world_size: int) -> list[str]:
             found.append(f"--tensor-model-parallel-size {tp} does not divide {flag} {value}. Choose one that does.")
     if parallel.virtual_pipeline_model_parallel_size and pp == 1:
         found.append("virtual pipeline stages need --pipeline-model-parallel-size 2 or more.")
+    if parallel.sequence_parallel and tp == 1:
+        found.append("--sequence-parallel needs --tensor-model-parallel-size 2 or more. Leave it out.")
     if cp > 1 and parallel.cp_comm_type == "p2p":
         found.append("--cp-comm-type p2p needs TransformerEngine. Use a2a (heads divisible by CP x TP) or allgather.")
     found += _head_problems(model, parallel)
     if model.norm_placement != "pre" and model.add_bias_linear:
         found.append(f"--norm-placement {model.norm_placement} with biases: expected none. Add --disable-bias-linear.")
-    if model.core.get("attention_dropout"):
-        found.append(f"--attention-dropout {model.core['attention_dropout']}: attention here has none. Leave it out, or give 0.")
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
         found.append("--overlap-param-gather needs --use-distributed-optimizer. Add it.")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
@@ -69,6 +113,8 @@ def _division_problems(run: RunConfig) -> list[str]:
     found = []
     ends = (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers)
     stages = parallel.pipeline_model_parallel_size - sum(1 for layers in ends if layers is not None)
+    if stages < 0 or (any(ends) and parallel.pipeline_model_parallel_size == 1):
+        return ["--decoder-first- and --decoder-last-pipeline-num-layers need --pipeline-model-parallel-size 2 or more."]
     layers = model.num_layers - sum(layers or 0 for layers in ends)
     chunks = stages * (parallel.virtual_pipeline_model_parallel_size or 1)
     if model.num_layers and (layers < 0 or (layers % chunks if stages else layers)):
@@ -77,6 +123,8 @@ def _division_problems(run: RunConfig) -> list[str]:
             "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
         )
     experts, ep = model.core.get("num_moe_experts") or 0, parallel.expert_model_parallel_size
+    if ep > 1 and model.is_whole and not experts:
+        found.append(f"--expert-model-parallel-size {ep}: the model has no experts. Expected 1 (EP=1); leave it out.")
     if experts % ep:
         found.append(f"--expert-model-parallel-size {ep} does not divide --num-experts {experts}. Choose one that does.")
     if experts and model.add_bias_linear and parallel.expert_tensor_parallel_size > 1:
@@ -125,13 +173,75 @@ def _head_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
     return found
 
 
+def model_problems(model: ModelConfig) -> list[str]:
+    """Counts of a model that do not go together; what is not said yet is left out."""
+    core, found = model.core, []
+    if model.num_query_groups and model.num_attention_heads % model.num_query_groups:
+        found.append(
+            f"--num-query-groups {model.num_query_groups} does not divide --num-attention-heads "
+            f"{model.num_attention_heads}. Choose one that does."
+        )
+    experts, chosen = core.get("num_moe_experts"), core.get("moe_router_topk", 2)
+    if experts and chosen > experts:
+        found.append(f"--moe-router-topk {chosen} is above --num-experts {experts}. Lower it.")
+    groups, best = core.get("moe_router_num_groups"), core.get("moe_router_group_topk")
+    if (groups is None) != (best is None) or (groups and (best > groups or (experts or groups) % groups)):
+        found.append(
+            f"--moe-router-num-groups {groups} and --moe-router-group-topk {best}: expected both, groups that divide "
+            f"--num-experts {experts}, and no more of them than there are. Correct them."
+        )
+    kinds, weights = core.get("moe_router_load_balancing_type"), core.get("moe_aux_loss_coeff")
+    if isinstance(kinds, list) and not (isinstance(weights, list) and len(weights) == len(kinds)):
+        found.append(f"--moe-router-load-balancing-type has {len(kinds)} values; expected as many of --moe-aux-loss-coeff.")
+    if isinstance(weights, list) and not isinstance(kinds, list):
+        found.append(f"--moe-aux-loss-coeff has {len(weights)} values; expected one for one --moe-router-load-balancing-type.")
+    found += [f"--rope-scaling: {sentence}. Correct it." for sentence in rope_problems(model.rope_scaling)]
+    return found + _layer_problems(model)
+
+
+def rope_problems(scaling: Mapping[str, Any] | None) -> list[str]:
+    """What is wrong with a RoPE scaling of config.json or of --rope-scaling, one sentence each."""
+    kind = (scaling or {}).get("rope_type", "default")
+    if scaling is None or kind not in ROPE_NEEDS:
+        known = ", ".join(ROPE_NEEDS)
+        return [] if scaling is None else [f"rope_scaling: unknown rope_type {kind!r}; expected one of {known}"]
+    found = [f"rope_scaling of type {kind}: {key} is missing" for key in ROPE_NEEDS[kind] if key not in scaling]
+    for key in ROPE_NUMBERS:
+        if scaling.get(key) is not None and not FACTOR.has(scaling[key]):
+            found.append(f"rope_scaling: {key} is {scaling[key]!r}; expected {FACTOR.expected()}")
+    return found
+
+
+def _layer_problems(model: ModelConfig) -> list[str]:
+    """Lists with one entry a layer."""
+    core, layers, found = model.core, model.num_layers, []
+    lists = {
+        "--window-attn-skip-freq": model.window_layers,
+        "--moe-layer-freq": core.get("moe_layer_freq"),
+        "--no-rope-freq": core.get("no_rope_freq"),
+        "--hybrid-layer-pattern": core.get("hybrid_layer_pattern"),
+    }
+    for name, listed in lists.items():
+        if layers and listed and not isinstance(listed, int) and len(listed) != layers:
+            found.append(f"{name} names {len(listed)} layers; expected --num-layers {layers}. Correct one of them.")
+    every = core.get("no_rope_freq")
+    if layers and isinstance(every, int) and every and layers % every:
+        found.append(f"--no-rope-freq {every} does not divide --num-layers {layers}. Choose one that does, or give a list.")
+    pattern = core.get("hybrid_layer_pattern")
+    if pattern is not None and (not pattern or set(pattern) - set("M*-E")):
+        found.append(f"--hybrid-layer-pattern {pattern!r}: expected M, *, - and E, one letter a layer. Correct it.")
+    if model.window_layers and model.is_whole and not model.window_size:
+        found.append("--window-attn-skip-freq has no effect without --window-size. Add it, or leave both out.")
+    return found
+
+
 def _training_problems(run: RunConfig) -> list[str]:
     train, data = run.train, run.data
+    lengths = {name: value for name in LENGTHS if (value := getattr(train, name)) is not None}
     found = []
-    for name in ("micro_batch_size", "global_batch_size", "max_tokens_per_gpu", "train_iters", "train_samples", "num_epoch"):
-        value = getattr(train, name)
-        if value is not None and value <= 0:
-            found.append(f"--{name.replace('_', '-')} is {value}; expected a positive number.")
+    if len(lengths) != 1:
+        spelled = ", ".join(f"{flag_of(name)} {value:g}" for name, value in lengths.items()) or "no length"
+        found.append(f"{spelled}: expected one of {', '.join(map(flag_of, LENGTHS))}. Give one.")
     found += data_problems(data)
     tp = run.parallel.tensor_model_parallel_size
     if run.model.core.get("num_moe_experts") and tp > 1 and not run.parallel.sequence_parallel:
@@ -141,17 +251,38 @@ def _training_problems(run: RunConfig) -> list[str]:
             f"--max-tokens-per-gpu {train.max_tokens_per_gpu} is below --seq-length {data.seq_length}: a pack would not fit. "
             "Raise it, or lower --seq-length."
         )
-    if train.loss_spike_factor is not None and train.loss_spike_factor <= 1:
-        found.append(f"--loss-spike-factor is {train.loss_spike_factor}; expected a number above 1, such as 3.")
-    if train.recompute_granularity == "full" and not (train.recompute_method and train.recompute_num_layers):
+    if train.global_batch_size and train.micro_batch_size > train.global_batch_size:
+        found.append(
+            f"--micro-batch-size {train.micro_batch_size} is above --global-batch-size {train.global_batch_size}: a step has no "
+            "such forward pass. Lower the first, or raise the second."
+        )
+    if train.loss_spike_action != "skip" and train.loss_spike_factor is None:
+        found.append(f"--loss-spike-action {train.loss_spike_action} has no effect without --loss-spike-factor. Add it.")
+    if train.skip_train and not train.eval_iters:
+        found.append("--skip-train needs --eval-iters (-1: all held-out rows) above 0: there is nothing else to do. Add it.")
+    return found + _recompute_problems(run)
+
+
+def _recompute_problems(run: RunConfig) -> list[str]:
+    train, num_layers, how, found = run.train, run.model.num_layers, run.train.recompute_granularity, []
+    if how == "full" and not (train.recompute_method and train.recompute_num_layers):
         found.append("--recompute-granularity full needs --recompute-method uniform|block and --recompute-num-layers N.")
-    elif train.recompute_granularity == "full" and train.recompute_method == "uniform":
+    elif how == "full" and train.recompute_method == "uniform":
         found += [
             f"--recompute-method uniform: {layers} layers of a model chunk are no multiple of --recompute-num-layers "
             f"{train.recompute_num_layers}. Choose a divisor, or --recompute-method block."
             for layers in _chunk_layers(run)
             if layers % (train.recompute_num_layers or 1)
         ]
+    if how != "full" and (train.recompute_method or train.recompute_num_layers):
+        found.append(
+            "--recompute-method and --recompute-num-layers have no effect without --recompute-granularity full. Add it, or "
+            "leave them out."
+        )
+    if how != "selective" and train.recompute_modules:
+        found.append("--recompute-modules has no effect without --recompute-granularity selective. Add it, or leave it out.")
+    if num_layers and (train.recompute_num_layers or 0) > num_layers:
+        found.append(f"--recompute-num-layers {train.recompute_num_layers}: the model has {num_layers} layers. Lower it.")
     return found
 
 
@@ -162,30 +293,26 @@ def data_problems(data: DataConfig) -> list[str]:
         found.append("no training data: expected --finetune-hf-dataset (or DATASET) with a file, a folder or a hub name.")
     if not data.tokenizer_model:
         found.append("--tokenizer-model is missing: expected an HF folder, a hub name or a sentencepiece tokenizer.model.")
-    if data.seq_length <= 1:
-        found.append(f"--seq-length is {data.seq_length}; expected 2 or more.")
-    if data.max_bad_rows < 0:
-        found.append(f"--max-bad-rows is {data.max_bad_rows}; expected 0 or more.")
     if data.train_epochs and data.train_weights:
         found.append("--prompt-data-epochs and --prompt-data-weights contradict each other. Give one of them.")
-    most = sys.float_info.max  # what infinity and nan are not below
-    for flag, values, limit in (("epochs", data.train_epochs, 1000.0), ("weights", data.train_weights, most)):
-        if values and (not all(0 <= value <= limit for value in values) or not any(values)):
-            found.append(f"--prompt-data-{flag} is {values}; expected numbers from 0 to {limit:g}, one above 0.")
+    for name, values in (("epochs", data.train_epochs), ("weights", data.train_weights)):
+        if values and not any(values):
+            found.append(f"--prompt-data-{name} is {values}; expected one above 0. Raise one.")
     for name in ("train_names", "train_epochs", "train_weights"):
         count = len(getattr(data, name))
         if count and count != len(data.train_data):
             found.append(f"{count} values of {name} for {len(data.train_data)} sources; expected one a source.")
-    if not all(0 <= share <= most for share in data.split) or not data.split[0]:
-        found.append(f"--split is {data.split}; expected a positive share for training, none below 0.")
+    if len(data.split) != 3 or not data.split[0]:
+        found.append(f"--split is {data.split}; expected shares of training, validation and test, the first above 0.")
     return found
 
 
 def _optim_problems(run: RunConfig) -> list[str]:
     optim, train = run.optim, run.train
     found = []
-    if optim.lr < 0 or optim.min_lr < 0 or optim.min_lr > optim.lr:
-        found.append(f"--lr {optim.lr:g} and --min-lr {optim.min_lr:g}: expected 0 <= --min-lr <= --lr.")
+    for name, value in (("--min-lr", optim.min_lr), ("--lr-warmup-init", optim.lr_warmup_init)):
+        if value > optim.lr:
+            found.append(f"{name} {value:g} is above --lr {optim.lr:g}. Lower it, or raise --lr.")
     narrow = [n for n in ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype") if getattr(optim, n) != "fp32"]
     if narrow and not (optim.use_precision_aware_optimizer and train.params_dtype == "bf16"):
         spelled = ", ".join(f"--{name.replace('_', '-')}" for name in narrow)
@@ -195,18 +322,65 @@ def _optim_problems(run: RunConfig) -> list[str]:
             f"--exp-avg-sq-dtype bf16 with --adam-beta2 {optim.adam_beta2:g}: a step changes the moment by less than bf16 can "
             "hold (1 part in 256), so that it stands still. Use 0.98 or less, or fp32."
         )
+    return found + _schedule_problems(run)
+
+
+def _schedule_problems(run: RunConfig) -> list[str]:
+    """Lengths of the schedule, as far as flags alone say them; optim.py has the rest once the data is packed."""
+    optim, train = run.optim, run.train
+    found = []
     samples = [n for n in ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples") if getattr(optim, n)]
     iters = [n for n in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters") if getattr(optim, n)]
-    spelled = ", ".join("--" + name.replace("_", "-") for name in iters + samples)
     if iters and (samples or train.train_samples):
-        found.append(f"{spelled}: a schedule is in iterations or in samples, not both. Give all lengths in the run's unit.")
+        found.append(
+            f"{', '.join(map(flag_of, iters + samples))}: a schedule is in iterations or in samples, not both. Give all lengths "
+            "in the run's unit."
+        )
     if optim.lr_warmup_fraction is not None and (optim.lr_warmup_iters or optim.lr_warmup_samples):
         found.append("--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples. Give one of them.")
+    for unit, run_length in (("iters", train.train_iters), ("samples", train.train_samples)):
+        decay, warmup, final = (getattr(optim, f"lr_{part}_{unit}") for part in ("decay", "warmup", "wsd_decay"))
+        length, source = (decay, f"--lr-decay-{unit}") if decay else (run_length, f"--train-{unit}")
+        found += length_problems(unit, warmup, length, final, f"{source} {length}")
+    lengths = [n for n in (*samples, *iters) if "wsd" in n]
+    if optim.lr_decay_style == "WSD" and not lengths:
+        found.append(
+            "--lr-decay-style WSD needs the length of its last part. Give --lr-wsd-decay-iters or --lr-wsd-decay-samples, such "
+            "as a tenth of the run's length."
+        )
+    if optim.lr_decay_style != "WSD" and lengths:
+        found.append(f"{flag_of(lengths[0])} has no effect without --lr-decay-style WSD. Add it, or leave it out.")
+    return found
+
+
+def length_problems(unit: str, warmup: int, decay: int | None, final: int | None, said: str) -> list[str]:
+    """What is wrong with the parts of a schedule of `decay` iterations or samples; None is not known, or not there.
+
+    Args:
+        unit: iters or samples.
+        warmup: length of the rise.
+        decay: length of the whole schedule.
+        final: WSD's last part.
+        said: what gave `decay`, for the message: "--train-iters 20".
+    """
+    if decay is None:
+        return []
+    found = []
+    if warmup >= decay:
+        found.append(f"--lr-warmup-{unit} {warmup}: the schedule ends with {said}. Expected fewer; lower it, or train longer.")
+    elif final and final > decay - warmup:
+        found.append(
+            f"--lr-wsd-decay-{unit} {final}: {said} leave {decay - warmup} for it after the warm-up. Expected at most that; "
+            "lower it."
+        )
     return found
 
 
 def _folder_problems(checkpoint: CheckpointConfig) -> list[str]:
     found = []
+    for name in ("save_interval", "save_retain", "async_save"):
+        if getattr(checkpoint, name) and not checkpoint.save:
+            found.append(f"{flag_of(name)} has no effect without --save. Add it, or leave it out.")
     if checkpoint.save and checkpoint.save_hf and os.path.realpath(checkpoint.save) == os.path.realpath(checkpoint.save_hf):
         found.append(f"--save and --save-hf are both {checkpoint.save}. Give them folders of their own.")
     for flag, target in (("--save", checkpoint.save), ("--save-hf", checkpoint.save_hf)):

@@ -8,7 +8,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from megatron_sft.config.fields import Amount, Count, Length, Number, Precision, Seed, Share, Weight, Words
+
+RecomputedModule = Annotated[str, Words("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")]
 
 DATA_IDENTITY = ("data_tokens", "data_packs")
 """What run_config.json says of the data beside the flags: sha256 of all tokens and masks; of the packs and their order."""
@@ -18,33 +22,33 @@ DATA_IDENTITY = ("data_tokens", "data_packs")
 class ModelConfig:
     """Architecture of a decoder-only transformer, in Megatron's words. One value a field; nothing is derived later."""
 
-    num_layers: int = 0
+    num_layers: Count = 0
     """Transformer layers over all pipeline stages."""
-    hidden_size: int = 0
+    hidden_size: Count = 0
     """Width of the residual stream."""
-    ffn_hidden_size: int = 0
+    ffn_hidden_size: Count = 0
     """Width of the dense MLP (of one of its two halves when gated)."""
-    num_attention_heads: int = 0
+    num_attention_heads: Count = 0
     """Query heads."""
-    num_query_groups: int = 0
+    num_query_groups: Count = 0
     """Key/value heads; equal to num_attention_heads without grouped-query attention."""
-    kv_channels: int = 0
+    kv_channels: Count = 0
     """Width of one head."""
-    vocab_size: int = 0
+    vocab_size: Count = 0
     """Rows of the embedding table of the HF checkpoint; the table here may be padded beyond it (padded_vocab_size)."""
-    padded_vocab_size: int = 0
+    padded_vocab_size: Amount = 0
     """Rows of the embedding table here, over all tensor-parallel ranks. 0: the smallest that TP divides."""
-    make_vocab_size_divisible_by: int = 1
+    make_vocab_size_divisible_by: Annotated[int, Number(1, 2**20)] = 1
     """padded_vocab_size, where it is not given, is the smallest multiple of this times TP."""
-    max_position_embeddings: int = 0
+    max_position_embeddings: Count = 0
     """Longest position that the model was made for."""
-    normalization: str = "RMSNorm"
+    normalization: Annotated[str, Words("RMSNorm", "LayerNorm")] = "RMSNorm"
     """RMSNorm or LayerNorm."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Annotated[float, Number(0, 1)] = 1e-5
     """Added to the variance in every norm."""
     norm_zero_centered: bool = False
     """Norm weights are stored as w - 1 (Gemma, Nemotron: --apply-layernorm-1p)."""
-    activation: str = "silu"
+    activation: Annotated[str, Words("silu", "gelu", "gelu_tanh", "squared_relu", "quick_gelu")] = "silu"
     """silu, gelu, gelu_tanh, squared_relu or quick_gelu (gpt-oss)."""
     gated_mlp: bool = True
     """Two halves of linear_fc1, one gating the other (--swiglu)."""
@@ -56,68 +60,73 @@ class ModelConfig:
     """A norm over each head's query and key, before RoPE (Qwen3)."""
     share_embeddings_and_output_weights: bool = True
     """Tied embeddings. False: --untie-embeddings-and-output-weights."""
-    position_embedding_type: str = "rope"
+    position_embedding_type: Annotated[str, Words("rope", "yarn", "none")] = "rope"
     """rope, yarn or none."""
-    rotary_base: float = 10000.0
+    rotary_base: Annotated[float, Number(1, 1e12)] = 10000.0
     """RoPE theta."""
-    rotary_percent: float = 1.0
+    rotary_percent: Share = 1.0
     """Share of each head that RoPE turns."""
     rope_scaling: Mapping[str, Any] | None = None
     """HF's rope_scaling ({"rope_type": "llama3" | "linear" | "yarn", "factor": ...}); None without scaling."""
-    window_size: int | None = None
+    window_size: Count | None = None
     """Sliding attention window in tokens, this one included; None: full attention."""
     window_layers: tuple[bool, ...] = ()
     """Per layer: uses window_size. Empty: every layer does when window_size is set."""
-    rotary_base_local: float | None = None
+    rotary_base_local: Annotated[float, Number(1, 1e12)] | None = None
     """RoPE theta, unscaled, of the layers with a window (Gemma 3); None: rotary_base for all."""
-    attention_chunk_size: int | None = None
+    attention_chunk_size: Count | None = None
     """Tokens see only their own chunk of this many in layers with RoPE (Llama 4)."""
-    attn_temperature_scale: float | None = None
+    attn_temperature_scale: Annotated[float, Number(0, 1000)] | None = None
     """In layers without RoPE queries are multiplied by 1 + scale x log(1 + floor((position + 1) / floor)) (Llama 4)."""
-    attn_temperature_floor: int = 8192
+    attn_temperature_floor: Count = 8192
     """Positions of one step of it."""
-    norm_placement: str = "pre"
+    norm_placement: Annotated[str, Words("pre", "pre_post", "post")] = "pre"
     """pre; pre_post: also over the outputs of attention and MLP before they are added (Gemma); post: only there (OLMo-2)."""
     qk_layernorm_full: bool = False
     """The query norm and the key norm each span all heads together (OLMo-2)."""
-    embedding_scale: float | None = None
+    embedding_scale: Annotated[float, Number(1e-6, 1e6)] | None = None
     """Embeddings are multiplied by it (Gemma: the square root of hidden_size)."""
-    attn_logit_softcapping: float | None = None
+    attn_logit_softcapping: Annotated[float, Number(1e-3, 1e6)] | None = None
     """Attention scores become cap * tanh(score / cap) (Gemma 2)."""
-    final_logit_softcapping: float | None = None
+    final_logit_softcapping: Annotated[float, Number(1e-3, 1e6)] | None = None
     """The same for the logits."""
-    init_method_std: float = 0.02
+    init_method_std: Annotated[float, Number(0, 10)] = 0.02
     """Standard deviation of fresh weights."""
     core: Mapping[str, Any] = field(default_factory=dict)
-    """Any other field of megatron-core's TransformerConfig, by its own name (MoE, MLA, recompute kernels ...)."""
+    """Other fields of megatron-core's TransformerConfig that have an effect here, by their own names (core_fields.py)."""
+
+    @property
+    def is_whole(self) -> bool:
+        """The architecture is complete: flags alone may leave out what a checkpoint says."""
+        return bool(self.num_layers and self.hidden_size and self.vocab_size and self.padded_vocab_size)
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """How the model and the data are cut over processes. Data parallel is what remains of the world size."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
+    virtual_pipeline_model_parallel_size: Count | None = None
     """Model chunks a pipeline rank."""
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
+    context_parallel_size: Count = 1
+    expert_model_parallel_size: Count = 1
+    expert_tensor_parallel_size: Count = 1
     """On a command line without it: the tensor-parallel size."""
     sequence_parallel: bool = False
     """Activations between tensor-parallel regions are cut along the sequence."""
-    cp_comm_type: str = "a2a"
+    cp_comm_type: Annotated[str, Words("a2a", "allgather", "p2p")] = "a2a"
     """a2a or allgather (ours); p2p needs TransformerEngine."""
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    distributed_timeout_minutes: int = 30
-    stall_timeout_s: float = 20.0
+    distributed_timeout_minutes: Annotated[int, Number(1, 10**6)] = 30
+    stall_timeout_s: Annotated[float, Number(1, 1e6, also=(0,))] = 20.0
     """Seconds of silence after which a rank counts as stalled and every rank ends; work of any length is no silence. 0: never."""
-    distributed_backend: str | None = None
+    distributed_backend: Annotated[str, Words("nccl", "gloo")] | None = None
     """nccl or gloo; None: nccl on CUDA, gloo elsewhere."""
-    decoder_first_pipeline_num_layers: int | None = None
-    decoder_last_pipeline_num_layers: int | None = None
+    decoder_first_pipeline_num_layers: Count | None = None
+    decoder_last_pipeline_num_layers: Count | None = None
 
     @property
     def model_parallel_size(self) -> int:
@@ -133,13 +142,13 @@ class DataConfig:
     """Files, folders or hub names, read in this order. More than one source: train_names tells them apart."""
     train_names: tuple[str, ...] = ()
     """One name a source (--prompt-data NAME PATH ...); empty: the file stems."""
-    train_epochs: tuple[float, ...] = ()
+    train_epochs: tuple[Annotated[float, Number(0, 1000)], ...] = ()
     """Passes over each source in one epoch of the mixture (--prompt-data-epochs); empty: 1 each."""
-    train_weights: tuple[float, ...] = ()
+    train_weights: tuple[Weight, ...] = ()
     """Shares of the sources' documents in one epoch, instead of train_epochs (--prompt-data-weights)."""
     valid_data: tuple[str, ...] = ()
     """Held-out sources, in place of the validation share of split. What is trained on does not depend on them."""
-    split: tuple[float, float, float] = (100.0, 0.0, 0.0)
+    split: tuple[Weight, Weight, Weight] = (100.0, 0.0, 0.0)
     """Shares of the rows for training, validation and test; only the first is trained on, test rows are not read."""
     data_split: str = "train"
     """Split that is read of a hub data set, or of a folder whose files are named for splits (--finetune-data-split)."""
@@ -148,19 +157,19 @@ class DataConfig:
     chat_template: str | None = None
     """Jinja text or file that replaces the tokenizer's own template."""
     trust_remote_code: bool = False
-    seq_length: int = 4096
+    seq_length: Annotated[int, Number(2, 2**24)] = 4096
     """Tokens a pack."""
-    packing: str = "best-fit"
+    packing: Annotated[str, Words("best-fit", "sequential", "none")] = "best-fit"
     """best-fit, sequential or none."""
-    truncation: str = "right"
+    truncation: Annotated[str, Words("error", "right", "left", "drop", "split")] = "right"
     """Rows longer than seq_length: error, right (keep the beginning, as Megatron-LM), left, drop or split; all counted."""
-    train_on: str = "assistant"
+    train_on: Annotated[str, Words("assistant", "last-turn", "all")] = "assistant"
     """assistant, last-turn or all."""
     train_on_tool_calls: bool = True
-    history_thinking: str = "keep"
+    history_thinking: Annotated[str, Words("keep", "drop", "mask", "expand")] = "keep"
     """keep, drop, mask or expand."""
     role_map: Mapping[str, str] = field(default_factory=dict)
-    data_schema: str | None = None
+    data_schema: Annotated[str, Words("messages", "alpaca", "pair", "text")] | None = None
     """messages (also ShareGPT's), alpaca, pair or text; None: detected row by row and reported."""
     input_key: str | None = None
     """Column that holds the messages; None: detected."""
@@ -171,7 +180,7 @@ class DataConfig:
     response_dict_keys: tuple[str, ...] = ()
     custom_dataset: str | None = None
     """FILE.py:CLASS of a row source of the user's own."""
-    max_bad_rows: int = 0
+    max_bad_rows: Amount = 0
     """Bad rows that may be set aside (quarantined in a file) before the run is refused."""
     reset_position_ids: bool = True
     """Position ids restart at every conversation."""
@@ -180,12 +189,12 @@ class DataConfig:
     eod_mask_loss: bool = True
     """No loss on the step from one conversation to the next."""
     shuffle: bool = True
-    seed: int = 1234
+    seed: Seed = 1234
     data_cache_path: str | None = None
     """Folder of the token store; None: a folder below the user's cache."""
-    num_workers: int = 0
+    num_workers: Annotated[int, Number(0, 1024)] = 0
     """Tokenising processes; 0: one a core."""
-    prefetch: int = 2
+    prefetch: Annotated[int, Number(0, 1024)] = 2
     """Steps prepared ahead by the loader thread; 0: none."""
 
 
@@ -193,32 +202,32 @@ class DataConfig:
 class OptimConfig:
     """Optimizer and learning-rate schedule. Exactly one of *_iters and *_samples may be given for decay and warm-up."""
 
-    optimizer: str = "adam"
-    lr: float = 5e-5
-    min_lr: float = 0.0
-    lr_decay_style: str = "cosine"
+    optimizer: Annotated[str, Words("adam")] = "adam"
+    lr: Annotated[float, Number(0, 1)] = 5e-5
+    min_lr: Annotated[float, Number(0, 1)] = 0.0
+    lr_decay_style: Annotated[str, Words("constant", "linear", "cosine", "inverse-square-root", "WSD")] = "cosine"
     """constant, linear, cosine, inverse-square-root or WSD."""
-    lr_decay_iters: int | None = None
-    lr_decay_samples: int | None = None
-    lr_warmup_iters: int = 0
-    lr_warmup_samples: int = 0
-    lr_warmup_fraction: float | None = None
-    lr_warmup_init: float = 0.0
-    lr_wsd_decay_style: str = "exponential"
-    lr_wsd_decay_iters: int | None = None
-    lr_wsd_decay_samples: int | None = None
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    lr_decay_iters: Length | None = None
+    lr_decay_samples: Length | None = None
+    lr_warmup_iters: Annotated[int, Number(0, 10**12)] = 0
+    lr_warmup_samples: Annotated[int, Number(0, 10**12)] = 0
+    lr_warmup_fraction: Annotated[float, Number(0, 0.999)] | None = None
+    lr_warmup_init: Annotated[float, Number(0, 1)] = 0.0
+    lr_wsd_decay_style: Annotated[str, Words("exponential", "linear", "cosine", "minus_sqrt")] = "exponential"
+    lr_wsd_decay_iters: Length | None = None
+    lr_wsd_decay_samples: Length | None = None
+    weight_decay: Annotated[float, Number(0, 1)] = 0.0
+    adam_beta1: Annotated[float, Number(0, 0.999999)] = 0.9
+    adam_beta2: Annotated[float, Number(0, 0.999999)] = 0.95
+    adam_eps: Annotated[float, Number(1e-20, 1)] = 1e-8
+    clip_grad: Annotated[float, Number(0, 1e6)] = 1.0
     use_precision_aware_optimizer: bool = False
     """The dtypes below count: with bf16 gradients and moments 12 bytes a parameter in place of 18. Master weights stay fp32."""
-    main_grads_dtype: str = "fp32"
+    main_grads_dtype: Precision = "fp32"
     """fp32 or bf16: gradients as they are added up, reduced and kept for the step."""
-    exp_avg_dtype: str = "fp32"
+    exp_avg_dtype: Precision = "fp32"
     """fp32 or bf16: Adam's first moment."""
-    exp_avg_sq_dtype: str = "fp32"
+    exp_avg_sq_dtype: Precision = "fp32"
     """fp32 or bf16: Adam's second moment."""
 
 
@@ -226,37 +235,38 @@ class OptimConfig:
 class TrainConfig:
     """Length, batch and numerics of the run. Exactly one of train_iters, train_samples and num_epoch is set."""
 
-    micro_batch_size: int = 1
+    micro_batch_size: Count = 1
     """Packs in one forward pass of one data-parallel rank."""
-    global_batch_size: int | None = None
+    global_batch_size: Count | None = None
     """Packs in one optimizer step; None: micro_batch_size x data-parallel size where a run begins, then the checkpoint's."""
-    max_tokens_per_gpu: int | None = None
+    max_tokens_per_gpu: Count | None = None
     """Micro-batches are filled to this many tokens in place of micro_batch_size packs."""
-    train_iters: int | None = None
-    train_samples: int | None = None
+    train_iters: Length | None = None
+    train_samples: Length | None = None
     """Packs to train on."""
-    num_epoch: float | None = None
-    params_dtype: str = "fp32"
+    num_epoch: Annotated[float, Number(1e-6, 1e6)] | None = None
+    params_dtype: Precision = "fp32"
     """fp32 or bf16 (--bf16); optimizer states stay fp32."""
-    recompute_granularity: str | None = None
+    recompute_granularity: Annotated[str, Words("selective", "full")] | None = None
     """selective or full."""
-    recompute_method: str | None = None
-    recompute_num_layers: int | None = None
-    recompute_modules: tuple[str, ...] = ()
-    seed: int = 1234
+    recompute_method: Annotated[str, Words("uniform", "block")] | None = None
+    recompute_num_layers: Count | None = None
+    recompute_modules: tuple[RecomputedModule, ...] = ()
+    """What selective recomputes; none: core_attn."""
+    seed: Seed = 1234
     skip_train: bool = False
     """Validate only."""
     check_for_nan: bool = True
-    loss_spike_factor: float | None = None
+    loss_spike_factor: Annotated[float, Number(1.01, 1e6)] | None = None
     """A step whose loss exceeds this times the running mean of the loss is not applied; None: every step is."""
-    loss_spike_action: str = "skip"
+    loss_spike_action: Annotated[str, Words("skip", "stop")] = "skip"
     """What such a step does: skip (training goes on with the next) or stop (saves a checkpoint of the step before it)."""
-    eval_iters: int = 0
+    eval_iters: Annotated[int, Number(-1, 10**12)] = 0
     """Global batches a validation; 0: no validation, -1: the whole held-out set."""
-    eval_interval: int = 1000
-    exit_interval: int | None = None
+    eval_interval: Length = 1000
+    exit_interval: Length | None = None
     """The run saves and ends after an iteration that this divides."""
-    exit_duration_in_mins: int | None = None
+    exit_duration_in_mins: Annotated[int, Number(1, 10**6)] | None = None
     exit_signal_handler: bool = True
     deterministic_mode: bool = False
     """On CUDA: torch's and megatron-core's repeatable kernels; a resumed run is then bit-identical, as on a CPU."""
@@ -271,8 +281,8 @@ class CheckpointConfig:
     save: str | None = None
     save_hf: str | None = None
     """HF folder written at the end of training; with {iteration} in its name also with every checkpoint, one folder each."""
-    save_interval: int | None = None
-    save_retain: int | None = None
+    save_interval: Length | None = None
+    save_retain: Count | None = None
     """Newest checkpoints kept, and the one with the least held-out loss (best_checkpoint.json); None: all."""
     async_save: bool = False
     finetune: bool = False
@@ -283,7 +293,7 @@ class CheckpointConfig:
     verify_integrity: bool = True
     """Every file of a checkpoint is checksummed before it is loaded."""
     verify_conversion: bool = True
-    importer: str = "builtin"
+    importer: Annotated[str, Words("builtin", "modelopt")] = "builtin"
     """builtin, or modelopt: for quantised weights, and for a model_type that builtin lacks, as the flags describe it."""
     allow_changed: tuple[str, ...] = ()
     """Settings of run_config.json that may differ from the checkpoint's on resume: train.seed or seed, DATA_IDENTITY's too."""
@@ -291,7 +301,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    log_interval: int = 1
+    log_interval: Length = 1
     """Iterations a console line; metrics.jsonl has one a iteration all the same."""
     tensorboard_dir: str | None = None
     wandb_project: str | None = None
@@ -323,23 +333,23 @@ class GenerateConfig:
     """JSONL of messages, or text with one prompt a line; None: `prompt`, else standard input."""
     prompt: tuple[str, ...] = ()
     """Prompts of the command line."""
-    osl: int = 128
+    osl: Count = 128
     """New tokens a prompt at most."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Number(1e-3, 100, also=(0,))] = 0.0
     """0: greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: Share = 1.0
+    top_k: Amount = 0
     """0: all tokens."""
-    seed: int = 1234
-    batch_size: int = 8
+    seed: Seed = 1234
+    batch_size: Count = 8
     """Prompts generated together on one data-parallel rank."""
     output: str | None = None
     """JSONL file, one object a prompt."""
-    fraction: float = 1.0
+    fraction: Share = 1.0
     """Share of the prompts, from the first."""
     no_chat_template: bool = False
     """Prompts are continued as they are."""
-    draft_length: int = 0
+    draft_length: Annotated[int, Number(0, 0)] = 0
     """Only 0: there is no speculative decoding here."""
 
 
@@ -347,7 +357,7 @@ class GenerateConfig:
 class ViewConfig:
     """What `megatron-sft preview` and `report` write."""
 
-    rows: int = 2
+    rows: Amount = 2
     """Rows of each source that preview shows."""
     html: str | None = None
     """File of the page, which needs no other."""
@@ -359,9 +369,9 @@ class ViewConfig:
 class PlanConfig:
     """What `megatron-sft plan` plans for."""
 
-    gpus: int = 1
+    gpus: Annotated[int, Number(1, 2**20)] = 1
     """GPUs, one process each."""
-    gpu_memory: float = 80.0
+    gpu_memory: Annotated[float, Number(1e-3, 1e6)] = 80.0
     """GB (10^9 bytes) of one GPU."""
     json: str | None = None
     """File of all layouts."""
@@ -373,13 +383,13 @@ class MMLUConfig:
 
     mmlu_dataset: str = "cais/mmlu"
     """Folder, file or hub name."""
-    fraction: float = 1.0
+    fraction: Share = 1.0
     """Share of each subject's questions."""
-    few_shots: int = 0
+    few_shots: Annotated[int, Number(0, 5)] = 0
     """Examples before each question, from the dev split (0 to 5)."""
-    lower_bound: float | None = None
+    lower_bound: Annotated[float, Number(0, 1)] | None = None
     """Average below which the exit status is not 0."""
-    mmlu_batch_size: int = 8
+    mmlu_batch_size: Count = 8
     """Questions scored together on one data-parallel rank."""
     output: str | None = None
     """JSON file of the scores."""

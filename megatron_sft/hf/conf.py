@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron_sft.config.flags import SWITCHES
 from megatron_sft.config.run import ModelConfig
 
 LINE = 118
@@ -24,6 +25,10 @@ LATENT = (
     "original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim"
 ).split()
 """Fields of ModelConfig.core that stand together, in this order; the others follow."""
+SHAPE = (
+    "normalization norm_epsilon norm_zero_centered activation gated_mlp add_bias_linear share_embeddings_and_output_weights"
+).split()
+"""Fields of the first line."""
 ELSEWHERE = frozenset(
     (
         "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size padded_vocab_size "
@@ -57,7 +62,7 @@ def conf_text(model: ModelConfig, name: str) -> str:
 
 def _groups(model: ModelConfig) -> Iterator[list[str]]:
     """Flags that stand on one line."""
-    yield ["--bf16", *_shape_of_a_layer(model)]
+    yield ["--bf16", *_with_switches(model, SHAPE)]
     yield [_flag(name, getattr(model, name)) for name in ("num_layers", "hidden_size", "ffn_hidden_size")]
     yield _attention(model)
     yield _positions(model)
@@ -78,23 +83,17 @@ def _groups(model: ModelConfig) -> Iterator[list[str]]:
     ]
 
 
-def _shape_of_a_layer(model: ModelConfig) -> list[str]:
-    named = {
-        ("silu", True): "--swiglu",
-        ("gelu_tanh", True): "--geglu",
-        ("quick_gelu", True): "--quick-geglu",
-        ("squared_relu", False): "--squared-relu",
-    }
-    activation = f"{_flag('activation', model.activation)} {_flag('gated_mlp', model.gated_mlp)}"
-    switches = {
-        _flag("normalization", model.normalization): True,
-        _flag("norm_epsilon", model.norm_epsilon): True,
-        "--apply-layernorm-1p": model.norm_zero_centered,
-        named.get((model.activation, model.gated_mlp), activation): True,
-        "--add-bias-linear" if model.add_bias_linear else "--disable-bias-linear": True,
-        "--untie-embeddings-and-output-weights": not model.share_embeddings_and_output_weights,
-    }
-    return [flag for flag, wanted in switches.items() if wanted]
+def _with_switches(model: ModelConfig, names: Sequence[str]) -> Iterator[str]:
+    """Fields as flags: a switch where one says it (--swiglu for two), nothing for a boolean that is as by default."""
+    left = {f"model.{name}": getattr(model, name) for name in names}
+    for name in names:
+        path = f"model.{name}"
+        switches = [flag for flag, sets in SWITCHES.items() if sets and sets[0][0] == path and set(sets) <= set(left.items())]
+        if switches:
+            yield switches[0]
+            left = {other: value for other, value in left.items() if other not in dict(SWITCHES[switches[0]])}
+        elif path in left and not (isinstance(left[path], bool) and left[path] == getattr(ModelConfig, name)):
+            yield _flag(name, left[path])
 
 
 def _attention(model: ModelConfig) -> list[str]:

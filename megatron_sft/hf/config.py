@@ -6,11 +6,13 @@ in derived.py: from config.json's keys to fields, and back.
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_sft.config.core_fields import EFFECTIVE
+from megatron_sft.config.fields import kinds
+from megatron_sft.config.problems import rope_problems
 from megatron_sft.config.run import ModelConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.files import regular, regular_folder
@@ -18,19 +20,9 @@ from megatron_sft.hf.conflicts import ARCHITECTURE
 from megatron_sft.hf.derived import DERIVED, Fields, Keys
 from megatron_sft.hf.families import CONFIG, DEFAULTS, FAMILIES, OTHER_SPELLINGS, Family
 
-FIELDS = {field.name: str(getattr(field.type, "__name__", field.type)) for field in dataclasses.fields(ModelConfig)}
-EXPECTED = {"int": "a whole number above 0", "float": "a number of at least 0", "bool": "true or false", "str": "a name"}
+KINDS = kinds(ModelConfig) | {f"core.{name}": kind for name, kind in EFFECTIVE.items()}
 NULLABLE = ("attn_logit_softcapping", "final_logit_softcapping")
 """Keys whose null says "none" where the family's default is a value."""
-ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": (),
-    "longrope": ("short_factor", "long_factor"),
-}
-"""Kinds of RoPE scaling that the model has, and what config.json must then say."""
-ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 """What the functions of derived.py raise on keys of the wrong kind."""
 ACTIVATIONS: Mapping[str, str] = {
@@ -161,9 +153,9 @@ def model_config_from_hf(hf: Keys, trust_remote_code: bool = False) -> ModelConf
         value = keys.get(key, keys.get(OTHER_SPELLINGS.get(key, key)))
         if value is None and key not in fallback:
             problems.append(f"{key} is missing")
-        kind = FIELDS.get(name, "core").removesuffix(" | None")
-        if value is not None and not _fits(kind, value):
-            problems.append(f"{key} is {value!r}; expected {EXPECTED.get(kind, 'a number')}")
+        kind = dataclasses.replace(KINDS[name], rule=None) if name == "activation" else KINDS[name]  # ACTIVATIONS has its words
+        if value is not None and not kind.has(value):
+            problems.append(f"{key} is {value!r}; expected {kind.expected()}")
         fields[name] = fallback.get(key) if value is None else value
     problems = problems or _derived_problems(fields, family, keys, fallback)
     if problems:
@@ -172,16 +164,6 @@ def model_config_from_hf(hf: Keys, trust_remote_code: bool = False) -> ModelConf
             "model without these settings, or add them to megatron_sft/hf/families.py."
         )
     return _model_config(fields)
-
-
-def _fits(kind: str, value: Any) -> bool:
-    """Whether a value of config.json can be that of a field; counts are above 0."""
-    if kind in ("bool", "str"):
-        return type(value).__name__ == kind
-    number = isinstance(value, int | float) and math.isfinite(value) and value >= 0
-    if kind == "core":
-        return number
-    return number and not isinstance(value, bool) and (kind == "float" or (isinstance(value, int) and value > 0))
 
 
 def _derived_problems(fields: Fields, family: Family, keys: Keys, fallback: Keys) -> list[str]:
@@ -193,21 +175,12 @@ def _derived_problems(fields: Fields, family: Family, keys: Keys, fallback: Keys
             fields.update(read(known if name != "rope" else keys))
         except MALFORMED as error:
             problems.append(f"{name.replace('_', ' ')} settings cannot be read ({type(error).__name__}: {error})")
-    return problems or _rope_problems(fields) + _count_problems(fields)
-
-
-def _rope_problems(fields: Fields) -> list[str]:
-    scaling = fields["rope_scaling"] or {}
-    kind = scaling.get("rope_type", "default")
-    if kind not in ROPE_NEEDS:
-        return [f"rope_scaling: unknown rope_type {kind!r}; expected one of {', '.join(ROPE_NEEDS)}"]
-    found = [f"rope_scaling of type {kind}: {key} is missing" for key in ROPE_NEEDS[kind] if key not in scaling]
-    for key in ROPE_NUMBERS:
-        if scaling.get(key) is not None and not (_fits("float", scaling[key]) and scaling[key]):
-            found.append(f"rope_scaling: {key} is {scaling[key]!r}; expected a number above 0")
-    if not fields["rotary_base"] > 0:
-        found.append(f"rope_theta is {fields['rotary_base']:g}; expected a number above 0")
-    return found
+    if problems:
+        return problems
+    problems = rope_problems(fields["rope_scaling"]) + _count_problems(fields)
+    if not KINDS["rotary_base"].has(fields["rotary_base"]):
+        problems.append(f"rope_theta is {fields['rotary_base']:g}; expected {KINDS['rotary_base'].expected()}")
+    return problems
 
 
 def _count_problems(fields: Fields) -> list[str]:
@@ -219,7 +192,7 @@ def _count_problems(fields: Fields) -> list[str]:
     lists = {"window_layers": "layer_types", "core.no_rope_freq": "no_rope_layers"}
     wrong = {
         f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}": groups and heads % groups,
-        f"sliding_window is {window!r}; expected {EXPECTED['int']}": window is not None and not _fits("int", window),
+        f"sliding_window is {window!r}; expected {KINDS['window_size'].expected()}": not KINDS["window_size"].has(window),
         f"num_experts_per_tok {chosen} of {experts} experts": experts and not 0 < chosen <= experts,
         "num_experts_per_tok 1 with norm_topk_prob: the expert would always count 1; megatron-core refuses it": (
             chosen == 1 and softmax and not fields.get("core.moe_router_pre_softmax")

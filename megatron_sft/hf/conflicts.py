@@ -8,65 +8,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_sft.config.arguments import spelled
+from megatron_sft.config.core_fields import CoreArchitecture
+from megatron_sft.config.fields import kinds
 from megatron_sft.config.run import ModelConfig
-
-SPELLINGS: Mapping[str, str] = {
-    "activation": "--swiglu, --squared-relu or --activation",
-    "gated_mlp": "--swiglu",
-    "add_bias_linear": "--disable-bias-linear",
-    "norm_zero_centered": "--apply-layernorm-1p",
-    "share_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
-    "rope_scaling": "--use-rope-scaling or --rope-scaling",
-    "window_layers": "--window-attn-skip-freq",
-    "num_moe_experts": "--num-experts",
-}
-"""Flags that are not spelled as their field is; every other one is --field-name."""
 
 FREE = frozenset({"padded_vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings", "init_method_std", "core"})
 """Fields that a run may choose for itself."""
 
-ARCHITECTURE = frozenset(
-    {
-        "num_moe_experts",
-        "moe_ffn_hidden_size",
-        "moe_layer_freq",
-        "moe_latent_size",
-        "moe_router_topk",
-        "moe_router_score_function",
-        "moe_router_pre_softmax",
-        "moe_router_num_groups",
-        "moe_router_group_topk",
-        "moe_router_topk_scaling_factor",
-        "moe_router_enable_expert_bias",
-        "moe_shared_expert_intermediate_size",
-        "multi_latent_attention",
-        "q_lora_rank",
-        "kv_lora_rank",
-        "qk_head_dim",
-        "qk_pos_emb_head_dim",
-        "v_head_dim",
-        "mscale",
-        "mscale_all_dim",
-        "rotary_scaling_factor",
-        "rope_type",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "rotary_interleaved",
-        "no_rope_freq",
-        "qk_l2_norm",
-        "softmax_scale",
-        "moe_apply_probs_on_input",
-        "softmax_type",
-        "glu_linear_offset",
-        "activation_func_clamp_value",
-        "mamba_num_heads",
-        "mamba_head_dim",
-        "mamba_num_groups",
-        "mamba_state_dim",
-        "hybrid_layer_pattern",
-    }
-)
+ARCHITECTURE = frozenset(kinds(CoreArchitecture))
 """Fields of ModelConfig.core that belong to the function that the weights compute."""
 
 
@@ -76,7 +26,7 @@ def conflicts(flags: ModelConfig, explicit: frozenset[str], hf: ModelConfig) -> 
     Args:
         flags: the model as the command line describes it.
         explicit: names of the ModelConfig fields that a flag set; others are defaults and never contradict.
-            `core` stands for all its entries, or name entries alone (`core.num_moe_experts`, `num_moe_experts`).
+            Entries of core by their own names.
         hf: model_config_from_hf of the checkpoint.
     """
     sentences = []
@@ -84,18 +34,15 @@ def conflicts(flags: ModelConfig, explicit: frozenset[str], hf: ModelConfig) -> 
         name, ours, theirs = item.name, getattr(flags, item.name), getattr(hf, item.name)
         if name in explicit - FREE and not _agree(ours, theirs):
             sentences.append(_sentence(name, ours, theirs))
-    whole = "core" in explicit
-    for name in sorted(ARCHITECTURE & flags.core.keys()):
-        named = whole or name in explicit or f"core.{name}" in explicit
-        if named and flags.core[name] is not None and not _agree_core(name, flags, hf):
+    for name in sorted(ARCHITECTURE & flags.core.keys() & explicit):
+        if flags.core[name] is not None and not _agree_core(name, flags, hf):
             sentences.append(_sentence(name, flags.core[name], hf.core.get(name)))
     return sentences
 
 
 def _sentence(name: str, ours: Any, theirs: Any) -> str:
-    flag = SPELLINGS.get(name, "--" + name.replace("_", "-"))
     found = f"the flags say {name} = {_show(ours)}, config.json says {_show(theirs)}"
-    return f"{flag}: {found}. Leave the flag out or correct it."
+    return f"{spelled(name)}: {found}. Leave the flag out or correct it."
 
 
 def _show(value: Any) -> str:

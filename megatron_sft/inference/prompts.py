@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sft import parallel
+from megatron_sft.config.fields import range_problems
 from megatron_sft.config.run import DataConfig, GenerateConfig, RunConfig
 from megatron_sft.data.schema import Message
 from megatron_sft.data.sources import ENDINGS, open_source
@@ -60,17 +61,7 @@ def write_answers(rows: Sequence[dict[str, Any]], options: GenerateConfig) -> No
 
 def check_options(options: GenerateConfig) -> None:
     """Raises ConfigError with every option that makes no sense."""
-    rules = [
-        (options.osl < 1, f"--osl is {options.osl}; expected 1 or more."),
-        (options.batch_size < 1, f"--batch-size is {options.batch_size}; expected 1 or more."),
-        (options.temperature < 0, f"--temperature is {options.temperature}; expected 0 (greedy) or more."),
-        (not 0 < options.top_p <= 1, f"--top-p is {options.top_p}; expected more than 0, at most 1."),
-        (options.top_k < 0, f"--top-k is {options.top_k}; expected 0 (all) or more."),
-        (not 0 < options.fraction <= 1, f"--fraction is {options.fraction}; expected more than 0, at most 1."),
-        (options.draft_length != 0, f"--draft-length is {options.draft_length}; expected 0, there are no draft models."),
-    ]
-    found = [sentence for broken, sentence in rules if broken] + output_problems("--output", options.output)
-    if found:
+    if found := range_problems(options) + output_problems("--output", options.output):
         raise ConfigError(found)
 
 

@@ -1,7 +1,5 @@
 """From ModelConfig to megatron-core's GPTModel with packed attention and a head that never holds full logits."""
 
-import dataclasses
-import difflib
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_sft.config.problems import core_problems
 from megatron_sft.config.run import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sft.core_compat import apply_gathered_rope, balance_experts_by_row, device, provide_latent_projections
 from megatron_sft.errors import ConfigError
@@ -99,7 +98,13 @@ class SFTModel(GPTModel):
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> TransformerConfig:
-    """megatron-core's configuration of the layers; kernels that need TransformerEngine or Apex are off."""
+    """megatron-core's configuration of the layers; kernels that need TransformerEngine or Apex are off.
+
+    Raises:
+        ConfigError: a setting of ModelConfig.core has no effect, or megatron-core refuses the settings together.
+    """
+    if found := core_problems(model.core):
+        raise ConfigError(found)
     dtype = DTYPES[train.params_dtype]
     fields: dict[str, Any] = dict(
         num_layers=model.num_layers,
@@ -144,7 +149,6 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         fields |= dict(rotary_base=model.rotary_base, rotary_percent=model.rotary_percent)
     kind = MLATransformerConfig if latent else TransformerConfig
     core = {name: value for name, value in model.core.items() if name != "hybrid_layer_pattern"}
-    _require_known(core, kind)
     config = _accepted(kind, {**fields, **core})
     config.hetereogenous_dist_checkpoint |= "hybrid_layer_pattern" in model.core  # a name for each layer, as MambaModel has
     config.sft_model = model  # type: ignore[attr-defined] # what our modules need beyond megatron-core's fields
@@ -187,19 +191,6 @@ def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
         num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
     )
-
-
-def _require_known(core: Any, kind: type) -> None:
-    """Raises ConfigError for names in ModelConfig.core that megatron-core's configuration does not have."""
-    known = [field.name for field in dataclasses.fields(kind)]
-    problems = []
-    for name in core:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {nearest[0]}?" if nearest else "Leave it out."
-            problems.append(f"model setting {name!r}: expected a field of megatron-core's {kind.__name__}. {hint}")
-    if problems:
-        raise ConfigError(problems)
 
 
 def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> list[SFTModel]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_sft import parallel
+from megatron_sft.config.fields import range_problems
 from megatron_sft.config.run import DataConfig, MMLUConfig, RunConfig
 from megatron_sft.core_compat import device
 from megatron_sft.data.sources import open_source, read_file
@@ -28,7 +29,6 @@ from megatron_sft.output import output_problems, write_output
 from megatron_sft.parallel import Ranks
 
 LETTERS = "ABCD"
-MAX_FEW_SHOTS = 5
 _SPLIT = re.compile(r"(?:^|[/_.-])(dev|test|val|validation|auxiliary_train|train)(?=[/_.-]|$)")
 _DATA_FILE = re.compile(r"\.(csv|jsonl|ndjson|json|parquet|arrow)(\.gz|\.zst)?$")
 
@@ -217,16 +217,7 @@ def select(data: Mapping[str, Subjects], options: MMLUConfig) -> tuple[list[Ques
 
 def check_options(options: MMLUConfig) -> None:
     """Raises ConfigError with every option that makes no sense."""
-    rules = [
-        (not 0 < options.fraction <= 1, f"--fraction is {options.fraction}; expected more than 0, at most 1."),
-        (
-            not 0 <= options.few_shots <= MAX_FEW_SHOTS,
-            f"--few-shots is {options.few_shots}; expected 0 to {MAX_FEW_SHOTS} (MMLU's dev split).",
-        ),
-        (options.mmlu_batch_size < 1, f"--mmlu-batch-size is {options.mmlu_batch_size}; expected 1 or more."),
-    ]
-    found = [sentence for broken, sentence in rules if broken] + output_problems("--output", options.output)
-    if found:
+    if found := range_problems(options) + output_problems("--output", options.output):
         raise ConfigError(found)
 
 

@@ -13,8 +13,10 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sft.checkpoint.background import torch_optimizers
+from megatron_sft.config.problems import length_problems
 from megatron_sft.config.run import OptimConfig, ParallelConfig, RunConfig
 from megatron_sft.core_compat import fuse_gradient_norm, provide_adam
+from megatron_sft.errors import ConfigError
 from megatron_sft.model.build import DTYPES
 from megatron_sft.train.adam import FusedAdam, NarrowGradientOptimizer
 
@@ -128,6 +130,9 @@ def schedule_lengths(run: RunConfig, total_iterations: int, total_samples: int) 
         run: flags; *_iters and *_samples are not mixed (problems.py).
         total_iterations: optimizer steps of the whole run, of this global batch size.
         total_samples: packs of the whole run.
+
+    Raises:
+        ConfigError: the parts are longer than the whole, which flags alone do not say of a run of --num-epoch.
     """
     optim = run.optim
     if run.train.train_samples or optim.lr_decay_samples or optim.lr_warmup_samples or optim.lr_wsd_decay_samples:
@@ -139,9 +144,9 @@ def schedule_lengths(run: RunConfig, total_iterations: int, total_samples: int) 
         wsd_decay = optim.lr_wsd_decay_iters
     if optim.lr_warmup_fraction is not None:
         warmup = int(optim.lr_warmup_fraction * decay)
-    if optim.lr_decay_style == "WSD" and wsd_decay is None:
-        wsd_decay = max(1, decay // 10)
-    return ScheduleLengths(unit, min(warmup, decay - 1), max(decay, 1), wsd_decay)
+    if found := length_problems("samples" if unit == SAMPLES else "iters", warmup, decay, wsd_decay, f"its {decay} {unit}"):
+        raise ConfigError(found)
+    return ScheduleLengths(unit, warmup, decay, wsd_decay)
 
 
 def build_scheduler(

@@ -85,8 +85,8 @@ def test_missing_and_contradicting_flags_are_named_at_once(flags: list[str], cap
     assert "contradict each other" in told and "1 values of train_weights for 2 sources" in told
     assert main(["report", *flags, "--prompt-data-epochs", "nan", "1e9", "--split", "nan,1,0", "--max-bad-rows", "-1"]) == 2
     told = "".join(capsys.readouterr())
-    assert "--prompt-data-epochs is (nan, 1000000000.0); expected numbers from 0 to 1000" in told
-    assert "--split is (nan, 1.0, 0.0)" in told and "--max-bad-rows is -1" in told
+    assert "--prompt-data-epochs nan 1e9: expected a number from 0 to 1000, each" in told
+    assert "--split nan,1,0: expected shares" in told and "--max-bad-rows -1: expected a whole number from 0" in told
     assert main(["preview"]) == 2
     told = "".join(capsys.readouterr())
     assert "no training data" in told and "--tokenizer-model is missing" in told

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from megatron_sft.__main__ import COMMANDS
-from megatron_sft.config.arguments import parse, parse_generate, parse_mmlu
+from megatron_sft.config.arguments import parse
+from megatron_sft.config.run import GenerateConfig, MMLUConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 READERS = {
     "finetune.py": lambda words: parse(words, 4),
-    "generate.py": lambda words: parse_generate(words, 4),
-    "mmlu": lambda words: parse_mmlu(words, 4),
+    "generate.py": lambda words: parse(words, 4, options=GenerateConfig),
+    "mmlu": lambda words: parse(words, 4, options=MMLUConfig),
     "convert": lambda words: parse(words, 4, training=False),
     "export": lambda words: parse(words, 4, training=False),
 }

@@ -126,7 +126,7 @@ def test_two_processes_give_the_losses_of_one(finetune, tmp_path, layout):
 
 def test_bf16_recompute_and_schedules_run(finetune, tmp_path):
     flags = ["--bf16", "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-    flags += ["--train-samples", "6", "--lr-decay-style", "WSD", "--micro-batch-size", "2"]
+    flags += ["--train-samples", "6", "--lr-decay-style", "WSD", "--lr-wsd-decay-samples", "2", "--micro-batch-size", "2"]
     done = finetune(*flags, "--save", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     assert metrics_of(tmp_path / "out")[-1]["consumed_samples"] == 6

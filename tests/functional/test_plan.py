@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_sft.__main__ import main
-from megatron_sft.config.arguments import parse_plan
-from megatron_sft.config.run import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sft.config.arguments import parse
+from megatron_sft.config.run import ModelConfig, ParallelConfig, PlanConfig, RunConfig, TrainConfig
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.activations import Activations
 from megatron_sft.model.pattern import layer_kinds
@@ -132,7 +132,7 @@ def test_memory_and_traffic_of_a_tiny_model(tmp_path: Path) -> None:
     conf.parent.mkdir()
     conf.write_text(CONF)
     flags = ["--use-distributed-optimizer", "--gpus", "2", "--global-batch-size", "4"]
-    run, given, options = parse_plan([*conf_flags(str(conf)), *flags])
+    run, given, options = parse([*conf_flags(str(conf)), *flags], 1, options=PlanConfig)
     made = plan(run, given, options, str(conf), [])
     rows = {next(name for name in ("TP", "PP", "CP", "DP") if row.sizes[name] == 2): row for row in made}
     expected = {"DP": PARAMETERS, "CP": PARAMETERS, "TP": 128 * 64 + 2 * (LAYER - 128) + 4 * 128 + 64}

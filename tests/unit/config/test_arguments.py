@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sft.config.arguments import parse, parse_generate, read_flags
+from megatron_sft.config.arguments import parse, read_flags
 from megatron_sft.config.problems import problems
 from megatron_sft.config.run import GenerateConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_sft.errors import ConfigError
@@ -48,9 +48,9 @@ def test_every_problem_is_reported_at_once():
     assert error.value.problems == (
         "--trian-iters: unknown flag. Did you mean --train-iters?",
         "--fp16: fp16 needs loss scaling, which this project does not have. Use --bf16.",
-        "--lr x: not a number. Give a value of type float.",
+        "--lr x: expected a number from 0 to 1. Correct it.",
         "--packing bestfit: expected one of best-fit, sequential, none. Did you mean best-fit?",
-        "--micro-batch-size is 0; expected a positive number.",
+        "--micro-batch-size 0: expected a whole number from 1 to 2147483647. Correct it.",
     )
 
 
@@ -94,9 +94,9 @@ def test_names_of_other_projects():
 
 
 def test_lists_of_integers_are_evaluated_without_eval():
-    values, found = read_flags(["--moe-layer-freq", "([0]*1+[1]*2)"], [])
+    values, found = read_flags(["--moe-layer-freq", "([0]*1+[1]*2)"])
     assert values == {"core.moe_layer_freq": [0, 1, 1]} and not found
-    _, found = read_flags(["--moe-layer-freq", "__import__('os')"], [])
+    _, found = read_flags(["--moe-layer-freq", "__import__('os')"])
     assert len(found) == 1
 
 
@@ -121,7 +121,8 @@ def test_save_into_an_hf_folder_is_refused(tmp_path):
 
 
 def test_generate_has_its_own_flags():
-    _, _, options = parse_generate("--load x --prompt a --prompt b --osl 5 --data p.txt --no-chat-template".split(), 1)
+    argv = "--load x --prompt a --prompt b --osl 5 --data p.txt --no-chat-template".split()
+    _, _, options = parse(argv, 1, options=GenerateConfig)
     assert options == GenerateConfig(prompt=("a", "b"), osl=5, prompts_path="p.txt", no_chat_template=True)
 
 

@@ -255,7 +255,7 @@ def test_layout_of_the_comment_fits(name):
     started = (tp if ep == 1 else etp * ep) * pp * int(sizes.get("DP", "1"))
     assert gpus == started, "conf/arguments.sh starts another number"
     assert found[3] == name
-    extra = read_flags(shlex.split(found[4] or ""), [])[0] if found[4] else {}
+    extra = read_flags(shlex.split(found[4] or ""))[0] if found[4] else {}
     first, last = (extra.get(f"parallel.decoder_{end}_pipeline_num_layers", 0) for end in ("first", "last"))
     layout = ParallelConfig(
         tp,

@@ -152,7 +152,7 @@ DAMAGED = {  # found in the headers
     "fp8": (weights(lambda t: t.update({"lm_head.weight": torch.ones(131, 64).to(torch.float8_e4m3fn)})), "has dtype F8_E4M3"),
     "fewer layers": (config(num_hidden_layers=2), "4 layers, numbered 0 to 3, not 2"),
     "more layers": (config(num_hidden_layers=5), "4 layers, numbered 0 to 3, not 5"),
-    "vocabulary": (config(vocab_size=2**40), r"embed_tokens.weight has shape \[131, 64\], not \[1099511627776, 64\]"),
+    "vocabulary": (config(vocab_size=2**30), r"embed_tokens.weight has shape \[131, 64\], not \[1073741824, 64\]"),
 }
 CONFIGS = {  # found in config.json
     "no JSON": (text("config.json", "{'a': 1}"), "not JSON"),
@@ -175,13 +175,13 @@ CONFIGS = {  # found in config.json
         "attention_bias is True; expected False; hidden_size is '64'; .*num_attention_heads is 0; expected a whole number",
     ),
     "no whole number": (config(num_hidden_layers=True), "num_hidden_layers is True; expected a whole number"),
-    "negative": (config(num_hidden_layers=-1), "num_hidden_layers is -1; expected a whole number above 0"),
+    "negative": (config(num_hidden_layers=-1), "num_hidden_layers is -1; expected a whole number from 1 to 2147483647"),
     "text for a number": (config(rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6'; expected a number"),
     "text for a switch": (config(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes'; expected true or false"),
-    "a list for a name": (config(hidden_act=["silu"]), r"hidden_act is \['silu'\]; expected a name"),
+    "a list for a name": (config(hidden_act=["silu"]), r"hidden_act is \['silu'\]; expected text"),
     "heads and groups": (config(num_key_value_heads=3), "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
     "theta": (config(rope_theta="abc", **ROPE), "rope settings cannot be read"),
-    "negative theta": (config(rope_theta=-5, **ROPE), "rope_theta is -5; expected a number above 0"),
+    "negative theta": (config(rope_theta=-5, **ROPE), r"rope_theta is -5; expected a number from 1 to 1e\+12"),
     "unknown scaling": (config(rope_scaling={"type": "dynamic", "factor": 2.0}, **ROPE), "unknown rope_type 'dynamic'"),
     "scaling without factor": (config(rope_scaling={"type": "linear"}, **ROPE), "rope_scaling of type linear: factor is missing"),
     "half of Llama's scaling": (

@@ -99,7 +99,7 @@ def test_fraction_is_of_each_subject_and_few_shots_come_from_dev(tmp_path: Path)
 
 
 def test_too_many_few_shots_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--few-shots is 6; expected 0 to 5"):
+    with pytest.raises(ConfigError, match=r"--few-shots is 6; expected a whole number from 0 to 5\."):
         mmlu.check_options(MMLUConfig(few_shots=6))
     data = mmlu.examples(str(write_jsonl_tree(tmp_path)))
     data["dev"]["anatomy"] = data["dev"]["anatomy"][:2]
