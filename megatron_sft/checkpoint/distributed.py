@@ -136,7 +136,8 @@ class CheckpointSaver:
         number = 0 if iteration == tracker.RELEASE else int(iteration)
         metadata = state_dicts.content_metadata(self._run.parallel.use_distributed_optimizer)
         full = state_dicts.sharded_state(chunks, optimizer, scheduler, metadata, is_loading=False)
-        full[state_dicts.RNG_KEY] = state_dicts.rng_state(self._ranks)
+        if self._run.checkpoint.save_rng:
+            full[state_dicts.RNG_KEY] = state_dicts.rng_state(self._ranks)
         full["args"] = state_dicts.megatron_args(self._run, self._ranks, number, state)
         full["args"].no_save_optim = optimizer is None
         full["checkpoint_version"] = 3.0
