@@ -370,8 +370,6 @@ def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks
     if state_dicts.RNG_KEY in wanted:
         state_dicts.restore_rng(loaded[state_dicts.RNG_KEY])
     state = dict(loaded.get(state_dicts.TRAIN_STATE, {}))
-    if state and (size := _batch_size(args)):
-        state.setdefault("order_batch_size", size)
     state["iteration"] = int(loaded.get("iteration", 0))
     state.setdefault("consumed_train_samples", int(getattr(args, "consumed_train_samples", 0)))
     return state

@@ -139,7 +139,7 @@ def build_job(run: RunConfig, ranks: Ranks, source: WeightSource, data: Data, wa
     wrapped = wrap_ddp(build(run, source, ranks), run.parallel, run.optim.main_grads_dtype)
     optimizer = build_optimizer(wrapped, run)
     restored = restore(run, source, ranks, wrapped, optimizer)
-    state = _state_of(restored)
+    state = _state_of(restored, source)
     loader, valid_loader = _loaders(run, ranks, data, state)
     total = run.train.train_iters or steps_of_samples(loader.num_samples, loader.num_packs, loader.global_batch_size)
     lengths = schedule_lengths(run, total, loader.num_samples)
@@ -185,10 +185,10 @@ def _loaders(run: RunConfig, ranks: Ranks, data: Data, state: TrainState) -> tup
     return loader, ValidLoader(data.valid, run.train, **dealt) if data.valid else None
 
 
-def _state_of(restored: dict[str, Any]) -> TrainState:
+def _state_of(restored: dict[str, Any], source: WeightSource) -> TrainState:
     """The state that a checkpoint holds, or what one of Megatron-LM says of it."""
-    if "tokens_seen" in restored:
-        return TrainState.from_dict(restored)
+    if "tokens_seen" in restored:  # an early release changed no batch size: its configuration says what the order was made for
+        return TrainState.from_dict({"order_batch_size": source.run_config["train"]["global_batch_size"], **restored})
     return TrainState(iteration=restored.get("iteration", 0), consumed_samples=restored.get("consumed_train_samples", 0))
 
 

@@ -75,11 +75,9 @@ def train_part(flags: list[str]) -> Part:
     from megatron_sft.train import setup
     from megatron_sft.train.loop import train
     from megatron_sft.train.watch import Watch
-    from megatron_sft.weights import find_source
 
     run, explicit = parse(flags, int(os.environ["WORLD_SIZE"]))
-    source = find_source(run.checkpoint)
-    run = setup.resolved(run, explicit, source)
+    run, source = setup.resolved(run, explicit)
     ranks = parallel.initialize(run.parallel, run.train.seed)
     data = setup.build_data(run)
     job, state, saving = setup.build_job(run, ranks, source, data, Watch(ranks, 0))
