@@ -98,27 +98,42 @@ def run_script(script: str, flags: Sequence[Any], processes: int = 1, timeout_s:
     Returns:
         The exit status (of the first rank that failed) and what all ranks wrote. The others are ended 30 s after a failure.
     """
-    flags = [str(flag) for flag in flags]
-    context, deadline = process_context(), time.monotonic() + timeout_s
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        places = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (out, err)]
+    return RunningScript(script, flags, processes).result(timeout_s)
+
+
+class RunningScript:
+    """A script of this folder on one or several ranks, beside whatever the test does meanwhile. Arguments as run_script's."""
+
+    def __init__(self, script: str, flags: Sequence[Any], processes: int = 1):
+        self._command = [script, *(str(flag) for flag in flags)]
+        self._files = [tempfile.TemporaryFile() for _ in range(2)]
+        places = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in self._files]
         worlds = environments(processes) if processes > 1 else [{**os.environ, "OMP_NUM_THREADS": "1"}]
-        ranks = [context.Process(target=_script, args=(script, flags, environment, places)) for environment in worlds]
-        for rank in ranks:
+        make = process_context().Process
+        self.ranks = [make(target=_script, args=(script, self._command[1:], world, places)) for world in worlds]
+        for rank in self.ranks:
             rank.start()
+
+    def result(self, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+        """Waits for the end; as run_script."""
+        deadline = time.monotonic() + timeout_s
         try:
-            while any(rank.is_alive() for rank in ranks):
-                if any(rank.exitcode for rank in ranks):
+            while any(rank.is_alive() for rank in self.ranks):
+                if any(rank.exitcode for rank in self.ranks):
                     deadline = min(deadline, time.monotonic() + 30)
-                assert time.monotonic() < deadline, f"{script} {flags} did not end"
+                assert time.monotonic() < deadline, f"{self._command} did not end"
                 time.sleep(0.02)
         finally:
-            for rank in ranks:
+            for rank in self.ranks:
                 rank.kill()
                 rank.join()
-        texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
-    status = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
-    return subprocess.CompletedProcess([script, *flags], status, *texts)
+        texts = []
+        for file in self._files:
+            with file:
+                file.seek(0)
+                texts.append(file.read().decode())
+        status = next((rank.exitcode for rank in self.ranks if rank.exitcode), 0)
+        return subprocess.CompletedProcess(self._command, status, *texts)
 
 
 def _script(script: str, flags: list[str], environment: Mapping[str, str], places: list[str]) -> None:
