@@ -22,7 +22,7 @@ from megatron_sft.model.flops import train_flops
 from megatron_sft.parallel import Ranks
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loss import LossTotals
-from megatron_sft.train.metrics import MetricsWriter
+from megatron_sft.train.metrics import metrics_writer
 from megatron_sft.train.optim import ScheduleLengths, whole_parameters
 from megatron_sft.train.state import TrainState
 from megatron_sft.train.step import StepResult, train_step
@@ -94,46 +94,43 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
     """
     run, stop, stopped = job.run, StopRequest(job.run), 0
     last_iteration = len(job.loader)
-    writer = MetricsWriter(run, state.iteration, last_iteration) if job.ranks.rank == 0 else None
-    clock = time.perf_counter()
-    for step in job.loader:
-        lr = job.optimizer.param_groups[0]["lr"]
-        limit = state.loss_limit(run.train.loss_spike_factor)
-        result = train_step(
-            job.chunks,
-            job.optimizer,
-            step.micro_batches,
-            len(job.source_names),
-            job.name_document,
-            run.train.check_for_nan,
-            state.iteration + 1,
-            limit,
-        )
-        if result.spike:
-            _meet_spike(job, state, result.spike)
-        scheduled = schedule_position(job.schedule, job.loader, state)
-        state = _advanced(state, step, result, limit)
-        job.scheduler.step(schedule_position(job.schedule, job.loader, state) - scheduled)
-        metrics = step_metrics(job, step, state, result, lr, seconds=time.perf_counter() - clock)
-        stopped = stop.agreed(state.iteration)
-        ends = bool(stopped) or state.iteration == last_iteration
-        valid_loss = None
-        if job.valid_loader and (state.iteration % run.train.eval_interval == 0 or ends):
-            with whole_parameters(job.chunks, run.parallel):
-                totals = evaluate(job.chunks, job.valid_loader)
-            metrics |= loss_metrics("valid", totals, job.valid_loader.dataset.store.source_names)
-            valid_loss = totals.loss
-        if writer:
-            writer.write(metrics)
-        interval = run.checkpoint.save_interval
-        if run.checkpoint.save and (ends or (interval and state.iteration % interval == 0)):
-            with whole_parameters(job.chunks, run.parallel):
-                job.save(state, valid_loss)
-        if ends:
-            break
+    with metrics_writer(run, job.ranks.rank, state.iteration, last_iteration) as write:
         clock = time.perf_counter()
-    if writer:
-        writer.close()
+        for step in job.loader:
+            lr = job.optimizer.param_groups[0]["lr"]
+            limit = state.loss_limit(run.train.loss_spike_factor)
+            result = train_step(
+                job.chunks,
+                job.optimizer,
+                step.micro_batches,
+                len(job.source_names),
+                job.name_document,
+                run.train.check_for_nan,
+                state.iteration + 1,
+                limit,
+            )
+            if result.spike:
+                _meet_spike(job, state, result.spike)
+            scheduled = schedule_position(job.schedule, job.loader, state)
+            state = _advanced(state, step, result, limit)
+            job.scheduler.step(schedule_position(job.schedule, job.loader, state) - scheduled)
+            metrics = step_metrics(job, step, state, result, lr, seconds=time.perf_counter() - clock)
+            stopped = stop.agreed(state.iteration)
+            ends = bool(stopped) or state.iteration == last_iteration
+            valid_loss = None
+            if job.valid_loader and (state.iteration % run.train.eval_interval == 0 or ends):
+                with whole_parameters(job.chunks, run.parallel):
+                    totals = evaluate(job.chunks, job.valid_loader)
+                metrics |= loss_metrics("valid", totals, job.valid_loader.dataset.store.source_names)
+                valid_loss = totals.loss
+            write(metrics)
+            interval = run.checkpoint.save_interval
+            if run.checkpoint.save and (ends or (interval and state.iteration % interval == 0)):
+                with whole_parameters(job.chunks, run.parallel):
+                    job.save(state, valid_loss)
+            if ends:
+                break
+            clock = time.perf_counter()
     return state, stopped
 
 

@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,22 @@ def _is_after(line: bytes, iteration: int) -> bool:
     return isinstance(found, int) and found > iteration
 
 
+@contextlib.contextmanager
+def metrics_writer(run: RunConfig, rank: int, iteration: int, train_iters: int) -> Iterator[Callable[[Metrics], None]]:
+    """What writes the metrics of an iteration: MetricsWriter.write on rank 0, nothing elsewhere. Closed also when a run fails."""
+    if rank != 0:
+        yield lambda metrics: None
+        return
+    writer = MetricsWriter(run, iteration, train_iters)
+    try:
+        yield writer.write
+    except BaseException:
+        with contextlib.suppress(TrainingError):  # of a full disk perhaps; the first error says more
+            writer.close(exit_code=1)
+        raise
+    writer.close()
+
+
 class MetricsWriter:
     """Writes the metrics of every iteration; made on rank 0 only.
 
@@ -104,18 +120,19 @@ class MetricsWriter:
             if self._tensorboard:
                 for name, value in numbers.items():
                     self._tensorboard.add_scalar(name, value, iteration)
+                self._tensorboard.flush()  # by itself it does so every 2 minutes, which a killed process may not live
         if self._wandb:
             self._wandb.log(numbers, step=iteration)
 
-    def close(self) -> None:
-        """Flushes and closes every place."""
+    def close(self, exit_code: int = 0) -> None:
+        """Flushes and closes every place; Weights & Biases shows a run with another exit code than 0 as failed."""
         with self._explained():
             if self._jsonl:
                 self._jsonl.close()
             if self._tensorboard:
                 self._tensorboard.close()
         if self._wandb:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=exit_code)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -150,5 +167,4 @@ def _wandb(run: RunConfig) -> Any:
         import wandb
     except ImportError:
         raise ConfigError(["--wandb-project needs the package wandb. Run: pip install wandb"]) from None
-    log = run.log
-    return wandb.init(project=log.wandb_project, name=log.wandb_exp_name, group=log.wandb_group, mode=log.wandb_mode)
+    return wandb.init(project=run.log.wandb_project, name=run.log.wandb_exp_name)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.functional.conftest import metrics_of
 from tests.gloo import ROOT
+from tests.unit.train.test_metrics import tensorboard_points
 
 KEYS = {"iteration", "sft/loss", "sft/trained_tokens", "sft/tokens_seen", "sft/epoch", "grad_norm", "lr", "perf/tokens_per_s"}
 
@@ -124,17 +125,6 @@ def test_two_processes_give_the_losses_of_one(finetune, tmp_path, layout):
     assert two == pytest.approx(one, rel=1e-6)
 
 
-def test_padding_of_the_vocabulary_is_cut_off_on_export(finetune, tiny_folder, tmp_path):
-    """--make-vocab-size-divisible-by pads 260 rows to 300; the HF folder has 260 again, and generates."""
-    out = tmp_path / "hf"
-    done = finetune("--train-iters", "1", "--lr", "1e-3", "--make-vocab-size-divisible-by", "100", "--save-hf", out)
-    assert done.returncode == 0, done.stdout + done.stderr
-    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_folder, out))
-    assert {name: tensor.shape for name, tensor in after.items()} == {name: tensor.shape for name, tensor in before.items()}
-    assert json.loads((out / "config.json").read_text())["vocab_size"] == 260
-    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
-
-
 def test_bf16_recompute_and_schedules_run(finetune, tmp_path):
     flags = ["--bf16", "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     flags += ["--train-samples", "6", "--lr-decay-style", "WSD", "--lr-wsd-decay-samples", "2", "--micro-batch-size", "2"]
@@ -179,11 +169,13 @@ def test_nan_stops_before_the_update_and_names_iteration_and_row(finetune, tiny_
     lines[11] = lines[11].replace("What is", "@ What is")
     rows.write_text("\n".join(lines) + "\n")
     flags = ["--load", broken, "--finetune-hf-dataset", rows, "--no-verify-conversion", "--global-batch-size", "2"]
-    done = finetune(*flags, "--num-epoch", "1", "--save", tmp_path / "out")
+    done = finetune(*flags, "--num-epoch", "1", "--no-shuffle", "--save", tmp_path / "out")
     assert done.returncode == 3, done.stdout + done.stderr
     finished = metrics_of(tmp_path / "out")
     expected = f"iteration {len(finished) + 1}: loss or gradient is not finite in the rows {rows}:12."
     assert expected in done.stdout and "Traceback" not in done.stdout
+    losses = [(line["iteration"], float(np.float32(line["sft/loss"]))) for line in finished]
+    assert tensorboard_points(tmp_path / "out" / "tensorboard")["sft/loss"] == losses and losses
 
 
 def test_held_out_files_have_losses_of_their_own(finetune, rows_file, tmp_path):

@@ -4,11 +4,23 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 
 from megatron_sft.config.run import CheckpointConfig, LogConfig, RunConfig
 from megatron_sft.errors import TrainingError
-from megatron_sft.train.metrics import MetricsWriter, console_line, keep_until
+from megatron_sft.train.metrics import MetricsWriter, console_line, keep_until, metrics_writer
+from tests.gloo import process_context
+
+
+def tensorboard_points(folder):
+    """{name: [(iteration, value)]} of an event folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
 
 METRICS = {
     "iteration": 3,
@@ -66,6 +78,31 @@ def test_metrics_that_cannot_be_a_file_are_an_error(tmp_path, make):
     run = RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path)))
     with pytest.raises(TrainingError, match=r"metrics\.jsonl and .* cannot be written"):
         MetricsWriter(run, 0, 10)
+
+
+def _write_and_die(save):
+    writer = MetricsWriter(RunConfig(checkpoint=CheckpointConfig(save=save)), 0, 10)
+    writer.write(METRICS)
+    os._exit(9)
+
+
+def test_a_killed_process_loses_nothing_that_was_logged(tmp_path):
+    process = process_context().Process(target=_write_and_die, args=(str(tmp_path),))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 9
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == METRICS
+    numbers = {name: [(3, float(np.float32(value)))] for name, value in METRICS.items()}
+    assert tensorboard_points(tmp_path / "tensorboard") == numbers
+
+
+def test_the_writer_is_closed_when_a_run_fails(tmp_path):
+    run = RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path)))
+    with pytest.raises(TrainingError, match="rank 1"), metrics_writer(run, 0, 0, 10) as write:
+        write(METRICS)
+        raise TrainingError("rank 1")
+    with pytest.raises(ValueError, match="closed file"):
+        write(METRICS)
 
 
 def test_writer_has_one_object_an_iteration(tmp_path):
