@@ -5,7 +5,8 @@ from pathlib import Path
 
 from megatron_sft import parallel
 from megatron_sft.checkpoint.distributed import save_checkpoint
-from megatron_sft.checkpoint.tracker import is_megatron_checkpoint
+from megatron_sft.checkpoint.lock import held
+from megatron_sft.checkpoint.tracker import RELEASE, is_megatron_checkpoint, iterations
 from megatron_sft.config.run import CheckpointConfig, RunConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.conf import conf_text
@@ -31,13 +32,13 @@ def convert(run: RunConfig, explicit: frozenset[str] = NOTHING) -> None:
         UserError: weights that cannot be read, or flags that contradict them; nothing was written.
     """
     load, save = str(run.checkpoint.load), str(run.checkpoint.save)
-    if Path(load).resolve() == Path(save).resolve():
-        raise CheckpointError(f"{save}: --save is --load; expected another folder, which the weights alone go to. Change --save.")
+    _require_no_other_use(save, load)
     run, source = resolve(run, explicit, training=False, like=_like(run))
     ranks = parallel.initialize(run.parallel, run.train.seed)
-    chunks = build(run, source, ranks)
-    saved = RunConfig(run.model, run.parallel, checkpoint=CheckpointConfig(save=save))
-    save_checkpoint(save, "release", chunks, None, None, {}, saved, ranks)
+    with held(save, ranks) as lock:
+        chunks = build(run, source, ranks)
+        saved = RunConfig(run.model, run.parallel, checkpoint=CheckpointConfig(save=save))
+        save_checkpoint(save, RELEASE, chunks, None, None, {}, saved, ranks, lock)
     parallel.finalize()
     logger.info("wrote the weights of %s to %s/release", load, save)
 
@@ -58,12 +59,30 @@ def export(run: RunConfig, explicit: frozenset[str] = NOTHING) -> None:
         raise CheckpointError(
             f"{load}: no Megatron checkpoint; expected a folder with latest_checkpointed_iteration.txt. Check --load."
         )
+    if is_megatron_checkpoint(folder) or Path(load).resolve().is_relative_to(Path(folder).resolve()):
+        raise CheckpointError(f"{folder}: holds a Megatron checkpoint; expected a folder for an HF model. Change --save-hf.")
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, params_dtype="bf16"))
     run, source = resolve(run, explicit, training=False, like=_like(run))
     ranks = parallel.initialize(run.parallel, run.train.seed)
     save_hf(build(run, source, ranks), run.model, folder, ranks, _like(run))
     parallel.finalize()
     logger.info("exported %s to %s", load, folder)
+
+
+def _require_no_other_use(save: str, load: str) -> None:
+    """Weights alone beside checkpoints of a training, or in an HF folder, would make both unusable."""
+    place = Path(save)
+    if place.resolve() == Path(load).resolve():
+        found = "--save is --load"
+    elif (place / "config.json").exists() or any(place.glob("*.safetensors")):
+        found = "is an HF folder"
+    elif numbers := iterations(place):
+        found = f"holds the checkpoints of a training, up to iteration {numbers[0]}"
+    elif (place / "metadata.json").exists():
+        found = "is the folder of one checkpoint"
+    else:
+        return
+    raise CheckpointError(f"{save}: {found}; expected another folder, which the weights alone go to. Change --save.")
 
 
 def _like(run: RunConfig) -> str | None:

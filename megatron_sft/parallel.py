@@ -75,6 +75,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     if cuda:
         torch.cuda.set_device(local_rank)
     backend = parallel.distributed_backend or ("nccl" if cuda else "gloo")
+    if backend == "nccl" and not cuda:
+        raise ConfigError(["--distributed-backend nccl: there is no CUDA device. Expected gloo; leave the flag out."])
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     with _explained(f"rank {rank} of {world_size}"):
         if not dist.is_initialized():

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron_sft.checkpoint import background, manifest, optimizer_shards, torch_dist, tracker
 from megatron_sft.checkpoint import state as state_dicts
 from megatron_sft.checkpoint.background import torch_optimizers
+from megatron_sft.checkpoint.lock import Lock
 from megatron_sft.checkpoint.resume import run_config_json
 from megatron_sft.config.run import RunConfig
 from megatron_sft.errors import CheckpointError
@@ -42,10 +43,12 @@ class CheckpointSaver:
         root: folder of the checkpoints, made when missing.
         run: its `checkpoint` says what is kept; all of it is written beside every checkpoint.
         ranks: of this process.
+        lock: of the root; nothing is written when it is lost. None: nobody else writes there.
     """
 
-    def __init__(self, root: str | Path, run: RunConfig, ranks: Ranks):
+    def __init__(self, root: str | Path, run: RunConfig, ranks: Ranks, lock: Lock | None = None):
         self.root = Path(root)
+        self._lock = lock or Lock(None)
         self._run = run
         self._ranks = ranks
         self._staging = background.Staging()
@@ -126,6 +129,7 @@ class CheckpointSaver:
 
     def _make(self, iteration: tracker.Iteration) -> None:
         if self._ranks.rank == 0:
+            self._lock.require()
             folder = tracker.saving_folder(self.root, iteration)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -136,7 +140,8 @@ class CheckpointSaver:
         number = 0 if iteration == tracker.RELEASE else int(iteration)
         metadata = state_dicts.content_metadata(self._run.parallel.use_distributed_optimizer)
         full = state_dicts.sharded_state(chunks, optimizer, scheduler, metadata, is_loading=False)
-        full[state_dicts.RNG_KEY] = state_dicts.rng_state(self._ranks)
+        if self._run.checkpoint.save_rng:
+            full[state_dicts.RNG_KEY] = state_dicts.rng_state(self._ranks)
         full["args"] = state_dicts.megatron_args(self._run, self._ranks, number, state)
         full["args"].no_save_optim = optimizer is None
         full["checkpoint_version"] = 3.0
@@ -167,7 +172,7 @@ class CheckpointSaver:
             written = exchange(own)
             _agree(lambda: self._complete(iteration, folder, job, config, written), ranks, where, exchange)
         except CheckpointError:
-            if ranks.rank == 0:
+            if ranks.rank == 0 and self._lock.is_mine():  # otherwise the folder is perhaps another run's by now
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -180,6 +185,7 @@ class CheckpointSaver:
         records = torch_dist.write_metadata(folder, job, [results for results, _ in written])
         records.append(manifest.write_file(folder / manifest.RUN_CONFIG, config))
         manifest.write_manifest(folder, [*records, *(record for _, files in written for record in files)])
+        self._lock.require()
         tracker.publish(self.root, iteration)
         tracker.retain(self.root, self._run.checkpoint.save_retain)
 
@@ -259,9 +265,10 @@ def save_checkpoint(
     state: dict[str, Any],
     run: RunConfig,
     ranks: Ranks,
+    lock: Lock | None = None,
 ) -> None:
     """Collective: writes one checkpoint. A run that saves more than once keeps a CheckpointSaver instead."""
-    saver = CheckpointSaver(root, run, ranks)
+    saver = CheckpointSaver(root, run, ranks, lock)
     saver.save(iteration, chunks, optimizer, scheduler, state)
     saver.finish()
 
@@ -369,8 +376,6 @@ def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks
     if state_dicts.RNG_KEY in wanted:
         state_dicts.restore_rng(loaded[state_dicts.RNG_KEY])
     state = dict(loaded.get(state_dicts.TRAIN_STATE, {}))
-    if state and (size := _batch_size(args)):
-        state.setdefault("order_batch_size", size)
     state["iteration"] = int(loaded.get("iteration", 0))
     state.setdefault("consumed_train_samples", int(getattr(args, "consumed_train_samples", 0)))
     return state

@@ -51,7 +51,7 @@ class Flag:
     """Values that it takes: 0, 1, or "+" for at least one."""
     help: str = ""
     hidden: bool = False
-    """Neither in --help nor in a hint."""
+    """Not in --help."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def split_flags(argv: Sequence[str], table: Mapping[str, Flag]) -> tuple[list[Gi
         following = [value] if has_value else _following(words)
         known = table.get(name)
         if known is None:
-            found.append(hint(name, [item.name for item in table.values() if not item.hidden]))
+            found.append(hint(name, list(table)))
             del words[: 0 if has_value else len(following)]  # the value of an unknown flag is no problem of its own
         elif has_value and known.words == 0:
             found.append(f"{name}={value}: expected no value. Write {name} alone.")

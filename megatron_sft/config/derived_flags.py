@@ -193,6 +193,16 @@ def _tokenizer_type(raw: Values, values: Values, found: list[str]) -> None:
         )
 
 
+def _use_wandb(raw: Values, values: Values, found: list[str]) -> None:
+    if "--wandb-project" not in raw:
+        found.append("--use-wandb needs --wandb-project. Add it, or leave it out.")
+
+
+def _dynamic_batch(raw: Values, values: Values, found: list[str]) -> None:
+    if "--max-tokens-per-gpu" not in raw:
+        found.append("--use-dynamic-batch-size needs --max-tokens-per-gpu. Add it, or leave it out.")
+
+
 @dataclass(frozen=True)
 class Derived:
     """A flag that sets fields together with others, or that checks what they say."""
@@ -225,6 +235,8 @@ DERIVED: Mapping[str, Derived] = {
     "--num-layers-per-virtual-pipeline-stage": Derived(_virtual_layers, help="layers a model chunk"),
     "--hf-checkpoint": Derived(_hf_checkpoint, help="HF folder of tokenizer and weights"),
     "--ref-load": Derived(_ref_load, help="weights to start from"),
+    "--use-wandb": Derived(_use_wandb, words=0, help="Weights & Biases, with --wandb-project"),
+    "--use-dynamic-batch-size": Derived(_dynamic_batch, words=0, help="micro-batches are filled to --max-tokens-per-gpu"),
     "--tokenizer-type": Derived(_tokenizer_type, help="HuggingFaceTokenizer or SentencePieceTokenizer"),
 }
 """In this order, after all flags that are fields."""

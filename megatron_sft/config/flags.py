@@ -83,6 +83,8 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
     "--moe-per-layer-logging": (0, _NO_METRIC),
     "--log-timers-to-tensorboard": (0, "perf/step_ms and data/wait_ms are always there"),
     "--exit-on-missing-checkpoint": (0, _TRUE),
+    "--manual-gc": (0, "Python collects when it has to"),
+    "--manual-gc-interval": (1, "Python collects when it has to"),
     "--cross-entropy-loss-fusion": (0, "the loss is always fused with the head"),
     "--cross-entropy-fusion-impl": (1, "the loss is always fused with the head"),
     "--use-fused-weighted-squared-relu": (0, _KERNEL),

@@ -47,7 +47,7 @@ def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str
     found = _layout_problems(run, world_size) + model_problems(run.model)
     if training:
         found += _training_problems(run) + _optim_problems(run) + _folder_problems(run.checkpoint)
-        found += _allowed_problems(run)
+        found += _allowed_problems(run) + _log_problems(run)
     return found
 
 
@@ -394,6 +394,13 @@ def _folder_problems(checkpoint: CheckpointConfig) -> list[str]:
         if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
             found.append(f"{flag} {target}: {parent} cannot be written. Choose a folder that can be.")
     return found
+
+
+def _log_problems(run: RunConfig) -> list[str]:
+    names = [name for name in ("wandb_exp_name", "wandb_group", "wandb_mode") if getattr(run.log, name) is not None]
+    if names and run.log.wandb_project is None:
+        return [f"{', '.join(map(flag_of, names))} without --wandb-project: nothing is sent. Add it, or leave it out."]
+    return []
 
 
 def _allowed_problems(run: RunConfig) -> list[str]:

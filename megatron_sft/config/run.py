@@ -290,6 +290,7 @@ class CheckpointConfig:
     load_optim: bool = True
     load_rng: bool = True
     save_optim: bool = True
+    save_rng: bool = True
     verify_integrity: bool = True
     """Every file of a checkpoint is checksummed before it is loaded."""
     verify_conversion: bool = True
@@ -306,6 +307,9 @@ class LogConfig:
     tensorboard_dir: str | None = None
     wandb_project: str | None = None
     wandb_exp_name: str | None = None
+    wandb_group: str | None = None
+    wandb_mode: Annotated[str, Words("online", "offline", "disabled")] | None = None
+    """None: as WANDB_MODE says."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from megatron_sft.config.problems import rope_problems
 from megatron_sft.config.run import ModelConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.files import regular, regular_folder
-from megatron_sft.hf.conflicts import ARCHITECTURE
+from megatron_sft.hf.conflicts import ARCHITECTURE, PADDING
 from megatron_sft.hf.derived import DERIVED, Fields, Keys
 from megatron_sft.hf.families import CONFIG, DEFAULTS, FAMILIES, OTHER_SPELLINGS, Family
 
@@ -260,7 +260,8 @@ def same_architecture(model: ModelConfig, hf: ModelConfig) -> bool:
     """Whether config.json says all that the model is; entries of `core` that no family uses are left aside."""
     used = ARCHITECTURE | hf.core.keys()
     mine, theirs = ({name: value.core.get(name) for name in used if value.core.get(name)} for value in (model, hf))
-    return mine == theirs and dataclasses.replace(model, padded_vocab_size=hf.padded_vocab_size, core=hf.core) == hf
+    chosen = {name: getattr(hf, name) for name in PADDING | {"core"}}  # the padding of the vocabulary is this run's alone
+    return mine == theirs and dataclasses.replace(model, **chosen) == hf
 
 
 def _write_keys(model: ModelConfig, model_type: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from megatron_sft.config.core_fields import CoreArchitecture
 from megatron_sft.config.fields import kinds
 from megatron_sft.config.run import ModelConfig
 
-FREE = frozenset({"padded_vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings", "init_method_std", "core"})
+PADDING = frozenset({"padded_vocab_size", "make_vocab_size_divisible_by"})
+FREE = PADDING | {"max_position_embeddings", "init_method_std", "core"}
 """Fields that a run may choose for itself."""
 
 ARCHITECTURE = frozenset(kinds(CoreArchitecture))

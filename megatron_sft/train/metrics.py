@@ -167,4 +167,5 @@ def _wandb(run: RunConfig) -> Any:
         import wandb
     except ImportError:
         raise ConfigError(["--wandb-project needs the package wandb. Run: pip install wandb"]) from None
-    return wandb.init(project=run.log.wandb_project, name=run.log.wandb_exp_name)
+    log = run.log
+    return wandb.init(project=log.wandb_project, name=log.wandb_exp_name, group=log.wandb_group, mode=log.wandb_mode)

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sft.checkpoint import tracker
 from megatron_sft.checkpoint.distributed import CheckpointSaver
+from megatron_sft.checkpoint.lock import Lock
 from megatron_sft.config.run import RunConfig
 from megatron_sft.hf.weights import save_hf
 from megatron_sft.log import logger
@@ -31,6 +32,7 @@ class Saving:
         scheduler: megatron-core's.
         identity: of the data, by DATA_IDENTITY's names.
         watch: is told what this rank does.
+        lock: of the --save folder; None: nobody else writes there.
     """
 
     def __init__(
@@ -42,10 +44,11 @@ class Saving:
         scheduler: Any,
         identity: Mapping[str, str],
         watch: Watch,
+        lock: Lock | None = None,
     ):
         self._run, self._ranks, self._chunks, self._watch = run, ranks, chunks, watch
         self._optimizer, self._scheduler, self._identity = optimizer, scheduler, identity
-        self._saver = CheckpointSaver(run.checkpoint.save, run, ranks) if run.checkpoint.save else None
+        self._saver = CheckpointSaver(run.checkpoint.save, run, ranks, lock) if run.checkpoint.save else None
         self._unmarked: tuple[int, float] | None = None
         self._exported: int | None = None
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megatron_sft import parallel
+from megatron_sft.checkpoint.lock import Lock, held
 from megatron_sft.checkpoint.resume import kept_batch_size, refuse_changed
 from megatron_sft.config.run import DATA_IDENTITY, RunConfig
 from megatron_sft.core_compat import use_deterministic_algorithms
@@ -21,9 +22,9 @@ from megatron_sft.data.prepare import VALID_SPLITS, mixture, open_store, pack_do
 from megatron_sft.data.report import as_table, data_report
 from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
 from megatron_sft.data.tokens import TokenStore
-from megatron_sft.errors import DataError, TrainingError
+from megatron_sft.errors import CheckpointError, DataError, TrainingError
 from megatron_sft.log import logger
-from megatron_sft.parallel import Ranks
+from megatron_sft.parallel import Ranks, agree
 from megatron_sft.train import memory
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loop import Job, loss_metrics, schedule_position, train
@@ -31,7 +32,7 @@ from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_
 from megatron_sft.train.saving import METRIC, Saving
 from megatron_sft.train.state import TrainState
 from megatron_sft.train.watch import Watch
-from megatron_sft.weights import WeightSource, build, resolve, restore
+from megatron_sft.weights import WeightSource, build, find_source, resolve, restore
 
 EXIT_DURATION = 4
 
@@ -64,16 +65,29 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
         use_deterministic_algorithms()
     ranks = parallel.initialize(run.parallel, run.train.seed)
     with Watch(ranks, run.parallel.stall_timeout_s) as watch, memory.explained(run, ranks):
-        status = _finetune(run, ranks, source, watch)
+        watch.tell("taking the lock of the --save folder")
+        with held(run.checkpoint.save, ranks) as lock:
+            watch.before_end = lock.release
+            agree(lambda: _require_unchanged(source, run))
+            status = _finetune(run, ranks, source, watch, lock)
     parallel.finalize()
     return status
 
 
-def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch) -> int:
+def _require_unchanged(source: WeightSource, run: RunConfig) -> None:
+    """Another run may have ended between the first look and the lock."""
+    if find_source(run) != source:
+        raise CheckpointError(
+            f"{run.checkpoint.save}: another run wrote to it while this one began. Expected nobody else there. Give the same "
+            "command again: it goes on from what is there now."
+        )
+
+
+def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch, lock: Lock) -> int:
     watch.tell("reading the data")
     data = build_data(run)
     watch.tell("building the model")
-    job, state, saving = build_job(run, ranks, source, data, watch)
+    job, state, saving = build_job(run, ranks, source, data, watch, lock)
     if run.train.skip_train:
         validate_only(job)
         return 0
@@ -130,7 +144,9 @@ def _require_known_tokens(run: RunConfig, store: TokenStore) -> None:
         )
 
 
-def build_job(run: RunConfig, ranks: Ranks, source: WeightSource, data: Data, watch: Watch) -> tuple[Job, TrainState, Saving]:
+def build_job(
+    run: RunConfig, ranks: Ranks, source: WeightSource, data: Data, watch: Watch, lock: Lock | None = None
+) -> tuple[Job, TrainState, Saving]:
     """Model, weights, optimizer and loaders. The state is that of the checkpoint, or a new one."""
     packs = order_digest(data.train.plan, run.data.seed, run.data.shuffle)
     identity = dict(zip(DATA_IDENTITY, (data.store.content, packs), strict=True))
@@ -139,12 +155,12 @@ def build_job(run: RunConfig, ranks: Ranks, source: WeightSource, data: Data, wa
     wrapped = wrap_ddp(build(run, source, ranks), run.parallel, run.optim.main_grads_dtype)
     optimizer = build_optimizer(wrapped, run)
     restored = restore(run, source, ranks, wrapped, optimizer)
-    state = _state_of(restored)
+    state = _state_of(restored, source)
     loader, valid_loader = _loaders(run, ranks, data, state)
     total = run.train.train_iters or steps_of_samples(loader.num_samples, loader.num_packs, loader.global_batch_size)
     lengths = schedule_lengths(run, total, loader.num_samples)
     scheduler = build_scheduler(optimizer, run.optim, lengths, schedule_position(lengths, loader, state))
-    saving = Saving(run, ranks, wrapped, optimizer, scheduler, identity, watch)
+    saving = Saving(run, ranks, wrapped, optimizer, scheduler, identity, watch, lock)
     if METRIC in restored:  # the kill may have come between a save and its mark
         saving.mark(state.iteration, restored[METRIC])
     job = Job(
@@ -185,10 +201,10 @@ def _loaders(run: RunConfig, ranks: Ranks, data: Data, state: TrainState) -> tup
     return loader, ValidLoader(data.valid, run.train, **dealt) if data.valid else None
 
 
-def _state_of(restored: dict[str, Any]) -> TrainState:
+def _state_of(restored: dict[str, Any], source: WeightSource) -> TrainState:
     """The state that a checkpoint holds, or what one of Megatron-LM says of it."""
-    if "tokens_seen" in restored:
-        return TrainState.from_dict(restored)
+    if "tokens_seen" in restored:  # an early release changed no batch size: its configuration says what the order was made for
+        return TrainState.from_dict({"order_batch_size": source.run_config["train"]["global_batch_size"], **restored})
     return TrainState(iteration=restored.get("iteration", 0), consumed_samples=restored.get("consumed_train_samples", 0))
 
 

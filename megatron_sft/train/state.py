@@ -30,7 +30,7 @@ class TrainState:
     loss_mean: float = 0.0
     """Running mean of the steps' losses, in nats a trained token."""
     order_batch_size: int = 0
-    """The global batch size that the order of this epoch was made for (data/loader.py); 0: the checkpoint's."""
+    """The global batch size that the order of this epoch was made for (data/loader.py); 0: the run's own."""
 
     def loss_limit(self, factor: float | None) -> float:
         """The loss above which a step is a spike; infinite without a factor or before LOSS_STEPS losses."""

@@ -16,13 +16,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sft.checkpoint.lock import start_of
 from megatron_sft.errors import TrainingError, UserError
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks, gather
@@ -41,11 +42,11 @@ class Process:
     host: str
     pid: int
     identity: str
-    """Start time from /proc, so that another process with the same number is never taken for it."""
+    """start_of(pid)."""
 
     @classmethod
     def own(cls) -> "Process":
-        return cls(socket.gethostname(), os.getpid(), _identity(os.getpid()) or "")
+        return cls(socket.gethostname(), os.getpid(), start_of(os.getpid()) or "")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Watch:
         self._active = ranks.world_size > 1 and stall_timeout_s > 0
         self._stop = threading.Event()
         self._beats = 0
+        self.before_end: Callable[[], None] = lambda: None
+        """Called, for at most 2 s, before the process is ended in place of its main thread."""
 
     def tell(self, activity: str) -> None:
         """Says what this rank does from now on, for the messages of the others."""
@@ -179,6 +182,9 @@ class Watch:
         if is_mine:
             logger.error("%s", failure.message)
         sys.stdout.flush()
+        last = threading.Thread(target=self.before_end, daemon=True)  # it may wait for a file server that is away
+        last.start()
+        last.join(2.0)
         os._exit(failure.exit_status)
 
     def _beat(self) -> None:
@@ -219,17 +225,8 @@ class Watch:
     def _is_visible(self, rank: int) -> bool:
         """Whether a rank's process runs (or is stopped) on this machine, in this container."""
         process = self._processes[rank]
-        return process.host == socket.gethostname() and bool(process.identity) and _identity(process.pid) == process.identity
+        return process.host == socket.gethostname() and bool(process.identity) and start_of(process.pid) == process.identity
 
 
 def _beat_of(rank: int) -> str:
     return f"watch/beat/{rank}"
-
-
-def _identity(pid: int) -> str | None:
-    """Start time (field 22 of proc_pid_stat(5), after the name in brackets); None when it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]

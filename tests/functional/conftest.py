@@ -2,12 +2,13 @@
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.gloo import run_script
+from tests.gloo import RunningScript, run_script
 from tests.text_models import text_model
 
 
@@ -36,11 +37,30 @@ def finetune(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> Any:
     """Runs finetune.py on the tiny model; flags are added to those that every run needs."""
 
     def run(*flags: Any, processes: int = 1, needs: bool = True) -> subprocess.CompletedProcess[str]:
-        needed = ["--load", tiny_folder, "--tokenizer-model", tiny_folder, "--finetune-hf-dataset", rows_file]
-        needed += ["--seq-length", "256", "--data-cache-path", tmp_path / "cache", "--num-workers", "1"]
         return run_script("finetune.py", [*(needed if needs else []), *flags], processes)
 
+    needed = _needed_flags(tiny_folder, rows_file, tmp_path)
     return run
+
+
+@pytest.fixture
+def started(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> Iterator[Any]:
+    """The same, but the test goes on while it runs; what still runs at the test's end is killed."""
+    running = []
+
+    def start(*flags: Any) -> RunningScript:
+        running.append(RunningScript("finetune.py", [*_needed_flags(tiny_folder, rows_file, tmp_path), *flags]))
+        return running[-1]
+
+    yield start
+    for script in running:
+        for rank in script.ranks:
+            rank.kill()
+
+
+def _needed_flags(model: Path, rows: Path, work: Path) -> list[Any]:
+    flags = ["--load", model, "--tokenizer-model", model, "--finetune-hf-dataset", rows]
+    return [*flags, "--seq-length", "256", "--data-cache-path", work / "cache", "--num-workers", "1"]
 
 
 def metrics_of(save: Path) -> list[dict[str, Any]]:

@@ -125,6 +125,17 @@ def test_two_processes_give_the_losses_of_one(finetune, tmp_path, layout):
     assert two == pytest.approx(one, rel=1e-6)
 
 
+def test_padding_of_the_vocabulary_is_cut_off_on_export(finetune, tiny_folder, tmp_path):
+    """--make-vocab-size-divisible-by pads 260 rows to 300; the HF folder has 260 again, and generates."""
+    out = tmp_path / "hf"
+    done = finetune("--train-iters", "1", "--lr", "1e-3", "--make-vocab-size-divisible-by", "100", "--save-hf", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_folder, out))
+    assert {name: tensor.shape for name, tensor in after.items()} == {name: tensor.shape for name, tensor in before.items()}
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 260
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+
+
 def test_bf16_recompute_and_schedules_run(finetune, tmp_path):
     flags = ["--bf16", "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     flags += ["--train-samples", "6", "--lr-decay-style", "WSD", "--lr-wsd-decay-samples", "2", "--micro-batch-size", "2"]

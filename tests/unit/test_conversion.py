@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_sft import conversion
+from megatron_sft import conversion, parallel
 from megatron_sft.__main__ import main
 from megatron_sft.config.run import ModelConfig, ParallelConfig
 from megatron_sft.errors import CheckpointError, ConfigError
+from tests.unit.checkpoint.test_lock import taken
+from tests.unit.checkpoint.test_tracker import put
 from tests.unit.hf.tiny_models import conversion_run, tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -111,3 +113,30 @@ def test_wrong_places_and_flags_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="--save is --load"):
         conversion.convert(conversion_run(other, save=other))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_is_something_else_is_refused_before_any_work(tmp_path):
+    hf, other, root = tmp_path / "hf", tmp_path / "other", tmp_path / "root"
+    tiny_folder("llama", hf)
+    other.mkdir()
+    (other / "model.safetensors").write_text("")
+    for folder in (root / "iter_0000002", root / "iter_0000007", tmp_path / "weights" / "release"):
+        put(folder)
+    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    refused = {
+        hf: "--save is --load",
+        other: "is an HF folder",
+        root: "holds the checkpoints of a training, up to iteration 7",
+        root / "iter_0000002": "is the folder of one checkpoint",
+    }
+    for save, found in refused.items():
+        with pytest.raises(CheckpointError, match=f"^{save}: {found}; expected another folder, which the weights alone go to"):
+            conversion.convert(conversion_run(hf, save=save))
+    for folder in (root, root / "iter_0000002", tmp_path / "weights", tmp_path):
+        with pytest.raises(CheckpointError, match=f"^{folder}: holds a Megatron checkpoint; expected a folder for an HF model"):
+            conversion.export(conversion_run(root, save_hf=folder))
+    with taken(tmp_path / "busy"):
+        with pytest.raises(CheckpointError, match="busy: another run is using it: process"):
+            conversion.convert(conversion_run(hf, save=tmp_path / "busy"))
+    parallel.finalize()
+    assert {path: path.stat() for path in tmp_path.rglob("*")} == before
