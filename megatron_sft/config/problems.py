@@ -9,8 +9,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_sft.config.core_fields import EFFECTIVE
-from megatron_sft.config.fields import Factor, flag_of, kind_of, range_problems, shown
+from megatron_sft.config.core_fields import EFFECTIVE, CoreTraining
+from megatron_sft.config.fields import Factor, flag_of, kind_of, kinds, range_problems, shown
 from megatron_sft.config.hints import nearest
 from megatron_sft.config.run import (
     DATA_IDENTITY,
@@ -184,16 +184,19 @@ def model_problems(model: ModelConfig) -> list[str]:
     experts, chosen = core.get("num_moe_experts"), core.get("moe_router_topk", 2)
     if experts and chosen > experts:
         found.append(f"--moe-router-topk {chosen} is above --num-experts {experts}. Lower it.")
+    idle = sorted(name for name in kinds(CoreTraining).keys() & core.keys() if name.startswith("moe_"))
+    if idle and model.is_whole and not experts:
+        found.append(f"{', '.join(map(flag_of, idle))}: the model has no experts. Expected none of these; leave them out.")
     groups, best = core.get("moe_router_num_groups"), core.get("moe_router_group_topk")
     if (groups is None) != (best is None) or (groups and (best > groups or (experts or groups) % groups)):
         found.append(
             f"--moe-router-num-groups {groups} and --moe-router-group-topk {best}: expected both, groups that divide "
             f"--num-experts {experts}, and no more of them than there are. Correct them."
         )
-    kinds, weights = core.get("moe_router_load_balancing_type"), core.get("moe_aux_loss_coeff")
-    if isinstance(kinds, list) and not (isinstance(weights, list) and len(weights) == len(kinds)):
-        found.append(f"--moe-router-load-balancing-type has {len(kinds)} values; expected as many of --moe-aux-loss-coeff.")
-    if isinstance(weights, list) and not isinstance(kinds, list):
+    losses, weights = core.get("moe_router_load_balancing_type"), core.get("moe_aux_loss_coeff")
+    if isinstance(losses, list) and not (isinstance(weights, list) and len(weights) == len(losses)):
+        found.append(f"--moe-router-load-balancing-type has {len(losses)} values; expected as many of --moe-aux-loss-coeff.")
+    if isinstance(weights, list) and not isinstance(losses, list):
         found.append(f"--moe-aux-loss-coeff has {len(weights)} values; expected one for one --moe-router-load-balancing-type.")
     found += [f"--rope-scaling: {sentence}. Correct it." for sentence in rope_problems(model.rope_scaling)]
     return found + _layer_problems(model)

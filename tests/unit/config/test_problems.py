@@ -32,6 +32,7 @@ TOGETHER = {
     "--wandb-group g --wandb-mode offline": "--wandb-group, --wandb-mode without --wandb-project: nothing is sent",
     "--use-dynamic-batch-size": "--use-dynamic-batch-size needs --max-tokens-per-gpu",
     f"{WHOLE} --expert-model-parallel-size 2": "--expert-model-parallel-size 2: the model has no experts. Expected 1",
+    f"{WHOLE} --moe-z-loss-coeff 1 --moe-router-dtype fp32": "--moe-router-dtype, --moe-z-loss-coeff: the model has no experts",
     "--decoder-first-pipeline-num-layers 2": "--decoder-first- and --decoder-last-pipeline-num-layers need --pipeline-",
     "--num-experts 4 --moe-router-topk 5": "--moe-router-topk 5 is above --num-experts 4",
     "--num-experts 4 --moe-router-num-groups 3 --moe-router-group-topk 1": "--moe-router-num-groups 3 and",
