@@ -193,7 +193,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
     """Entry point of the installed `megatron-sft` script."""
-    sys.exit(main(sys.argv[1:]))
+    entry.leave(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 Not here: what a command does.
 """
 
+import signal
+import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from megatron_sft import log
 from megatron_sft.core_compat import allow_open_files, process_environment
@@ -22,12 +25,18 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
         The process's exit status.
     """
     rank, world_size = 0, 1
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     log.configure(rank, to_stderr)
     try:
         allow_open_files()
         rank, world_size, _ = process_environment()
         log.configure(rank, to_stderr)
         return command(argv, world_size)
+    except KeyboardInterrupt:
+        if rank == 0:
+            log.logger.error("interrupted: nothing half-written is kept. Give the command again to go on.")
+        return 128 + signal.SIGINT
     except UserError as error:
         if rank == 0 and not error.is_said:
             log.logger.error("%s", error)
@@ -39,3 +48,15 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
         if rank != 0 and not is_said:
             log.logger.error("%s", error)
         return error.exit_status
+
+
+def _interrupt(*_: Any) -> None:
+    """The first Ctrl-C is answered in good order; a second one ends the process at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process with an exit status. A Ctrl-C from now on ends it too, without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)

@@ -23,6 +23,7 @@ import jinja2.nodes
 import jinja2.runtime
 import jinja2.sandbox
 
+from megatron_sft.data.fork import forked
 from megatron_sft.data.traced import OWN, authors_of, own_literals, signed, signed_message
 from megatron_sft.errors import UserError
 
@@ -289,10 +290,8 @@ def limited(work: Callable[[], Any], seconds: float | None) -> Any:
         TemplateError: it was killed at a limit.
         UserError: what `work` raised.
     """
-    context = multiprocessing.get_context("fork")  # starts in milliseconds
-    connection, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(theirs, work))
-    process.start()
+    connection, theirs = multiprocessing.Pipe(duplex=False)
+    process = forked(_answer, theirs, work)
     theirs.close()
     try:
         if connection.poll(seconds):

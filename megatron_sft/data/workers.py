@@ -1,21 +1,23 @@
 """Tokenising processes. Not here: what is done to the rows (tokens.py: encode_rows)."""
 
+import contextlib
 import gc
 import itertools
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkProcess
 from typing import Any
 
 import numpy as np
 
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data.fast_bpe import text_tokenizer
+from megatron_sft.data.fork import forked
 from megatron_sft.data.templates import TOO_LONG, limited_memory
 from megatron_sft.errors import DataError, UserError
 
@@ -25,6 +27,7 @@ BYTES_PER_CHARACTER = 192
 AHEAD_PER_WORKER = 4
 """Finished results that may wait for an earlier one, a worker."""
 WAIT_S = 5.0
+ENDED = "ended its process"
 LONG_TEXT = 2**20
 """Characters; longer ones would take the checks before a build minutes."""
 
@@ -81,16 +84,18 @@ def in_order(chunks: Iterator[Chunk], config: DataConfig, encoder: Any, encode: 
         encode: what is done to a chunk.
 
     Raises:
-        DataError: what a worker raised, or that a worker was killed.
+        DataError: what a worker raised, that one was killed, or that more than max_bad_rows rows ended one.
     """
     num_workers = config.num_workers or len(os.sched_getaffinity(0))
     first = list(itertools.islice(chunks, num_workers))
     workers: list[_Worker] = []
     try:
         for _ in range(min(num_workers, len(first))):
-            workers.append(_Worker(config, encoder, encode, [worker.connection for worker in workers]))
+            workers.append(_Worker(config, encoder, encode, workers))
         yield from _deal(workers, itertools.chain(first, chunks))
     finally:
+        for worker in workers:
+            worker.process.kill()  # before any of them is waited for
         for worker in workers:
             worker.close()
 
@@ -130,55 +135,108 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class _Worker:
-    """One process, which has at most one chunk at a time: sending never waits for a process that waits for us."""
+    """One process, which has at most one chunk at a time: sending never waits for a process that waits for us.
 
-    def __init__(self, config: DataConfig, encoder: Any, encode: Encode, others: Sequence[Connection]):
-        context = multiprocessing.get_context("fork")
-        self.connection, theirs = context.Pipe()
-        ours = (*others, self.connection)
-        self.process: ForkProcess = context.Process(target=_work, args=(theirs, ours, config, encoder, encode))
-        self.process.start()
-        theirs.close()
+    Not concurrent.futures' pool: that does not say what its dead process had or how it died, and outlives a killed owner.
+    """
+
+    def __init__(self, config: DataConfig, encoder: Any, encode: Encode, workers: Sequence["_Worker"]):
+        self._config, self._body, self._workers = config, (config, encoder, encode), workers
         self.index: int | None = None
-        self.first_row = ""
+        self._start()
+
+    def _start(self) -> None:
+        self.connection, theirs = multiprocessing.Pipe()
+        ours = [self.connection, *(worker.connection for worker in self._workers if worker is not self)]
+        self.process = forked(_work, theirs, ours, *self._body)
+        theirs.close()
 
     def give(self, index: int, chunk: Chunk) -> None:
-        self.index, self.first_row = index, chunk.rows[0][0]
-        try:
+        self.index, self._chunk = index, chunk
+        with contextlib.suppress(OSError):  # a dead process, which `take` meets
             self.connection.send(chunk)
-        except OSError:
-            raise self._dead() from None
 
     def take(self) -> tuple[int, Result]:
+        """The chunk's number and result; a row that ends the process is set aside, as any bad row is."""
         assert self.index is not None, "only a worker that has a chunk gives a result"
-        try:
-            result = self.connection.recv()
-        except (EOFError, OSError):
-            raise self._dead() from None
-        if isinstance(result, UserError):
-            raise result
-        index, self.index = self.index, None
+        index, chunk, (result, death) = self.index, self._chunk, self._answer()
+        if result is None:
+            result = self._set_aside(chunk, death) if len(chunk.rows) == 1 else self._row_by_row(chunk)
+        self.index = None
         return index, result
 
-    def _dead(self) -> DataError:
-        self.process.join(WAIT_S)
-        if self.process.exitcode == -signal.SIGPROF:
-            return DataError(
-                f"{self.first_row}: on this row, or one after it, the chat template {TOO_LONG}. Correct it, or pass another "
-                "--chat-template."
-            )
-        return DataError(
-            f"{self.first_row}: the tokenising process that worked on this row and those after it ended with exit code "
-            f"{self.process.exitcode}; expected it to live. -9 means that it was killed, most likely for want of "
-            "memory: use fewer --num-workers. Anything else is our bug; its traceback is above."
+    def _row_by_row(self, chunk: Chunk) -> Result:
+        results = []
+        for row in chunk.rows:
+            self.give(0, Chunk(chunk.source_id, [row], chunk.num_characters))
+            results.append(self.take()[1])
+            if sum(result.problems != [] for result in results) > self._config.max_bad_rows:
+                raise DataError("\n".join(problem.message for result in results for problem in result.problems))
+        return _joined(results)
+
+    def _set_aside(self, chunk: Chunk, death: str) -> Result:
+        ((where, record),) = chunk.rows
+        message = f"{where}: {death}; expected a row like others. Correct or remove it, or pass another --chat-template."
+        return Result(
+            source_id=chunk.source_id,
+            num_rows=1,
+            tokens=np.zeros(0, np.int32),
+            loss_mask=np.zeros(0, np.uint8),
+            lengths=np.zeros(0, np.int32),
+            rows=np.zeros(0, np.int64),
+            where=[],
+            counts={f"dropped:{ENDED}": 1},
+            problems=[Problem(where, ENDED, message, record)],
         )
 
+    def _answer(self) -> tuple[Result | None, str]:
+        """The process's result, or None and what ended it; then a new process stands in its place."""
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            answer = None
+        if isinstance(answer, Result):
+            return answer, ""
+        if isinstance(answer, UserError):
+            raise answer
+        self.process.join(WAIT_S)
+        code = self.process.exitcode
+        if code == -signal.SIGKILL:
+            raise DataError(
+                f"{self._chunk.rows[0][0]}: the tokenising process that worked on this row and those after it was killed (exit "
+                f"code {code}); expected it to live. Most likely memory was short: use fewer --num-workers."
+            )
+        self.close()
+        self._start()
+        if isinstance(answer, MemoryError):
+            return None, f"tokenising the row needs more than {MEMORY_BYTES / 2**30:g} GiB"
+        if code == -signal.SIGPROF:
+            return None, f"on this row the chat template {TOO_LONG}"
+        return None, f"tokenising the row ended its process (exit code {code})"
+
     def close(self) -> None:
+        self.process.kill()
+        self.process.join()
         self.connection.close()
-        self.process.join(0.5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+
+
+def _joined(results: Sequence[Result]) -> Result:
+    """The result of rows that were given singly, as if they had come together."""
+    starts = itertools.accumulate((result.num_rows for result in results), initial=0)
+    counts: Counter[str] = Counter()
+    for result in results:
+        counts.update(result.counts)
+    return Result(
+        source_id=results[0].source_id,
+        num_rows=sum(result.num_rows for result in results),
+        tokens=np.concatenate([result.tokens for result in results]),
+        loss_mask=np.concatenate([result.loss_mask for result in results]),
+        lengths=np.concatenate([result.lengths for result in results]),
+        rows=np.concatenate([result.rows + start for result, start in zip(results, starts, strict=False)]),
+        where=[where for result in results for where in result.where],
+        counts=dict(counts),
+        problems=[problem for result in results for problem in result.problems],
+    )
 
 
 def _deal(workers: list[_Worker], chunks: Iterator[Chunk]) -> Iterator[Result | None]:
@@ -192,31 +250,24 @@ def _deal(workers: list[_Worker], chunks: Iterator[Chunk]) -> Iterator[Result | 
             if worker.index is None and following is not None and following[0] < limit:
                 worker.give(*following)
                 following = next(numbered, None)
-        busy = {worker.connection: worker for worker in workers if worker.index is not None}
-        if not busy:
-            return
-        ready = wait(list(busy), WAIT_S)
-        for connection in ready:
-            worker = busy[connection]  # type: ignore[index]
-            index, finished_result = worker.take()
-            finished[index] = finished_result
-            if following is not None and following[0] < next_index + AHEAD_PER_WORKER * len(workers):
-                worker.give(*following)
-                following = next(numbered, None)
-        if not ready:
-            yield None
-        while next_index in finished:
+        while next_index in finished:  # while all processes have work
             yield finished.pop(next_index)
             next_index += 1
+        busy = {worker.connection: worker for worker in workers if worker.index is not None}
+        if not busy and following is None:
+            return
+        ready = wait(list(busy), WAIT_S)
+        finished.update(busy[connection].take() for connection in ready)  # type: ignore[index]
+        if not ready:
+            yield None
 
 
 def _work(connection: Connection, ours: Sequence[Connection], config: DataConfig, encoder: Any, encode: Encode) -> None:
     """Body of a worker process; it ends when its owner closes the connection or is killed.
 
-    What fork copied is let go: the owner's ends (`ours`), which would keep connections alive, and its signal handlers.
+    What fork copied is let go: the owner's ends (`ours`), which would keep connections alive, and its handler of SIGTERM.
     """
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for inherited in ours:
         inherited.close()
     if template := getattr(encoder, "template", None):
@@ -228,16 +279,7 @@ def _work(connection: Connection, ours: Sequence[Connection], config: DataConfig
             with limited_memory(max(MEMORY_BYTES, BYTES_PER_CHARACTER * chunk.num_characters)):
                 result = encode(encoder, config, chunk)
             connection.send(result)
-    except UserError as error:
+    except (UserError, MemoryError) as error:
         connection.send(error)
-    except MemoryError:
-        connection.send(_too_large(chunk))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-
-
-def _too_large(chunk: Chunk) -> DataError:
-    return DataError(
-        f"{chunk.rows[0][0]}: tokenising this row, or one of the {len(chunk.rows) - 1} after it, needs more than "
-        f"{MEMORY_BYTES / 2**30:g} GiB; expected far less. Split very long rows."
-    )

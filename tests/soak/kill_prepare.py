@@ -26,7 +26,7 @@ from megatron_sft.config.run import DataConfig
 from megatron_sft.data.schema import Row
 from megatron_sft.data.sources import open_source
 from megatron_sft.data.store import Document
-from megatron_sft.data.tokens import build_token_store
+from megatron_sft.data.tokens import HASHES, build_token_store
 
 ROWS = 6000
 FILES = (
@@ -76,7 +76,7 @@ def start(data: Path, cache: Path) -> "subprocess.Popen[bytes]":
 
 
 def content(cache: Path) -> dict[str, bytes]:
-    (folder,) = [path for path in cache.iterdir() if path.is_dir()]
+    (folder,) = [path for path in cache.iterdir() if path.is_dir() and path.name != HASHES]
     assert folder.suffix == "", f"{folder}: a temporary folder was left by a build that succeeded"
     return {name: (folder / name).read_bytes() for name in FILES}
 

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 import zlib
 from types import SimpleNamespace
@@ -19,6 +20,13 @@ from megatron_sft.data.store import FILES, TokenStore, write_meta
 from megatron_sft.data.tokens import build_memory_store, build_token_store, fit
 from megatron_sft.errors import DataError
 
+ACTIONS = {
+    "poison": lambda: os._exit(7),
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "late": lambda: os.kill(os.getpid(), signal.SIGPROF),  # as templates.limited_time does
+    "hog": lambda: bytearray(2**31),
+}
+
 
 class WordEncoder:
     """One token a word, its id the word's checksum; assistant words are trained, with the message's weight if any."""
@@ -26,8 +34,8 @@ class WordEncoder:
     def encode(self, row):
         tokens, mask = [], []
         for message in row.messages:
-            if message["content"] == "poison":
-                os._exit(7)
+            if action := ACTIONS.get(message["content"]):
+                action()
             words = message["content"].split()
             tokens += [zlib.crc32(word.encode()) % 50_000 for word in words]
             mask += [message.get("weight", 1) if message["role"] == "assistant" else 0] * len(words)
@@ -147,12 +155,42 @@ def test_several_processes_give_the_same_store_as_one(tmp_path, monkeypatch):
     ]
 
 
-def test_a_killed_worker_is_an_error_that_names_the_rows(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("poison", "told"),
+    [
+        ("poison", "tokenising the row ended its process (exit code 7)"),
+        ("hog", "tokenising the row needs more than 1 GiB"),
+        ("late", "on this row the chat template runs for more than 3.5 s"),
+    ],
+)
+def test_a_row_that_ends_its_process_is_one_bad_row(tmp_path, monkeypatch, poison, told):
     monkeypatch.setattr(tokens_module, "CHUNK_ROWS", 16)
-    rows = [chat("q", "a") for _ in range(100)]
-    rows[40] = chat("q", "poison")
-    with pytest.raises(DataError, match=r"rows.jsonl:33: the tokenising process .* ended with exit code 7"):
+    rows = [chat(f"q{i}", "a b" if i % 3 else "a") for i in range(100)]
+    whole = build(tmp_path, [row for i, row in enumerate(rows) if i not in (40, 41, 90)], name="whole.jsonl")
+    for i in (40, 90):
+        rows[i] = chat("q", poison)
+    rows[41] = {"messages": []}
+    with pytest.raises(DataError) as error:
         build(tmp_path, rows, num_workers=2)
+    assert str(error.value) == (
+        f"{tmp_path}/rows.jsonl:41: {told}; expected a row like others. Correct or remove it, or pass another --chat-template."
+    )
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {"", ".lock"}
+    store = build(tmp_path, rows, num_workers=2, max_bad_rows=3)
+    assert store.row_ids.tolist() == [i for i in range(100) if i not in (40, 41, 90)]
+    assert [store.where(i).rpartition(":")[2] for i in range(97)] == [str(i + 1) for i in store.row_ids]
+    for name in ("tokens.bin", "loss_mask.bin", "lengths.npy"):
+        assert (store.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert store.ledger["rows"]["dropped"] == {"ended its process": 2, "no messages": 1}
+    problems = [json.loads(line) for line in (store.folder / "bad_rows.jsonl").read_text().splitlines()]
+    assert [(p["where"].rpartition(":")[2], p["record"]) for p in problems] == [(str(i + 1), rows[i]) for i in (40, 41, 90)]
+
+
+def test_a_worker_that_is_killed_is_an_error_that_names_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens_module, "CHUNK_ROWS", 16)
+    rows = [chat("q", "killed" if i == 40 else "a") for i in range(100)]
+    with pytest.raises(DataError, match=r"rows.jsonl:33: the tokenising process .* was killed \(exit code -9\)"):
+        build(tmp_path, rows, num_workers=2, max_bad_rows=100)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
