@@ -88,12 +88,14 @@ class CheckpointSaver:
         where = f"{tracker.checkpoint_folder(self.root, iteration)}: not saved"
         try:
             _agree(lambda: self._make(iteration), self._ranks, where)
-            if optimizer is not None and not (
-                self._run.checkpoint.save_optim and any(part.state for part in torch_optimizers(optimizer))
-            ):
+            has_states = optimizer is not None and any(part.state for part in torch_optimizers(optimizer))
+            if not (self._run.checkpoint.save_optim and any(gather(has_states))):  # a rank may train nothing
                 optimizer = None  # before the first step there is nothing in it
-            full = self._state_dict(iteration, chunks, optimizer, scheduler, state)
-            shards = self._optimizer_shards(chunks, optimizer)
+            sharded = self._run.parallel.use_distributed_optimizer
+            metadata = state_dicts.content_metadata(sharded, state_dicts.trains_in_part(chunks))
+            full = self._state_dict(iteration, chunks, optimizer, scheduler, state, metadata)
+            parts = state_dicts.own_shards(optimizer, metadata)
+            shards = optimizer_shards.write_items(parts, state_dicts.model_state(chunks, metadata)) if parts else []
             job = torch_dist.plan(full, validate=self._number == 1, shards=shards)
         except _SAVE_ERRORS as error:
             raise CheckpointError(f"{where}. Found: {type(error).__name__}: {error}.") from error
@@ -135,10 +137,15 @@ class CheckpointSaver:
             folder.mkdir()
 
     def _state_dict(
-        self, iteration: tracker.Iteration, chunks: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any]
+        self,
+        iteration: tracker.Iteration,
+        chunks: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        state: dict[str, Any],
+        metadata: dict[str, Any],
     ) -> dict[str, Any]:
         number = 0 if iteration == tracker.RELEASE else int(iteration)
-        metadata = state_dicts.content_metadata(self._run.parallel.use_distributed_optimizer)
         full = state_dicts.sharded_state(chunks, optimizer, scheduler, metadata, is_loading=False)
         if self._run.checkpoint.save_rng:
             full[state_dicts.RNG_KEY] = state_dicts.rng_state(self._ranks)
@@ -150,11 +157,6 @@ class CheckpointSaver:
         full["content_metadata"] = metadata
         full[state_dicts.TRAIN_STATE] = dict(state)
         return full
-
-    def _optimizer_shards(self, chunks: list[Any], optimizer: Any) -> list[Any]:
-        metadata = state_dicts.content_metadata(self._run.parallel.use_distributed_optimizer)
-        parts = state_dicts.own_shards(optimizer, metadata)
-        return optimizer_shards.write_items(parts, state_dicts.model_state(chunks, metadata)) if parts else []
 
     def _write(
         self,
@@ -364,7 +366,7 @@ def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks
     loaded = torch_dist.read_state(folder, wanted, metadata, common)
     for index, chunk in enumerate(chunks):
         state_dicts.unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=True)
-    if optimizer is not None:
+    if optimizer is not None and any(group["params"] for group in optimizer.param_groups):  # a rank may train nothing
         with torch.no_grad():  # fp32: megatron-core copies into views of the parameters (dp_reshardable, Megatron-LM's default)
             optimizer.load_state_dict(loaded["optimizer"])
             if parts := state_dicts.own_shards(optimizer, content):

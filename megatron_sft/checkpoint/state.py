@@ -33,9 +33,22 @@ def unwrap(chunk: torch.nn.Module) -> Any:
     return chunk
 
 
-def content_metadata(use_distributed_optimizer: bool) -> dict[str, Any]:
-    """How sharded state dicts are built here; stored in the checkpoint, and read back before a load."""
+def trains_in_part(chunks: list[Any]) -> bool:
+    """Collective: whether any process has a parameter that is not trained."""
+    return any(gather(any(not parameter.requires_grad for chunk in chunks for parameter in chunk.parameters())))
+
+
+def content_metadata(use_distributed_optimizer: bool, in_part: bool = False) -> dict[str, Any]:
+    """How sharded state dicts are built here; stored in the checkpoint, and read back before a load.
+
+    Args:
+        use_distributed_optimizer: its states are sharded over data parallel.
+        in_part: trains_in_part. Layers then have names of their own in place of one tensor over all layers, in which the
+            optimizer's states of those that are not trained would be missing.
+    """
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    if in_part:
+        metadata["non_homogeneous_layers"] = True
     if use_distributed_optimizer:
         metadata["distrib_optim_sharding_type"] = optimizer_shards.FORMAT
         metadata["distrib_optim_fully_reshardable_mem_efficient"] = False

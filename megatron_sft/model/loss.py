@@ -89,8 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, index, targets, denominator = ctx.saved_tensors
         chosen, scale = hidden.index_select(0, index), grad_loss.index_select(0, index)
         grad_chosen = torch.zeros_like(chosen, dtype=torch.float32)
-        grad_weight = torch.empty_like(weight)
-        grad_weight[ctx.valid_rows :] = 0
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if grad_weight is not None:
+            grad_weight[ctx.valid_rows :] = 0
         for first, last in _chunks(ctx.valid_rows, len(index)):
             rows = weight[first:last]
             logits = _logits(chosen, rows, ctx.softcap)
@@ -103,7 +104,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits.mul_(slope)
             grad_logits = grad_logits.to(weight.dtype)
             grad_chosen += grad_logits @ rows
-            torch.mm(grad_logits.T, chosen, out=grad_weight[first:last])
+            if grad_weight is not None:
+                torch.mm(grad_logits.T, chosen, out=grad_weight[first:last])
         grad_hidden = torch.zeros_like(hidden).index_copy_(0, index, grad_chosen.to(hidden.dtype))
         return grad_hidden, grad_weight, None, None, None, None, None
 

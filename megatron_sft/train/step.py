@@ -178,8 +178,8 @@ def _bad_gradients(chunks: list[Any], batches: list[Batch], name_document: Any) 
                 run_schedule(chunks, [batch], forward_only=False)
             if not _is_finite(_gradient_buffers(chunks)):
                 rows = ", ".join(name_document(document) for document in batch.document_ids if document >= 0)
-                named_parameters = [item for chunk in chunks for item in chunk.module.named_parameters()]
-                bad = [name for name, parameter in named_parameters if not _is_finite([parameter.main_grad])]
+                named = [item for chunk in chunks for item in chunk.module.named_parameters()]
+                bad = [name for name, parameter in named if parameter.requires_grad and not _is_finite([parameter.main_grad])]
                 found.append(f"rank {dist.get_rank()}, micro-batch {number} ({rows}), {', '.join(bad[:3])}")
     finally:
         config.finalize_model_grads_func, config.no_sync_func = kept

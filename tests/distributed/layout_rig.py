@@ -11,6 +11,7 @@ cancels into a step of up to the learning rate: at 1e-3 one element of one embed
 """
 
 import dataclasses
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class Case:
     model: str
     parallel: ParallelConfig = ParallelConfig()
     micro_batch_size: int = 1
+    frozen: str = ""
+    """Parameters that are not trained: a regular expression for their names, layers counted over the whole model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +138,7 @@ def train(case: Case, ranks: Any, folder: str) -> Outcome:
     loader = loader_of(run, ranks)
     chunks = build_model(model, parallel, run.train)
     load_hf_weights(chunks, model, folder, ranks)
+    freeze(chunks, case.frozen)
     wrapped = wrap_ddp(chunks, parallel)
     optimizer = build_optimizer(wrapped, run)
     scheduler = build_scheduler(optimizer, run.optim, schedule_lengths(run, len(loader), loader.num_samples))
@@ -149,6 +153,17 @@ def train(case: Case, ranks: Any, folder: str) -> Outcome:
         outcome = dataclasses.replace(outcome, empty_parts=outcome.empty_parts + empty)
     with whole_parameters(wrapped, parallel):
         return dataclasses.replace(outcome, parameters=exported(wrapped, model, ranks, folder))
+
+
+def freeze(chunks: list[Any], names: str) -> None:
+    """Parameters whose name, with its layer's number in the whole model, matches get no gradient and no update."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            local = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+            if local:
+                name = f"decoder.layers.{chunk.decoder.layers[int(local[1])].layer_number - 1}.{local[2]}"
+            if names and re.match(names, name):
+                parameter.requires_grad_(False)
 
 
 def model_of(name: str, folder: str) -> ModelConfig:

@@ -30,7 +30,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "inference": EVERY | {"parallel", "model", "hf", "checkpoint", "weights", "data", "output"},
     "tasks": EVERY | {"parallel", "data", "inference", "output"},
     "train": EVERY | {"parallel", "data", "model", "hf", "checkpoint", "weights"},
-    "plan": EVERY | {"parallel", "model", "hf", "weights", "conversion", "train"},
+    "plan": EVERY | {"parallel", "model", "hf", "weights", "conversion"},
     "__main__": EVERY
     | {"checkpoint", "conversion", "data", "entry", "inference", "output", "parallel", "plan", "tasks", "train"},
 }
