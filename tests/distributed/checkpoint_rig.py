@@ -79,11 +79,9 @@ class Rig:
         return {**models, "optimizer": self.optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=metadata)}
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Whole tensors of the model and the optimizer, on rank 0 of a run without model parallelism."""
-        state = self.core_state(is_loading=False)
-        return {
-            t.key: t.data.detach().clone() for t in torch_dist._leaves(state) if hasattr(t, "data") and torch.is_tensor(t.data)
-        }
+        """Whole tensors of the model and the optimizer, on rank 0 of a run without model parallelism; layers can share a key."""
+        leaves = enumerate(torch_dist._leaves(self.core_state(is_loading=False)))
+        return {f"{t.key} {n}": t.data.detach().clone() for n, t in leaves if hasattr(t, "data") and torch.is_tensor(t.data)}
 
 
 def compacted(tensor: torch.Tensor) -> bytes:
@@ -105,6 +103,28 @@ def build(parallel: ParallelConfig, checkpoint: CheckpointConfig | None = None, 
     )
     torch.manual_seed(7)
     chunks = wrap_ddp(_models(run, DTYPES[dtype], ranks), parallel)
+    optimizer = build_optimizer(chunks, run)
+    return Rig(run, ranks, chunks, optimizer, build_scheduler(optimizer, run.optim, schedule_lengths(run, 100, 100)))
+
+
+def build_ours(parallel: ParallelConfig, folder: str, dtype: str) -> Rig:
+    """The rig with our own model of an HF folder, as a run builds it; its weights are the folder's."""
+    from megatron_sft.hf.config import model_config_from_hf, read_hf_config
+    from megatron_sft.hf.weights import load_hf_weights
+    from megatron_sft.model.build import build_model
+    from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, wrap_ddp
+    from megatron_sft.weights import padded
+
+    ranks = initialize(parallel, 1234)
+    run = RunConfig(
+        model=padded(model_config_from_hf(read_hf_config(folder)), 8),
+        parallel=parallel,
+        optim=OptimConfig(lr=1e-2, clip_grad=0.0, weight_decay=0.01),
+        train=TrainConfig(train_iters=100, params_dtype=dtype),
+    )
+    models = build_model(run.model, parallel, run.train)
+    load_hf_weights(models, run.model, folder, ranks)
+    chunks = wrap_ddp(models, parallel)
     optimizer = build_optimizer(chunks, run)
     return Rig(run, ranks, chunks, optimizer, build_scheduler(optimizer, run.optim, schedule_lengths(run, 100, 100)))
 
