@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_sft.core_compat import device
 from megatron_sft.data.loader import Batch, lengthened, padding_batch
 from megatron_sft.errors import TrainingError
+from megatron_sft.log import logger
 from megatron_sft.model.attention import packed_seq_params
 from megatron_sft.model.context import shard_tokens
 from megatron_sft.parallel import gather
@@ -103,7 +104,11 @@ def train_step(
         rows = _rows_where(lambda loss: loss > loss_limit, reports, batches, name_document)
         where = f", most of it in the rows {', '.join(rows[:8])}" if rows else ""
         return StepResult(totals, 0.0, f"iteration {iteration}: loss {totals.loss:.4f} is above {loss_limit:.4f}{where}")
-    if not totals.trained_tokens:  # experts' own losses would go in undivided
+    if not totals.trained_tokens:
+        rows = _rows_where(lambda loss: True, reports, batches, name_document)
+        named = f" ({', '.join(rows[:8])})" if rows else ""
+        logger.warning("iteration %d: no token of its rows%s is trained; expected some. Look at their masks.", iteration, named)
+        # experts' own losses would go in undivided
         for chunk in chunks:
             chunk.zero_grad_buffer()
     _, grad_norm, _ = optimizer.step()
