@@ -32,6 +32,11 @@ ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
 """Kinds of RoPE scaling that the model has, and what config.json must then say."""
 ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 FACTOR = kind_of(Factor)
+LATENT = (
+    "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim mscale mscale_all_dim rotary_scaling_factor rope_type "
+    "original_max_position_embeddings beta_fast beta_slow"
+).split()
+"""Fields of ModelConfig.core that only latent attention has."""
 
 
 def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str]:
@@ -187,6 +192,9 @@ def model_problems(model: ModelConfig) -> list[str]:
     idle = sorted(name for name in kinds(CoreTraining).keys() & core.keys() if name.startswith("moe_"))
     if idle and model.is_whole and not experts:
         found.append(f"{', '.join(map(flag_of, idle))}: the model has no experts. Expected none of these; leave them out.")
+    latent = [name for name in LATENT if core.get(name) is not None]
+    if latent and model.is_whole and not core.get("multi_latent_attention"):
+        found.append(f"{', '.join(map(flag_of, latent))}: the model has no latent attention. Expected none; leave them out.")
     groups, best = core.get("moe_router_num_groups"), core.get("moe_router_group_topk")
     if (groups is None) != (best is None) or (groups and (best > groups or (experts or groups) % groups)):
         found.append(
@@ -227,6 +235,9 @@ def _layer_problems(model: ModelConfig) -> list[str]:
     for name, listed in lists.items():
         if layers and listed and not isinstance(listed, int) and len(listed) != layers:
             found.append(f"{name} names {len(listed)} layers; expected --num-layers {layers}. Correct one of them.")
+    for name in ("moe_layer_freq", "no_rope_freq"):
+        if core.get(name) == 0:
+            found.append(f"{flag_of(name)} 0: expected every how many layers, from 1 on, or a list. Leave it out for none.")
     every = core.get("no_rope_freq")
     if layers and isinstance(every, int) and every and layers % every:
         found.append(f"--no-rope-freq {every} does not divide --num-layers {layers}. Choose one that does, or give a list.")

@@ -60,8 +60,8 @@ DERIVED_NUMBERS = {
     "--num-layers 4 --window-size": (["0"], []),
     "--num-layers 4 --window-attn-skip-freq": ([], []),
     "--num-layers 4 --num-layers-per-virtual-pipeline-stage": ([], []),
-    "--moe-layer-freq": (["0"], []),
-    "--no-rope-freq": (["0"], []),
+    "--moe-layer-freq": ([], []),
+    "--no-rope-freq": ([], []),
     "--hybrid-layer-pattern": ([], []),
     "--role-map": ([], []),
 }
