@@ -65,7 +65,8 @@ def measure(source: Path, target: Path) -> dict[str, float]:
     from megatron_sft import conversion, parallel
     from megatron_sft.config.run import CheckpointConfig, DataConfig, ParallelConfig, RunConfig, TrainConfig
     from megatron_sft.hf.config import model_config_from_hf, read_hf_config
-    from megatron_sft.hf.weights import load_hf_weights, save_hf
+    from megatron_sft.hf.exporter import save_hf
+    from megatron_sft.hf.weights import load_hf_weights
     from megatron_sft.model.build import build_model
     from megatron_sft.weights import padded
 

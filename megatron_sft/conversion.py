@@ -11,8 +11,8 @@ from megatron_sft.config.run import CheckpointConfig, RunConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.conf import conf_text
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config
+from megatron_sft.hf.exporter import save_hf
 from megatron_sft.hf.verify import changed_tensors, first_difference
-from megatron_sft.hf.weights import save_hf
 from megatron_sft.log import logger
 from megatron_sft.weights import build, resolve
 

@@ -19,9 +19,10 @@ from megatron_sft.core_compat import device
 from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config
 from megatron_sft.hf.conflicts import conflicts
+from megatron_sft.hf.exporter import exported_tensors
 from megatron_sft.hf.folder import open_file, stored_tensors
 from megatron_sft.hf.importer import unquantised_architecture
-from megatron_sft.hf.weights import core_module, exported_tensors
+from megatron_sft.hf.weights import core_module
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks, agree, gather
 

@@ -1,46 +1,35 @@
-"""Weights between Hugging Face folders and a model that is cut over ranks.
+"""Weights of a Hugging Face folder into a model that is cut over ranks.
 
-Reading: every rank finds its own parameters, looks up which windows of which HF tensors they are (families.py,
-layout.py), and copies those windows out of the memory-mapped files, one file after the other. Writing: the ranks agree
-on who holds which shard, then rank 0 receives them tensor by tensor and writes each HF tensor at its place, so that
-nobody ever holds more than its own shards and a few tensors.
+Every rank finds its own parameters, looks up which windows of which HF tensors they are (families.py, layout.py), and
+copies those windows out of the memory-mapped files, one file after the other.
 
-Not here: config.json (config.py), file formats (folder.py), Megatron checkpoints (distributed.py).
+Not here: the way back (exporter.py), config.json (config.py), file formats (folder.py), Megatron checkpoints (checkpoint/).
 """
 
-import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from megatron_sft.config.run import ModelConfig
-from megatron_sft.core_compat import device
 from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.config import (
     family_of,
-    hf_config_from_model,
-    model_config_from_hf,
     read_hf_config,
-    same_architecture,
 )
 from megatron_sft.hf.families import WEIGHTLESS, Family
 from megatron_sft.hf.folder import (
     INDEX,
     SINGLE,
     StoredTensor,
-    TensorWriter,
     one_thread,
     open_file,
-    replaced_folder,
     stored_tensors,
 )
-from megatron_sft.hf.layout import LAYOUTS, REPLICATED, Placement, Shard, read_shard, whole_sources, write_shard
+from megatron_sft.hf.layout import LAYOUTS, REPLICATED, Placement, Shard, read_shard
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks, agree, gather
 
@@ -92,7 +81,7 @@ def _global_name(module: Any, name: str, model: ModelConfig, ranks: Ranks) -> tu
     return pattern, pattern.format(layer=layer, expert=expert), layer, expert
 
 
-def _held(chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ranks: Ranks) -> Iterator[Held]:
+def held_shards(chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ranks: Ranks) -> Iterator[Held]:
     """Every shard of the model that this rank holds, with its place in the HF checkpoint."""
     from megatron.core import parallel_state
 
@@ -180,7 +169,7 @@ def _prepare(
     chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks
 ) -> tuple[Family, dict[str, StoredTensor], list[Held]]:
     family = family_of(read_hf_config(folder))
-    return family, stored_tensors(folder), list(_held(chunks, model, family, ranks))
+    return family, stored_tensors(folder), list(held_shards(chunks, model, family, ranks))
 
 
 def _check_names(
@@ -219,237 +208,3 @@ def predicts(name: str, stored: Mapping[str, StoredTensor]) -> bool:
     """Whether a tensor belongs to multi-token prediction: mtp.*, or DeepSeek's layers behind the last one (eh_proj)."""
     match = LAYER_NUMBER.match(name)
     return name.startswith("mtp.") or (match is not None and f"{match[0]}eh_proj.weight" in stored)
-
-
-class _Offer(NamedTuple):
-    """What a rank says about a shard it holds."""
-
-    name: str
-    part: tuple[int, int]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    placement: Placement
-    sources: tuple[str, ...]
-
-
-Plan = Sequence[tuple[int, _Offer]]
-"""(holder, shard) in the order in which rank 0 receives."""
-Shards = Mapping[tuple[str, tuple[int, int]], Held]
-"""What a rank holds, by name and part."""
-Announced = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shape and dtype by HF name."""
-
-
-def save_hf(
-    chunks: Sequence[nn.Module],
-    model: ModelConfig,
-    folder: str | Path,
-    ranks: Ranks,
-    source_folder: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Writes an HF folder that transformers loads as it is. All ranks call it; rank 0 writes.
-
-    Args:
-        chunks: this rank's model chunks, wrapped or not.
-        model: the architecture that the chunks were built from.
-        folder: new folder; an HF folder there is replaced when the new one is complete.
-        ranks: this process's place.
-        source_folder: HF folder whose config, tokenizer, chat template and dtypes the result takes over; of a folder
-            (or hub name) of a tokenizer alone only that. None: config.json is written afresh, without tokenizer.
-        dtype: of the stored tensors; None: the source's, without a source the parameters' own.
-
-    Raises:
-        CheckpointError: on every rank when the folder cannot be written.
-    """
-    config, source = agree(lambda: _config_like(model, source_folder))
-    held, everyone = _offered(chunks, model, family_of(config), ranks)
-    if ranks.rank != 0:
-        _send(everyone, held, ranks)
-        failure = None
-    else:
-        failure = _write_folder(Path(folder), config, source, source_folder, dtype, everyone, held)
-    for message in gather(failure):
-        if message:
-            raise CheckpointError(message)
-
-
-def exported_tensors(
-    chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that save_hf would write, one at a time, on rank 0. All ranks call it and exhaust it.
-
-    Yields:
-        (HF name, whole tensor on the CPU in the dtype that the folder has).
-    """
-    stored = stored_tensors(folder)
-    held, everyone = _offered(chunks, model, family_of(read_hf_config(folder)), ranks)
-    if ranks.rank != 0:
-        _send(everyone, held, ranks)
-        return
-    plan = _plan(everyone)
-    yield from _assembled(_shards(plan, held), plan, _announced(plan, stored, None))
-
-
-def _offered(chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ranks: Ranks) -> tuple[Shards, list[list[_Offer]]]:
-    """This rank's shards, and what every rank offers."""
-    held = {
-        (item.name, item.part): item
-        for item in agree(lambda: list(_held(chunks, model, family, ranks)))
-        if not (item.name == TIED and model.share_embeddings_and_output_weights)
-    }
-    offers = [
-        _Offer(item.name, item.part, tuple(item.local.shape), item.local.dtype, item.placement, item.sources)
-        for item in held.values()
-    ]
-    return held, gather(offers)
-
-
-def _send(everyone: list[list[_Offer]], held: Shards, ranks: Ranks) -> None:
-    """The part of every rank but 0: its shards, in the order in which rank 0 asks for them."""
-    for holder, offer in _plan(everyone):
-        if holder == ranks.rank:
-            dist.send(held[offer.name, offer.part].local.contiguous().view(torch.uint8), 0)
-
-
-def _announced(plan: Plan, stored: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> Announced:
-    """Shape and dtype of every HF tensor of the plan."""
-    announced = {}
-    for _, offer in plan:
-        for name, shape in zip(offer.sources, offer.placement.shapes, strict=True):
-            kept = stored[name].dtype if name in stored else offer.dtype
-            announced[name] = (shape, dtype or kept)
-    return announced
-
-
-def _plan(everyone: list[list[_Offer]]) -> Plan:
-    """Every shard once, layer by layer; of copies, the lowest rank's."""
-    chosen: dict[tuple[str, tuple[int, int]], tuple[int, _Offer]] = {}
-    for rank, offers in enumerate(everyone):
-        for offer in offers:
-            chosen.setdefault((offer.name, offer.part), (rank, offer))
-    return sorted(chosen.values(), key=lambda entry: _natural(entry[1].name, entry[1].part))
-
-
-def _natural(name: str, part: tuple[int, int]) -> tuple[Any, ...]:
-    """Sort key: numbers in names by value, so that layer 2 comes before layer 10."""
-    words = tuple((int(word), "") if word.isdigit() else (-1, word) for word in name.split("."))
-    return (words, part)
-
-
-def _config_like(model: ModelConfig, source_folder: str | Path | None) -> tuple[dict[str, Any], Path | None]:
-    """config.json for the model, and the source folder if that holds weights of the same architecture."""
-    if source_folder is not None and is_hf_folder(source_folder):
-        like = read_hf_config(source_folder)
-        if like.pop("quantization_config", None):  # imported with modelopt
-            return hf_config_from_model(model, like), None
-        config = hf_config_from_model(model, like)
-        if same_architecture(model, model_config_from_hf(config)):
-            return config, Path(source_folder)
-    return hf_config_from_model(model, None), None
-
-
-def _write_folder(
-    folder: Path,
-    config: dict[str, Any],
-    source: Path | None,
-    tokenizer: str | Path | None,
-    dtype: torch.dtype | None,
-    everyone: list[list[_Offer]],
-    held: Shards,
-) -> str | None:
-    """Rank 0's part of save_hf. Returns an error message in place of raising, for the other ranks to raise too."""
-    plan = _plan(everyone)
-    stored = stored_tensors(source) if source is not None else {}
-    announced = _announced(plan, stored, dtype)
-    copies = _stored_tied(config, stored)
-    announced.update({copy: announced[original] for original, copy in copies.items()})
-    config["torch_dtype"] = str(announced[plan[0][1].sources[0]][1]).removeprefix("torch.")
-    if "dtype" in config:
-        config["dtype"] = config["torch_dtype"]
-    shards = _shards(plan, held)
-    error = None
-    try:
-        with replaced_folder(folder) as temporary, one_thread():
-            _copy_companions(tokenizer, temporary)
-            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            writer = TensorWriter(temporary, announced)
-            try:
-                for name, tensor in _assembled(shards, plan, announced):
-                    writer.write(name, tensor)
-                    if name in copies:
-                        writer.write(copies[name], tensor)
-                writer.close()
-            finally:
-                writer.abandon()
-    except CheckpointError as fault:
-        error = str(fault)
-    except OSError as fault:
-        error = f"{folder}: not written ({fault.strerror}); expected room there. Free space or name another folder."
-    for _ in shards:  # the other ranks' sends that are still to come
-        pass
-    return error
-
-
-def _stored_tied(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """{embedding: lm_head} when the source keeps both although they are tied, so that a round trip keeps both."""
-    tensors = family_of(config).tensors
-    copy, original = tensors[TIED][1], tensors["embedding.word_embeddings.weight"][1]
-    return {original: copy} if config.get("tie_word_embeddings") and copy in stored else {}
-
-
-def _assembled(
-    shards: Iterator[tuple[_Offer, torch.Tensor]], plan: Plan, announced: Announced
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Puts shard after shard in its place; an HF tensor is yielded when its last shard has arrived, uncopied if it is one.
-
-    A yielded tensor is valid until the next one: its memory is used again, which costs far less than fresh pages do.
-    """
-    free: dict[tuple[tuple[int, ...], torch.dtype], list[torch.Tensor]] = {}
-    waiting: dict[str, int] = {}
-    for _, offer in plan:
-        for name in offer.sources:
-            waiting[name] = waiting.get(name, 0) + 1
-    begun: dict[str, torch.Tensor] = {}
-    for offer, local in shards:
-        views = whole_sources(offer.placement, local) if local.device.type == "cpu" else {}
-        views = {number: view for number, view in views.items() if view.dtype == announced[offer.sources[number]][1]}
-        yield from ((offer.sources[number], view) for number, view in views.items())
-        parts = {number: name for number, name in enumerate(offer.sources) if number not in views}
-        for name in parts.values():
-            if name not in begun:
-                shape, dtype = announced[name]
-                unused = free.get(announced[name])
-                begun[name] = unused.pop() if unused else torch.empty(shape, dtype=dtype)
-        write_shard(offer.placement, local, {number: begun[name] for number, name in parts.items()})
-        for name in parts.values():
-            waiting[name] -= 1
-            if not waiting[name]:
-                yield name, begun[name]
-                free.setdefault(announced[name], []).append(begun.pop(name))
-
-
-def _shards(plan: Plan, held: Shards) -> Iterator[tuple[_Offer, torch.Tensor]]:
-    """Every shard of the model on rank 0, in the plan's order, one at a time."""
-    for holder, offer in plan:
-        if holder == 0:
-            yield offer, held[offer.name, offer.part].local
-        else:
-            local = torch.empty(offer.shape, dtype=offer.dtype, device=device())
-            dist.recv(local.view(torch.uint8), holder)
-            yield offer, local
-
-
-def _copy_companions(source_folder: str | Path | None, target: Path) -> None:
-    """Tokenizer, chat template, generation settings, code that auto_map names, licence: every file without weights."""
-    if not source_folder:
-        return
-    if not Path(source_folder).is_dir():  # a hub name
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(str(source_folder)).save_pretrained(target)
-        return
-    skipped = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
-    for path in sorted(Path(source_folder).iterdir()):
-        if path.is_file() and path.suffix not in skipped and path.name not in {"config.json", INDEX}:
-            shutil.copyfile(path, target / path.name)

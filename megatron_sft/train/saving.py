@@ -11,7 +11,7 @@ from megatron_sft.checkpoint import tracker
 from megatron_sft.checkpoint.distributed import CheckpointSaver
 from megatron_sft.checkpoint.lock import Lock
 from megatron_sft.config.run import RunConfig
-from megatron_sft.hf.weights import save_hf
+from megatron_sft.hf.exporter import save_hf
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
 from megatron_sft.train.state import TrainState

@@ -198,7 +198,7 @@ def loader_of(run: RunConfig, ranks: Any) -> Any:
 
 def exported(chunks: list[Any], model: ModelConfig, ranks: Any, folder: str) -> dict[str, torch.Tensor] | None:
     """All parameters under their HF names, on rank 0."""
-    from megatron_sft.hf.weights import save_hf
+    from megatron_sft.hf.exporter import save_hf
 
     with tempfile.TemporaryDirectory() as root:
         shared = [root]

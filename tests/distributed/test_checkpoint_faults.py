@@ -293,7 +293,8 @@ def _writers(root: str) -> dict[str, list[str]]:
     """Every place that a run writes to beside its checkpoints: first on full disks, then where a file is in the way."""
     from megatron_sft.data.prepare import open_store
     from megatron_sft.hf.config import model_config_from_hf, read_hf_config
-    from megatron_sft.hf.weights import load_hf_weights, save_hf
+    from megatron_sft.hf.exporter import save_hf
+    from megatron_sft.hf.weights import load_hf_weights
     from megatron_sft.model.build import build_model
     from megatron_sft.train.metrics import MetricsWriter
 

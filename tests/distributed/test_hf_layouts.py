@@ -9,8 +9,9 @@ from megatron_sft import parallel
 from megatron_sft.config.run import ParallelConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config
+from megatron_sft.hf.exporter import save_hf
 from megatron_sft.hf.verify import changed_tensors, quick_check
-from megatron_sft.hf.weights import core_module, load_hf_weights, save_hf
+from megatron_sft.hf.weights import core_module, load_hf_weights
 from megatron_sft.model.build import build_model
 from megatron_sft.weights import padded
 from tests.gloo import run_ranks

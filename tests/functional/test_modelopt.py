@@ -16,9 +16,10 @@ from megatron_sft import conversion, parallel
 from megatron_sft.checkpoint.distributed import read_run_config
 from megatron_sft.config.run import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
+from megatron_sft.hf.exporter import save_hf
 from megatron_sft.hf.importer import architecture_of, load_weights
 from megatron_sft.hf.verify import quick_check
-from megatron_sft.hf.weights import load_hf_weights, save_hf
+from megatron_sft.hf.weights import load_hf_weights
 from megatron_sft.model.build import build_model
 from megatron_sft.weights import padded
 from tests.unit.hf import tiny_models

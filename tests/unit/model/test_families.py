@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from megatron_sft.config.run import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config
-from megatron_sft.hf.weights import exported_tensors, load_hf_weights
+from megatron_sft.hf.exporter import exported_tensors
+from megatron_sft.hf.weights import load_hf_weights
 from megatron_sft.model.attention import packed_seq_params
 from megatron_sft.model.build import build_model
 from megatron_sft.parallel import Ranks, finalize, initialize
