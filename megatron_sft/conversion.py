@@ -7,12 +7,14 @@ from megatron_sft import parallel
 from megatron_sft.checkpoint.distributed import save_checkpoint
 from megatron_sft.checkpoint.lock import held
 from megatron_sft.checkpoint.tracker import RELEASE, is_megatron_checkpoint, iterations
+from megatron_sft.config.folders import folder_problems
 from megatron_sft.config.run import CheckpointConfig, RunConfig
-from megatron_sft.errors import CheckpointError
+from megatron_sft.errors import CheckpointError, ConfigError
 from megatron_sft.hf.conf import conf_text
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config
-from megatron_sft.hf.exporter import save_hf
+from megatron_sft.hf.exporter import save_hf, try_places
 from megatron_sft.hf.verify import changed_tensors, first_difference
+from megatron_sft.hf.weights import require_finite
 from megatron_sft.log import logger
 from megatron_sft.weights import build, resolve
 
@@ -37,6 +39,7 @@ def convert(run: RunConfig, explicit: frozenset[str] = NOTHING) -> None:
     ranks = parallel.initialize(run.parallel, run.train.seed)
     with held(save, ranks) as lock:
         chunks = build(run, source, ranks)
+        require_finite(chunks, ranks, save)
         saved = RunConfig(run.model, run.parallel, checkpoint=CheckpointConfig(save=save))
         save_checkpoint(save, RELEASE, chunks, None, None, {}, saved, ranks, lock)
     parallel.finalize()
@@ -61,10 +64,15 @@ def export(run: RunConfig, explicit: frozenset[str] = NOTHING) -> None:
         )
     if is_megatron_checkpoint(folder) or Path(load).resolve().is_relative_to(Path(folder).resolve()):
         raise CheckpointError(f"{folder}: holds a Megatron checkpoint; expected a folder for an HF model. Change --save-hf.")
+    if found := folder_problems(run):
+        raise ConfigError(found)
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, params_dtype="bf16"))
     run, source = resolve(run, explicit, training=False, like=_like(run))
     ranks = parallel.initialize(run.parallel, run.train.seed)
-    save_hf(build(run, source, ranks), run.model, folder, ranks, _like(run))
+    try_places([folder], ranks, _like(run))
+    chunks = build(run, source, ranks)
+    require_finite(chunks, ranks, folder)
+    save_hf(chunks, run.model, folder, ranks, _like(run))
     parallel.finalize()
     logger.info("exported %s to %s", load, folder)
 

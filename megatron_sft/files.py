@@ -4,11 +4,15 @@ A new file or folder is written under another name beside its place, brought to 
 say when the disk refuses; every function raises OSError, which the caller explains.
 """
 
+import ctypes
 import errno
 import os
 import shutil
 import stat
 from pathlib import Path
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""linux/fcntl.h, linux/fs.h"""
 
 
 def write_whole(path: str | Path, content: str | bytes, mode: int | None = None) -> None:
@@ -42,8 +46,9 @@ def publish_folder(source: Path, target: Path, aside: Path) -> None:
 
     Args:
         source: the finished folder, beside target.
-        target: its place; a folder that is there now is replaced.
-        aside: name beside it, for the replaced folder between two renames; a kill there leaves it behind.
+        target: its place; a folder that is there now is replaced: the two change names in one step where the file system can
+            do that (RENAME_EXCHANGE), so that a whole folder is there at every moment.
+        aside: name beside it, for the replaced folder; elsewhere it has that between two renames, and a kill there leaves it.
 
     Raises:
         OSError: source and what was at target are still there, under one of their names.
@@ -52,10 +57,37 @@ def publish_folder(source: Path, target: Path, aside: Path) -> None:
         sync(path)
     if os.path.lexists(target):
         remove(aside)
-        os.rename(target, aside)
-    os.rename(source, target)
+        if exchange(source, target):
+            os.rename(source, aside)
+        else:
+            replace_in_two_steps(source, target, aside)
+    else:
+        os.rename(source, target)
     sync(target.parent)
     remove(aside)
+
+
+def replace_in_two_steps(source: Path, target: Path, aside: Path) -> None:
+    """Renames target to aside, then source to target. Raises OSError: nothing was changed."""
+    os.rename(target, aside)
+    try:
+        os.rename(source, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Lets two paths change names in one step (renameat2(2)); False where the file system or the C library cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
 def remove(path: Path) -> None:

@@ -24,7 +24,7 @@ from megatron_sft.checkpoint.background import torch_optimizers
 from megatron_sft.checkpoint.lock import Lock
 from megatron_sft.checkpoint.resume import run_config_json
 from megatron_sft.config.run import RunConfig
-from megatron_sft.errors import CheckpointError
+from megatron_sft.errors import CheckpointError, SavingError
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks, agree, gather
 
@@ -54,7 +54,7 @@ class CheckpointSaver:
         self._staging = background.Staging()
         self._pending: _BackgroundSave | None = None
         self._number = 0
-        _agree(self._prepare_root, ranks, f"{self.root}: cannot be used for checkpoints")
+        _agree(self._prepare_root, ranks, f"{self.root}: cannot be used for checkpoints", kind=CheckpointError)
 
     def _prepare_root(self) -> None:
         if self._ranks.rank == 0:
@@ -81,7 +81,7 @@ class CheckpointSaver:
             state: progress of the run: numbers, strings, lists, dicts and tensors; the same on every process.
 
         Raises:
-            CheckpointError: on every process, when it failed on any; earlier checkpoints are untouched.
+            SavingError: on every process, when it failed on any; earlier checkpoints are untouched.
         """
         self.finish()
         self._number += 1
@@ -98,7 +98,7 @@ class CheckpointSaver:
             shards = optimizer_shards.write_items(parts, state_dicts.model_state(chunks, metadata)) if parts else []
             job = torch_dist.plan(full, validate=self._number == 1, shards=shards)
         except _SAVE_ERRORS as error:
-            raise CheckpointError(f"{where}. Found: {type(error).__name__}: {error}.") from error
+            raise SavingError(f"{where}. Found: {type(error).__name__}: {error}.") from error
         config = run_config_json(self._run, state).encode()
         if self._run.checkpoint.async_save:
             background.detach_buffers(job, chunks)
@@ -110,7 +110,7 @@ class CheckpointSaver:
         """Collective: waits for a save in the background.
 
         Raises:
-            CheckpointError: it failed.
+            SavingError: it failed.
         """
         if self._pending is None:
             return
@@ -124,7 +124,7 @@ class CheckpointSaver:
             try:
                 tracker.mark_best(self.root, iteration, metric, value)
             except OSError as error:
-                raise CheckpointError(
+                raise SavingError(
                     f"{self.root}: iteration {iteration} is saved, but cannot be named the best one ({error.strerror}). Expected "
                     f"a writable folder with room. {_ADVICE}"
                 ) from None
@@ -243,17 +243,21 @@ class _BackgroundSave:
             raise self._error
 
 
-def _agree(action: Callable[[], T], ranks: Ranks, where: str, exchange: Exchange = gather) -> T:
-    """parallel.agree for what writes: an error of this process becomes a CheckpointError that begins with `where`."""
+def _agree(
+    action: Callable[[], T],
+    ranks: Ranks,
+    where: str,
+    exchange: Exchange = gather,
+    kind: type[CheckpointError] = SavingError,
+) -> T:
+    """parallel.agree for what writes: an error of this process becomes one of that kind, which begins with `where`."""
 
     def explained() -> T:
         try:
             return action()
         except _SAVE_ERRORS as error:
             found = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            raise CheckpointError(
-                f"{where}. Found: rank {ranks.rank}: {found}. Expected a writable folder with room. {_ADVICE}"
-            ) from error
+            raise kind(f"{where}. Found: rank {ranks.rank}: {found}. Expected a writable folder with room. {_ADVICE}") from error
 
     return agree(explained, exchange)
 

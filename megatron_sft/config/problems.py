@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_sft.config.core_fields import EFFECTIVE, CoreTraining
 from megatron_sft.config.fields import Factor, flag_of, kind_of, kinds, range_problems, shown
+from megatron_sft.config.folders import folder_problems
 from megatron_sft.config.hints import nearest
 from megatron_sft.config.run import (
     DATA_IDENTITY,
@@ -52,7 +53,7 @@ def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str
     found = _layout_problems(run, world_size) + model_problems(run.model)
     if training:
         found += _training_problems(run) + _optim_problems(run) + _folder_problems(run.checkpoint)
-        found += _allowed_problems(run) + _log_problems(run)
+        found += folder_problems(run) + _allowed_problems(run) + _log_problems(run)
     return found
 
 

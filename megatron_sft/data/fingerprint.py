@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from megatron_sft import __version__
 from megatron_sft.config.run import DataConfig
-from megatron_sft.data.lock import only_one
 from megatron_sft.data.store import STORE_VERSION
 from megatron_sft.errors import DataError
+from megatron_sft.lock import only_one
 
 POLICY_FIELDS = (
     "data_split",

@@ -27,12 +27,12 @@ from megatron_sft.config.run import DataConfig
 from megatron_sft.data.chat import CHECKED_ROWS, ChatEncoder, check_masks
 from megatron_sft.data.fingerprint import Fingerprint, require_unchanged, store_fingerprint
 from megatron_sft.data.limits import num_characters
-from megatron_sft.data.lock import if_free, only_one
 from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.data.store import Document, MemoryStore, TokenStore, write_meta
 from megatron_sft.data.workers import LONG_TEXT, Chunk, MakeEncoder, Problem, Result, in_order, make_encoder
 from megatron_sft.errors import DataError
 from megatron_sft.files import publish_folder
+from megatron_sft.lock import if_free, only_one
 from megatron_sft.log import logger
 
 __all__ = ["TokenStore", "build_memory_store", "build_token_store", "encode_rows"]

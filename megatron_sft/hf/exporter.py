@@ -7,6 +7,7 @@ Not here: reading (weights.py), what may be replaced (target.py), file formats (
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,11 @@ from torch import nn
 
 from megatron_sft.config.run import ModelConfig
 from megatron_sft.core_compat import device
-from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.config import family_of, hf_config_from_model, model_config_from_hf, read_hf_config, same_architecture
 from megatron_sft.hf.families import Family
-from megatron_sft.hf.folder import INDEX, StoredTensor, TensorWriter, one_thread, replaced_folder, stored_tensors
+from megatron_sft.hf.folder import INDEX, StoredTensor, TensorWriter, one_thread, stored_tensors
 from megatron_sft.hf.layout import Placement, whole_sources, write_shard
+from megatron_sft.hf.target import new_folder, try_target
 from megatron_sft.hf.weights import TIED, Held, held_shards, is_hf_folder
 from megatron_sft.parallel import Ranks, agree, gather
 
@@ -46,6 +47,18 @@ Announced = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype by HF name."""
 
 
+class _Export(NamedTuple):
+    """What is known of a new HF folder before its tensors' values."""
+
+    config: dict[str, Any]
+    """config.json."""
+    plan: Plan
+    held: Shards
+    announced: Announced
+    copies: Mapping[str, str]
+    """{tensor: another name under which it is stored too}."""
+
+
 def save_hf(
     chunks: Sequence[nn.Module],
     model: ModelConfig,
@@ -66,18 +79,58 @@ def save_hf(
         dtype: of the stored tensors; None: the source's, without a source the parameters' own.
 
     Raises:
-        CheckpointError: on every rank when the folder cannot be written.
+        SavingError: on every rank when the folder cannot be written; what was there is untouched.
+        CheckpointError: there is no HF tensor for a parameter.
     """
-    config, source = agree(lambda: _config_like(model, source_folder))
-    held, everyone = _offered(chunks, model, family_of(config), ranks)
+    export = _prepared(chunks, model, ranks, source_folder, dtype)
     if ranks.rank != 0:
-        _send(everyone, held, ranks)
-        failure = None
-    else:
-        failure = _write_folder(Path(folder), config, source, source_folder, dtype, everyone, held)
-    for message in gather(failure):
-        if message:
-            raise CheckpointError(message)
+        _send(export.plan, export.held, ranks)
+    agree(lambda: _write(Path(folder), export, source_folder) if ranks.rank == 0 else None)
+
+
+def try_places(folders: Sequence[str], ranks: Ranks, source_folder: str | Path | None = None) -> None:
+    """try_hf without a model, which cannot look at the room: before anything is read. All ranks call it.
+
+    Args:
+        folders: that may be written.
+        ranks: this process's place.
+        source_folder: HF folder.
+
+    Raises:
+        CheckpointError: on every rank when something stands in the way, or a place cannot be written.
+    """
+
+    def try_all() -> None:
+        for folder in folders if ranks.rank == 0 else ():
+            try_target(Path(folder), _folder(source_folder), 0)
+
+    agree(try_all)
+
+
+def try_hf(
+    chunks: Sequence[nn.Module],
+    model: ModelConfig,
+    folder: str | Path,
+    ranks: Ranks,
+    source_folder: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Whether save_hf can write there later: what stands in the way, and room. All ranks call it; nothing is written.
+
+    Args:
+        chunks: as save_hf's, and so are the others; values are not looked at.
+        model: architecture.
+        folder: new folder.
+        ranks: this process's place.
+        source_folder: HF folder.
+        dtype: of the stored tensors.
+
+    Raises:
+        CheckpointError: on every rank when it cannot.
+    """
+    export = _prepared(chunks, model, ranks, source_folder, dtype)
+    num_bytes = sum(math.prod(shape) * kind.itemsize for shape, kind in export.announced.values())
+    agree(lambda: try_target(Path(folder), _folder(source_folder), num_bytes) if ranks.rank == 0 else None)
 
 
 def exported_tensors(
@@ -90,10 +143,10 @@ def exported_tensors(
     """
     stored = stored_tensors(folder)
     held, everyone = _offered(chunks, model, family_of(read_hf_config(folder)), ranks)
-    if ranks.rank != 0:
-        _send(everyone, held, ranks)
-        return
     plan = _plan(everyone)
+    if ranks.rank != 0:
+        _send(plan, held, ranks)
+        return
     yield from _assembled(_shards(plan, held), plan, _announced(plan, stored, None))
 
 
@@ -111,9 +164,9 @@ def _offered(chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ra
     return held, gather(offers)
 
 
-def _send(everyone: list[list[_Offer]], held: Shards, ranks: Ranks) -> None:
+def _send(plan: Plan, held: Shards, ranks: Ranks) -> None:
     """The part of every rank but 0: its shards, in the order in which rank 0 asks for them."""
-    for holder, offer in _plan(everyone):
+    for holder, offer in plan:
         if holder == ranks.rank:
             dist.send(held[offer.name, offer.part].local.contiguous().view(torch.uint8), 0)
 
@@ -155,46 +208,51 @@ def _config_like(model: ModelConfig, source_folder: str | Path | None) -> tuple[
     return hf_config_from_model(model, None), None
 
 
-def _write_folder(
-    folder: Path,
-    config: dict[str, Any],
-    source: Path | None,
-    tokenizer: str | Path | None,
+def _prepared(
+    chunks: Sequence[nn.Module],
+    model: ModelConfig,
+    ranks: Ranks,
+    source_folder: str | Path | None,
     dtype: torch.dtype | None,
-    everyone: list[list[_Offer]],
-    held: Shards,
-) -> str | None:
-    """Rank 0's part of save_hf. Returns an error message in place of raising, for the other ranks to raise too."""
+) -> _Export:
+    """Collective: everything about the new folder but the tensors' values; dtypes are rank 0's to know."""
+    config, source = agree(lambda: _config_like(model, source_folder))
+    held, everyone = _offered(chunks, model, family_of(config), ranks)
     plan = _plan(everyone)
-    stored = stored_tensors(source) if source is not None else {}
+    stored = agree(lambda: stored_tensors(source) if source is not None and ranks.rank == 0 else {})
     announced = _announced(plan, stored, dtype)
     copies = _stored_tied(config, stored)
     announced.update({copy: announced[original] for original, copy in copies.items()})
     config["torch_dtype"] = str(announced[plan[0][1].sources[0]][1]).removeprefix("torch.")
     if "dtype" in config:
         config["dtype"] = config["torch_dtype"]
-    shards = _shards(plan, held)
-    error = None
+    return _Export(config, plan, held, announced, copies)
+
+
+def _write(folder: Path, export: _Export, source_folder: str | Path | None) -> None:
+    """Rank 0's part of save_hf. Raises SavingError."""
+    shards = _shards(export.plan, export.held)
     try:
-        with replaced_folder(folder) as temporary, one_thread():
-            _copy_companions(tokenizer, temporary)
-            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            writer = TensorWriter(temporary, announced)
+        with new_folder(folder, _folder(source_folder)) as temporary, one_thread():
+            _copy_companions(source_folder, temporary)
+            (temporary / "config.json").write_text(json.dumps(export.config, indent=2) + "\n", encoding="utf-8")
+            writer = TensorWriter(temporary, export.announced)
             try:
-                for name, tensor in _assembled(shards, plan, announced):
+                for name, tensor in _assembled(shards, export.plan, export.announced):
                     writer.write(name, tensor)
-                    if name in copies:
-                        writer.write(copies[name], tensor)
+                    if name in export.copies:
+                        writer.write(export.copies[name], tensor)
                 writer.close()
             finally:
                 writer.abandon()
-    except CheckpointError as fault:
-        error = str(fault)
-    except OSError as fault:
-        error = f"{folder}: not written ({fault.strerror}); expected room there. Free space or name another folder."
-    for _ in shards:  # the other ranks' sends that are still to come
-        pass
-    return error
+    finally:
+        for _ in shards:  # the other ranks' sends that are still to come
+            pass
+
+
+def _folder(source: str | Path | None) -> Path | None:
+    """The source where it is a folder, no hub name."""
+    return Path(source) if source and Path(source).is_dir() else None
 
 
 def _stored_tied(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, str]:
@@ -246,16 +304,17 @@ def _shards(plan: Plan, held: Shards) -> Iterator[tuple[_Offer, torch.Tensor]]:
             yield offer, local
 
 
-def _copy_companions(source_folder: str | Path | None, target: Path) -> None:
+def _copy_companions(source: str | Path | None, target: Path) -> None:
     """Tokenizer, chat template, generation settings, code that auto_map names, licence: every file without weights."""
-    if not source_folder:
+    if not source:
         return
-    if not Path(source_folder).is_dir():  # a hub name
+    folder = _folder(source)
+    if folder is None:  # a hub name
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(str(source_folder)).save_pretrained(target)
+        AutoTokenizer.from_pretrained(str(source)).save_pretrained(target)
         return
     skipped = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
-    for path in sorted(Path(source_folder).iterdir()):
+    for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix not in skipped and path.name not in {"config.json", INDEX}:
             shutil.copyfile(path, target / path.name)

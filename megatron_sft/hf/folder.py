@@ -5,7 +5,6 @@ Reads and writes safetensors only. Names and layouts are weights.py's business.
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_sft.errors import CheckpointError
-from megatron_sft.files import publish_folder, regular
+from megatron_sft.files import regular
 from megatron_sft.hf.families import TEXT_PREFIX
 
 INDEX = "model.safetensors.index.json"
@@ -260,28 +259,3 @@ def _shards(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> list[
         groups[-1].append(name)
         size += num_bytes
     return groups
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well and vanishes when it does not.
-
-    Raises:
-        CheckpointError: the place cannot be written, or something that is no HF folder lies there.
-    """
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(
-            f"{folder}: exists and is no Hugging Face folder; expected a new, empty or HF folder. Name another one."
-        )
-    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot be written ({error.strerror}); expected a writable place. Name another folder."
-        ) from None
-    try:
-        yield temporary
-        publish_folder(temporary, folder, aside=folder.with_name(f".{folder.name}.replaced-{os.getpid()}"))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

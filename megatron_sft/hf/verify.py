@@ -22,7 +22,7 @@ from megatron_sft.hf.conflicts import conflicts
 from megatron_sft.hf.exporter import exported_tensors
 from megatron_sft.hf.folder import open_file, stored_tensors
 from megatron_sft.hf.importer import unquantised_architecture
-from megatron_sft.hf.weights import core_module
+from megatron_sft.hf.weights import core_module, first_not_finite
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks, agree, gather
 
@@ -215,14 +215,11 @@ def _setting_faults(module: Any, model: ModelConfig, hf: ModelConfig) -> list[st
 
 
 def _refuse_infinite(chunks: Sequence[nn.Module], folder: str | Path) -> None:
-    """Raises CheckpointError for the first parameter with a NaN or an infinity; its sum is then one too."""
-    for chunk in chunks:
-        for name, parameter in core_module(chunk).named_parameters():
-            if not bool(parameter.detach().sum().isfinite()):
-                raise CheckpointError(
-                    f"{folder}: {name} holds NaN or infinite values; expected numbers. Download the folder again, or take an "
-                    "earlier checkpoint; --no-verify-conversion trains on regardless."
-                )
+    if name := first_not_finite(chunks):
+        raise CheckpointError(
+            f"{folder}: {name} holds NaN or infinite values; expected numbers. Download the folder again, or take an earlier "
+            "checkpoint; --no-verify-conversion trains on regardless."
+        )
 
 
 def quick_check(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from megatron_sft.config.run import ModelConfig
-from megatron_sft.errors import CheckpointError
+from megatron_sft.errors import CheckpointError, TrainingError
 from megatron_sft.hf.config import (
     family_of,
     read_hf_config,
@@ -115,6 +115,38 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, buffer in module.named_buffers():
         if name.endswith("router.expert_bias") and buffer is not None:
             yield name, buffer
+
+
+def first_not_finite(chunks: Sequence[nn.Module]) -> str | None:
+    """Name of the first parameter on this rank with a NaN or an infinity. One sum a tensor, and one wait for the device."""
+    named = [(name, tensor.detach()) for chunk in chunks for name, tensor in _weights(core_module(chunk))]
+    if not named:
+        return None
+    sums = torch.stack([tensor.sum(dtype=torch.float32) for _, tensor in named])
+    suspects = (~sums.isfinite()).nonzero().flatten().tolist()  # finite values may have an infinite sum
+    return next((named[i][0] for i in suspects if not bool(named[i][1].isfinite().all())), None)
+
+
+def require_finite(chunks: Sequence[nn.Module], ranks: Ranks, where: str) -> None:
+    """Collective, before weights are written.
+
+    Args:
+        chunks: this rank's model chunks, wrapped or not.
+        ranks: of this process.
+        where: begins the message: what is not written.
+
+    Raises:
+        TrainingError: on every rank, naming a parameter that holds NaN or infinite values on one.
+    """
+
+    def check() -> None:
+        if name := first_not_finite(chunks):
+            raise TrainingError(
+                f"{where}: not saved. {name} on rank {ranks.rank} holds NaN or infinite values; expected numbers. Earlier "
+                "checkpoints are untouched: lower --lr or mend --clip-grad, and resume."
+            )
+
+    agree(check)
 
 
 def load_hf_weights(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> None:

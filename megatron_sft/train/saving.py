@@ -10,8 +10,10 @@ from typing import Any
 from megatron_sft.checkpoint import tracker
 from megatron_sft.checkpoint.distributed import CheckpointSaver
 from megatron_sft.checkpoint.lock import Lock
+from megatron_sft.config.folders import PLACEHOLDERS, export_folder, export_folders
 from megatron_sft.config.run import RunConfig
-from megatron_sft.hf.exporter import save_hf
+from megatron_sft.hf.exporter import save_hf, try_hf
+from megatron_sft.hf.weights import require_finite
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
 from megatron_sft.train.state import TrainState
@@ -51,6 +53,8 @@ class Saving:
         self._saver = CheckpointSaver(run.checkpoint.save, run, ranks, lock) if run.checkpoint.save else None
         self._unmarked: tuple[int, float] | None = None
         self._exported: int | None = None
+        if run.checkpoint.save_hf:
+            try_hf(chunks, run.model, export_folders(run.checkpoint.save_hf)[-1], ranks, run.data.tokenizer_model)
 
     def checkpoint(self, state: TrainState, valid_loss: float | None) -> None:
         """Collective: writes a checkpoint, and an HF folder where --save-hf names one an iteration.
@@ -62,6 +66,7 @@ class Saving:
         assert self._saver is not None, "the loop saves only with --save"
         self._watch.tell(f"saving iteration {state.iteration}")
         self.finish()
+        require_finite(self._chunks, self._ranks, f"iteration {state.iteration}")
         values = {**state.to_dict(), "consumed_train_samples": state.consumed_samples, **self._identity}
         if valid_loss is not None:
             values[METRIC] = valid_loss
@@ -99,12 +104,11 @@ class Saving:
         if not self._run.checkpoint.save_hf or self._exported == iteration:
             return
         self._watch.tell("writing the HF folder")
-        folder = self._run.checkpoint.save_hf
-        for name in ("{iteration}", "{rollout_id}"):
-            folder = folder.replace(name, str(iteration))
+        folder = export_folder(self._run.checkpoint.save_hf, iteration)
+        require_finite(self._chunks, self._ranks, folder)
         save_hf(self._chunks, self._run.model, folder, self._ranks, self._run.data.tokenizer_model)
         self._exported = iteration
         logger.info("wrote the HF folder %s", folder)
 
     def _is_by_iteration(self) -> bool:
-        return any(name in (self._run.checkpoint.save_hf or "") for name in ("{iteration}", "{rollout_id}"))
+        return any(name in (self._run.checkpoint.save_hf or "") for name in PLACEHOLDERS)

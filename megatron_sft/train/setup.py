@@ -14,6 +14,7 @@ import torch
 from megatron_sft import parallel
 from megatron_sft.checkpoint.lock import Lock, held
 from megatron_sft.checkpoint.resume import kept_batch_size, refuse_changed
+from megatron_sft.config.folders import export_folders
 from megatron_sft.config.run import DATA_IDENTITY, RunConfig
 from megatron_sft.core_compat import use_deterministic_algorithms
 from megatron_sft.data.chat import load_tokenizer
@@ -23,6 +24,7 @@ from megatron_sft.data.report import as_table, data_report
 from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
 from megatron_sft.data.tokens import TokenStore
 from megatron_sft.errors import CheckpointError, DataError, TrainingError
+from megatron_sft.hf.exporter import try_places
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks, agree
 from megatron_sft.train import memory
@@ -84,6 +86,8 @@ def _require_unchanged(source: WeightSource, run: RunConfig) -> None:
 
 
 def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch, lock: Lock) -> int:
+    if run.checkpoint.save_hf:
+        try_places(export_folders(run.checkpoint.save_hf), ranks, run.data.tokenizer_model)
     watch.tell("reading the data")
     data = build_data(run)
     watch.tell("building the model")

@@ -17,7 +17,7 @@ import torch
 from megatron_sft.checkpoint import manifest, torch_dist, tracker
 from megatron_sft.checkpoint.distributed import CheckpointSaver, latest_iteration, load_checkpoint
 from megatron_sft.config.run import CheckpointConfig, DataConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_sft.errors import CheckpointError, DataError, TrainingError, UserError
+from megatron_sft.errors import CheckpointError, DataError, SavingError, TrainingError, UserError
 from tests.distributed.checkpoint_rig import Rig, build
 from tests.gloo import run_ranks
 from tests.text_models import text_model
@@ -330,11 +330,11 @@ def _writers(root: str) -> dict[str, list[str]]:
 
     found["tokens"] = _refusals(DataError, lambda: prepare(f"{root}/cache"), [0, 64, 1000])
     found["metrics"] = _refusals(TrainingError, lambda: metrics(f"{root}/run"), [0, 400, 700])
-    found["best"] = _refusals(CheckpointError, lambda: best(f"{root}/run"), [0, 10])
-    found["export"] = _refusals(CheckpointError, lambda: export(f"{root}/out"), [0, 1000, 20_000])
-    found["checkpoint"] = _refusals(CheckpointError, lambda: _save(rig, f"{root}/run", 2), [0, 500, 5000])
+    found["best"] = _refusals(SavingError, lambda: best(f"{root}/run"), [0, 10])
+    found["export"] = _refusals(SavingError, lambda: export(f"{root}/out"), [0, 1000, 20_000])
+    found["checkpoint"] = _refusals(SavingError, lambda: _save(rig, f"{root}/run", 2), [0, 500, 5000])
     assert _load(rig, f"{root}/run")["iteration"] == 2
-    in_the_way = {"tokens": (DataError, prepare), "metrics": (TrainingError, metrics), "export": (CheckpointError, export)}
+    in_the_way = {"tokens": (DataError, prepare), "metrics": (TrainingError, metrics), "export": (SavingError, export)}
     for name, (kind, write) in in_the_way.items():
         with pytest.raises(kind) as caught:
             write(f"{root}/file/below")

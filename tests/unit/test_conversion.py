@@ -115,6 +115,11 @@ def test_wrong_places_and_flags_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def as_it_is(folder):
+    """Everything below it, with what changes when it is written to."""
+    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path in folder.rglob("*") for stat in [path.stat()]}
+
+
 def test_a_target_that_is_something_else_is_refused_before_any_work(tmp_path):
     hf, other, root = tmp_path / "hf", tmp_path / "other", tmp_path / "root"
     tiny_folder("llama", hf)
@@ -122,7 +127,7 @@ def test_a_target_that_is_something_else_is_refused_before_any_work(tmp_path):
     (other / "model.safetensors").write_text("")
     for folder in (root / "iter_0000002", root / "iter_0000007", tmp_path / "weights" / "release"):
         put(folder)
-    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    before = as_it_is(tmp_path)
     refused = {
         hf: "--save is --load",
         other: "is an HF folder",
@@ -139,4 +144,4 @@ def test_a_target_that_is_something_else_is_refused_before_any_work(tmp_path):
         with pytest.raises(CheckpointError, match="busy: another run is using it: process"):
             conversion.convert(conversion_run(hf, save=tmp_path / "busy"))
     parallel.finalize()
-    assert {path: path.stat() for path in tmp_path.rglob("*")} == before
+    assert as_it_is(tmp_path) == before

@@ -10,10 +10,11 @@ from pathlib import Path
 
 PACKAGE = "megatron_sft"
 ROOT = Path(__file__).resolve().parents[2]
-EVERY = {"config", "core_compat", "errors", "files", "log"}
+EVERY = {"config", "core_compat", "errors", "files", "lock", "log"}
 ALLOWED: Mapping[str, set[str]] = {
     "errors": set(),
     "files": set(),
+    "lock": {"log"},
     "log": set(),
     "output": {"errors", "files", "log"},
     "core_compat": {"errors", "log"},
@@ -21,7 +22,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "launch": {"core_compat", "errors"},
     "config": {"errors", "log", "core_compat"},
     "parallel": EVERY,
-    "data": {"config", "errors", "files", "log"},
+    "data": {"config", "errors", "files", "lock", "log"},
     "model": EVERY | {"parallel"},
     "hf": EVERY | {"parallel", "model"},
     "checkpoint": EVERY | {"parallel"},
@@ -34,7 +35,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "__main__": EVERY
     | {"checkpoint", "conversion", "data", "entry", "inference", "output", "parallel", "plan", "tasks", "train"},
 }
-USES_CORE = set(ALLOWED) - {"errors", "files", "log", "config", "data", "entry", "launch", "output", "__main__"}
+USES_CORE = set(ALLOWED) - {"errors", "files", "lock", "log", "config", "data", "entry", "launch", "output", "__main__"}
 
 
 def imported_modules(tree: ast.AST, dotted: str) -> Iterator[str]:

@@ -13,12 +13,12 @@ import pytest
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data import tokens as tokens_module
 from megatron_sft.data.fingerprint import store_fingerprint
-from megatron_sft.data.lock import only_one
 from megatron_sft.data.schema import RowError
 from megatron_sft.data.sources import open_source
 from megatron_sft.data.store import FILES, TokenStore, write_meta
 from megatron_sft.data.tokens import build_memory_store, build_token_store, fit
 from megatron_sft.errors import DataError
+from megatron_sft.lock import only_one
 
 ACTIONS = {
     "poison": lambda: os._exit(7),

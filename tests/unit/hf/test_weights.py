@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sft import parallel
 from megatron_sft.config.run import ParallelConfig, TrainConfig
-from megatron_sft.errors import CheckpointError
+from megatron_sft.errors import CheckpointError, SavingError, TrainingError
 from megatron_sft.hf import folder as hf_folder
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config
-from megatron_sft.hf.exporter import save_hf
+from megatron_sft.hf.exporter import save_hf, try_hf
 from megatron_sft.hf.verify import changed_tensors, first_difference, quick_check
-from megatron_sft.hf.weights import is_hf_folder, load_hf_weights
+from megatron_sft.hf.weights import is_hf_folder, load_hf_weights, require_finite
 from megatron_sft.model.build import build_model
 from megatron_sft.weights import padded
 from tests.unit.hf.tiny_models import KEYS, SIZES, tiny_folder
@@ -78,9 +79,27 @@ def test_saving_over_another_folder_is_refused(tmp_path, ranks):
     chunks, model = loaded(tmp_path / "in", ranks)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
-    with pytest.raises(CheckpointError, match="exists and is no Hugging Face folder"):
+    with pytest.raises(CheckpointError, match=r"home: holds thesis.tex; expected a new or empty folder") as before:
+        try_hf(chunks, model, tmp_path / "home", ranks, tmp_path / "in")
+    with pytest.raises(SavingError, match=r"home: not written: holds thesis.tex") as after:
         save_hf(chunks, model, tmp_path / "home", ranks, tmp_path / "in")
-    assert (tmp_path / "home" / "thesis.tex").exists()
+    assert (before.value.exit_status, after.value.exit_status) == (2, 3)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.parent.name != "in") == ["home", "in", "thesis.tex"]
+
+
+def test_weights_that_are_not_finite_are_found_whatever_their_size(tmp_path, ranks):
+    tiny_folder("qwen3", tmp_path / "in")
+    chunks, _ = loaded(tmp_path / "in", ranks)
+    named = dict(chunks[0].named_parameters())
+    with torch.no_grad():
+        named["embedding.word_embeddings.weight"].fill_(3e38)  # finite, though its sum is not
+        require_finite(chunks, ranks, "x")
+        for value in (math.nan, math.inf, -math.inf):
+            weight = named["decoder.layers.1.mlp.linear_fc1.weight"]
+            before, weight[3, 5] = float(weight[3, 5]), value
+            with pytest.raises(TrainingError, match=r"^x: not saved. decoder.layers.1.mlp.linear_fc1.weight on rank 0 holds NaN"):
+                require_finite(chunks, ranks, "x")
+            weight[3, 5] = before
 
 
 def _drop(folder):

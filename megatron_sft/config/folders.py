@@ -1,0 +1,50 @@
+"""Folders of a run that would destroy each other: what --save-hf would replace."""
+
+import glob
+import itertools
+import os
+
+from megatron_sft.config.run import RunConfig
+
+PLACEHOLDERS = ("{iteration}", "{rollout_id}")
+"""Names in --save-hf that stand for the iteration."""
+
+
+def export_folder(save_hf: str, iteration: int) -> str:
+    """--save-hf at an iteration: out/{iteration} -> out/100."""
+    for name in PLACEHOLDERS:
+        save_hf = save_hf.replace(name, str(iteration))
+    return save_hf
+
+
+def export_folders(save_hf: str) -> list[str]:
+    """--save-hf as it may be written: itself, or with {iteration} those that are there already, and a new one."""
+    pattern = glob.escape(save_hf)
+    for name in PLACEHOLDERS:
+        pattern = pattern.replace(name, "[0-9]*")
+    if pattern == glob.escape(save_hf):
+        return [save_hf]
+    new = itertools.count()
+    return [*sorted(glob.glob(pattern)), next(path for n in new if not os.path.lexists(path := export_folder(save_hf, n)))]
+
+
+def folder_problems(run: RunConfig) -> list[str]:
+    """What stands at or below --save-hf although the run reads it or writes it itself, one sentence each."""
+    save_hf = run.checkpoint.save_hf
+    if not save_hf:
+        return []
+    target = os.path.realpath(export_folders(save_hf)[-1])
+    read = {"--load": run.checkpoint.load, "--tokenizer-model": run.data.tokenizer_model}
+    read |= {f"data set {number}": path for number, path in enumerate((*run.data.train_data, *run.data.valid_data), start=1)}
+    written = {"--save": run.checkpoint.save, "--data-cache-path": run.data.data_cache_path}
+    written |= {"--tensorboard-dir": run.log.tensorboard_dir}
+    found = [
+        f"--save-hf {save_hf}: {flag} {path} is there or below; expected a folder of the HF folder's own. Name another."
+        for flag, path in {**read, **written}.items()
+        if path and (flag in written or os.path.lexists(path)) and _is_at_or_below(os.path.realpath(path), target)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _is_at_or_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
