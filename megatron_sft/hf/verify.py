@@ -204,7 +204,7 @@ def _rotary_faults(module: Any, body: Any) -> list[str]:
 
 def _setting_faults(module: Any, model: ModelConfig, hf: ModelConfig) -> list[str]:
     """What the built modules say against config.json: the run's settings, and the epsilon of every norm."""
-    fields = frozenset(ModelConfig.__dataclass_fields__)
+    fields = frozenset(ModelConfig.__dataclass_fields__) | model.core.keys()
     faults = conflicts(model, fields, hf)
     for name, part in module.named_modules():
         epsilon = getattr(part, "eps", getattr(part, "variance_epsilon", None))

@@ -89,7 +89,7 @@ def test_a_machine_without_loopback_is_told_to_raise_it() -> None:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--seq-length", "0", "--lr", "-1"], "2 problems in the configuration:\n  - --seq-length is 0"),
+        (["--seq-length", "0", "--lr", "-1"], "2 problems in the configuration:\n  - --seq-length 0: expected"),
         (["--load", "/nowhere"], "/nowhere: neither an HF folder"),
         (["--finetune-hf-dataset", "/nowhere.jsonl"], "/nowhere.jsonl: no such file or folder"),
     ],

@@ -32,7 +32,7 @@ def finetune(*flags: Any) -> str:
 def test_logits_equal_transformers() -> None:
     from megatron_sft.conversion import verify
 
-    assert verify(FOLDER), "verify compares every layer and the logits; it prints the first difference"
+    assert verify(str(FOLDER)), "verify compares every layer and the logits; it prints the first difference"
 
 
 def test_nll_before_and_after_30_steps(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 
 from megatron_sft.config.run import ParallelConfig, TrainConfig
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config
@@ -35,6 +36,8 @@ MODULES = {
 
 @pytest.fixture(scope="module")
 def ranks():
+    clear_aux_losses_tracker()
+    get_moe_layer_wise_logging_tracker().clear()  # other models of this process had other layers
     yield initialize(ParallelConfig(), 1)
     finalize()
 
