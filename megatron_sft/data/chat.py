@@ -3,10 +3,9 @@
 1. the policy edits the messages (reasoning in the history, what is trained);
 2. the template renders them once (templates.py), and the assistant's characters are found (spans.py);
 3. the text is tokenised once; a token is trained when all its characters are;
-4. `check_masks` tries all of it on real rows before a build, and fails closed.
+Not here: the gate that tries all of it on real rows before a build (mask_gate.py).
 """
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,17 +15,20 @@ from typing import Any
 import numpy as np
 
 from megatron_sft.config.run import DataConfig
-from megatron_sft.data.fast_bpe import HFText, TextTokenizer
+from megatron_sft.data.fast_bpe import HFText, NoPlaces, TextTokenizer
+from megatron_sft.data.limits import num_characters
 from megatron_sft.data.schema import Row, RowError
 from megatron_sft.data.spans import Conversation, Undecided, assistant_spans
-from megatron_sft.data.templates import Span, Template, TemplateError, limited, limited_time, probe
-from megatron_sft.data.tokenizer import NoPlaces, SlowText, load_tokenizer, special_texts
+from megatron_sft.data.templates import Span, Template, TemplateError, compile_apart
+from megatron_sft.data.tokenizer import SlowText, load_tokenizer, special_texts
+from megatron_sft.data.trial import TimeIsUp, TrialError, clock, row_seconds
 from megatron_sft.errors import ConfigError, DataError
 
-__all__ = ["ChatEncoder", "Encoded", "Rendered", "check_masks", "load_tokenizer"]
+__all__ = ["ChatEncoder", "Encoded", "Rendered", "load_tokenizer"]
 
 THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
-CHECKED_ROWS = 32
+FAILS = "the template fails"
+"""Why a row is bad, where the template does not say so itself."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class ChatEncoder:
 
     Attributes:
         tokenise: text -> Tokens; a faster one may be put in its place.
+        is_expendable: this process may be ended (SIGPROF) by a row that takes too long.
         routes: how many samples each route of spans.py decided.
 
     Raises:
@@ -82,28 +85,39 @@ class ChatEncoder:
         self.tokenizer, self.config = tokenizer, config
         self._names = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
         try:
-            probe(template, self._names, ())
+            compile_apart(template, self._names)
             self.template = Template(template, self._names)
-        except TemplateError as error:
+        except TrialError as error:
             raise ConfigError(
                 [f"{config.tokenizer_model}: the chat template {error}. Correct it, or pass --chat-template."]
             ) from None
         self.special = special_texts(tokenizer)
         self.tokenise: TextTokenizer = HFText(tokenizer) if tokenizer.is_fast else SlowText(tokenizer)
         self.routes: Counter[str] = Counter()
+        self.is_expendable = False
 
     def encode(self, row: Row) -> list[Encoded]:
         """Tokens and mask of a row; several samples with history_thinking=expand.
 
         Raises:
-            RowError: the template refuses the row, or which tokens are the assistant's cannot be decided exactly.
+            RowError: the template refuses the row, which tokens are the assistant's cannot be decided exactly, or it takes too
+                long. An expendable process ends where C code takes too long.
         """
+        allowed_s = row_seconds(num_characters([row.messages, row.tools, row.text]))
         try:
-            return [self._encoded(rendered) for rendered in self.render(row)]
+            with clock(allowed_s, self.is_expendable):
+                return [self.encode_text(rendered) for rendered in self.render(row)]
         except NoPlaces as error:
             raise RowError(row.where, "no character places", str(error)) from None
+        except TimeIsUp:
+            raise RowError(
+                row.where,
+                "takes too long",
+                f"the row takes more than {allowed_s:.1f} s to render and tokenise; expected far less. Correct or remove it, or "
+                "pass another --chat-template.",
+            ) from None
 
-    def _encoded(self, rendered: Rendered) -> Encoded:
+    def encode_text(self, rendered: Rendered) -> Encoded:
         tokens = self.tokenise(rendered.text)
         plain = all(weight == 1.0 for _, _, weight in rendered.spans)
         mask = np.zeros(len(tokens.ids), dtype=np.uint8 if plain else np.float32)
@@ -115,10 +129,11 @@ class ChatEncoder:
     def render(self, row: Row) -> list[Rendered]:
         """The text of every sample of a row and what of it is trained. Raises as `encode`."""
         if row.text is not None:
-            return [Rendered(row.text + (self.tokenizer.eos_token or ""), ((0, len(row.text) + 10**6, 1.0),), "all")]
-        return [self._render(messages, row, last) for messages, last in self._samples(row)]
+            text = row.text + (self.tokenizer.eos_token or "")
+            return [Rendered(text, ((0, len(text), 1.0),), "all")]
+        return [self.render_sample(messages, row, last) for messages, last in self.samples(row)]
 
-    def _samples(self, row: Row) -> list[tuple[list[dict[str, Any]], bool]]:
+    def samples(self, row: Row) -> list[tuple[list[dict[str, Any]], bool]]:
         """(messages, only the last turn is trained) of each sample, after the reasoning policy."""
         messages = [dict(message) for message in row.messages]
         last_turn = self.config.train_on == "last-turn"
@@ -129,8 +144,8 @@ class ChatEncoder:
             return [(messages[:end], True) for end in (ends[-1:] if last_turn else ends)]
         return [(messages, last_turn)]
 
-    def _render(self, messages: list[dict[str, Any]], row: Row, last_turn: bool) -> Rendered:
-        conversation = Conversation([_for_template(m) for m in messages], row.tools, row.template_kwargs)
+    def render_sample(self, messages: list[dict[str, Any]], row: Row, last_turn: bool) -> Rendered:
+        conversation = Conversation([for_template(m) for m in messages], row.tools, row.template_kwargs)
         try:
             if self.config.train_on == "all":
                 text, _ = self.template.render(conversation.messages, row.tools, row.template_kwargs)
@@ -139,11 +154,11 @@ class ChatEncoder:
             text, spans, route = assistant_spans(self.template, conversation, self.special)
             text.encode()
         except TemplateError as error:
-            if error.is_fatal:  # not this row's fault, and each one like it would take seconds
+            if error.is_fatal:  # not this row's fault
                 raise DataError(f"{row.where}: the chat template {error}. Correct it, or pass another --chat-template.") from None
             raise RowError(
                 row.where,
-                "refused by the template",
+                "refused by the template" if error.is_refusal else FAILS,
                 f"the chat template {error}. Expected a conversation that it "
                 "renders; correct the row or pass another --chat-template.",
             ) from None
@@ -184,7 +199,7 @@ class ChatEncoder:
                 yield (first, last, weight)
 
 
-def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+def for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     """The message without the keys that are ours, which a template must not see."""
     return {key: value for key, value in message.items() if key not in ("train", "weight")}
 
@@ -241,80 +256,3 @@ def _outside_thinking(text: str, first: int, last: int) -> Iterable[Span]:
         yield (place, found.start())
         place = found.end()
     yield (place, last)
-
-
-def check_masks(encoder: ChatEncoder, rows: Iterable[Row], source: str) -> Counter[str]:
-    """The gate before a build: on real rows, template, tokens and masks fit together. Fails closed.
-
-    1. the template renders within limits of time and memory, in a process of its own;
-    2. the tokens are those of tokenizer.apply_chat_template;
-    3. each trained stretch ends with the end-of-turn token, which is trained whatever the pad token is;
-    4. nothing before the first assistant message is trained.
-
-    Args:
-        encoder: to be checked.
-        rows: of one source; the first CHECKED_ROWS are looked at.
-        source: its name, for messages.
-
-    Returns:
-        Samples by the route of spans.py that decided them.
-
-    Raises:
-        ConfigError: the template runs away.
-        DataError: a row for which one of these does not hold.
-    """
-    sample = [row for row in itertools.islice(rows, CHECKED_ROWS) if row.text is None]
-    if not sample:
-        return Counter()
-    conversations = [([_for_template(m) for m in row.messages], row.tools, row.template_kwargs) for row in sample]
-    try:
-        probe(encoder.template.text, encoder._names, conversations)
-        return Counter(limited(lambda: _check_rows(encoder, sample), None))
-    except TemplateError as error:
-        raise ConfigError(
-            [f"{encoder.config.tokenizer_model}: the chat template {error}. Correct it, or pass --chat-template."]
-        ) from None
-
-
-def _check_rows(encoder: ChatEncoder, rows: Iterable[Row]) -> Counter[str]:
-    encoder.template.is_expendable = True
-    encoder.routes.clear()
-    for row in rows:
-        try:
-            _check_row(encoder, row)
-        except (RowError, NoPlaces):
-            continue  # counted and reported by the build, which sees every row
-    return encoder.routes
-
-
-def _check_row(encoder: ChatEncoder, row: Row) -> None:
-    for messages, last in encoder._samples(row):
-        rendered = encoder._render(messages, row, last)
-        encoded = encoder._encoded(rendered)
-        said = [_for_template(m) for m in messages]
-        with limited_time(encoder.template.is_expendable):  # transformers computes a template's constants as it compiles
-            encoder.tokenizer.apply_chat_template(said, tools=row.tools, tokenize=False, **row.template_kwargs)
-        expected = encoder.tokenizer.apply_chat_template(
-            said, tools=row.tools, tokenize=True, return_dict=False, **row.template_kwargs
-        )
-        if list(expected) != encoded.tokens.tolist():
-            raise DataError(
-                f"{row.where}: our tokens are not those of tokenizer.apply_chat_template ({len(encoded.tokens)} against "
-                f"{len(expected)}). Expected the same; report the template. Text: {rendered.text[:200]!r}"
-            )
-        if rendered.route == "all":
-            continue
-        outside = np.ones(len(encoded.tokens), dtype=bool)
-        tokens = encoder.tokenise(rendered.text)
-        for first, end, _ in rendered.spans:
-            inside = np.flatnonzero((tokens.starts >= first) & (tokens.ends <= end) & (tokens.ends > tokens.starts))
-            outside[inside] = False
-            if first < end and not (len(inside) and encoded.loss_mask[inside[-1]] and tokens.ends[inside[-1]] == end):
-                raise DataError(
-                    f"{row.where}: the end of the answer {rendered.text[first:end][-40:]!r} is not trained, so that the model "
-                    "would never stop. Expected a token of its own for it; report the template and the tokenizer."
-                )
-        if encoded.loss_mask[outside].any():
-            raise DataError(
-                f"{row.where}: a token outside the assistant's messages is trained; expected none. Report the template."
-            )

@@ -305,9 +305,11 @@ def _prefix(template: Template, conversation: Conversation, turn: _Turn, text: s
             if error.is_fatal:
                 raise
             raise Undecided(f"the template refuses the first {index} messages ({error})") from None
+        if not full.startswith(head):  # DeepSeek's prompt opens a <think> that no answer has in the text
+            head = head.removesuffix(turn.prompt) + turn.header if head.endswith(turn.prompt) else head
         if not full.startswith(head):
             raise Undecided(f"message {index} does not follow its generation prompt")
-        if not head.endswith(turn.prompt) and turn.header.strip() in full[len(head) :]:
+        if not head.endswith((turn.prompt, turn.header)) and turn.header.strip() in full[len(head) :]:
             raise Undecided(f"there is no generation prompt before message {index}")
         if not full[len(head) :].endswith(turn.ends):
             raise Undecided(f"no end-of-turn token ends message {index}")

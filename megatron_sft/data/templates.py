@@ -6,13 +6,8 @@ Not here: which part of a text is trained (spans.py), tokens (chat.py).
 """
 
 import json
-import multiprocessing
-import resource
 import secrets
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -23,21 +18,10 @@ import jinja2.nodes
 import jinja2.runtime
 import jinja2.sandbox
 
-from megatron_sft.data.fork import forked
 from megatron_sft.data.traced import OWN, authors_of, own_literals, signed, signed_message
-from megatron_sft.errors import UserError
+from megatron_sft.data.trial import TrialError, limited
 
-PROBE_S = 4.0
-PROBE_BYTES = 2**30
-RENDER_S = 3.5
-"""Seconds that one row may take; a template can be harmless on the rows of the probe alone."""
-RENDER_CHARACTERS = 2**27
 MESSAGE_CHARACTERS = 1000
-ONE_STEP_S = 1.0
-"""Seconds of work more before an expendable process ends, which one long step of C code keeps from being told."""
-TOO_LONG = f"runs for more than {RENDER_S:g} s"
-LIMIT_MESSAGE = "did not finish in {seconds:g} s and {gib:g} GiB"
-
 DICT_NAMES = frozenset(dir(dict))
 SAFE_NAMES: Mapping[type, frozenset[str]] = {
     str: frozenset(("startswith", "endswith", "strip", "lstrip", "rstrip", "split", "replace", "lower", "upper", "title")),
@@ -48,16 +32,17 @@ SAFE_NAMES: Mapping[type, frozenset[str]] = {
 Span = tuple[int, int]
 
 
-class TemplateError(Exception):
+class TemplateError(TrialError):
     """A template that cannot be compiled, refuses a conversation, runs away or tries to leave the sandbox.
 
     Args:
         message: what it does, to follow "the chat template".
         is_fatal: no conversation is to be blamed for it.
+        is_refusal: the template itself says no.
     """
 
-    def __init__(self, message: str, is_fatal: bool = False):
-        self.is_fatal = is_fatal
+    def __init__(self, message: str, is_fatal: bool = False, is_refusal: bool = False):
+        self.is_fatal, self.is_refusal = is_fatal, is_refusal
         super().__init__(message if len(message) <= MESSAGE_CHARACTERS else f"{message[:MESSAGE_CHARACTERS]}...")
 
 
@@ -81,9 +66,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Refuses arithmetic whose result would fill the memory in one step, which no clock can interrupt."""
-
-    intercepted_binops = frozenset(("*", "**"))
+    """Jinja's, in half of its time."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """As jinja2's, without its checks where they cannot fail: half of the time that rendering took."""
@@ -96,22 +79,11 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return getattr(obj, attribute) if hasattr(obj, attribute) else self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            size = max((len(a) * b for a, b in ((left, right), (right, left)) if _repeats(a, b)), default=0)
-        else:
-            size = abs(left).bit_length() * right if isinstance(left, int) and isinstance(right, int) else 0
-        if size > RENDER_CHARACTERS:
-            raise jinja2.exceptions.SecurityError(f"a value of {size:.0e} parts")
-        return super().call_binop(context, operator, left, right)
-
-
-def _repeats(value: Any, count: Any) -> bool:
-    return isinstance(value, str | list | tuple | bytes) and isinstance(count, int)
-
 
 class _Unfolded(jinja2.compiler.CodeGenerator):
-    """Compiles constants without computing them: {{ 'a' * 10**10 }} must not run before the limits do."""
+    """Compiles constants without computing them: jinja2 would compute {{ 'a' * 10**10 }} where the template is compiled, in
+    this process, and go on when that fails. Computed when rendered, they are a row's and have its limits.
+    """
 
     def _output_child_to_const(self, node: Any, frame: Any, finalize: Any) -> str:
         if not isinstance(node, jinja2.nodes.TemplateData):
@@ -142,7 +114,6 @@ class Template:
 
     Attributes:
         has_generation: the template says itself what the assistant writes.
-        is_expendable: this process may be killed (SIGPROF) when a render cannot be ended otherwise.
         learned: what spans.py found out about the template, by template arguments.
 
     Raises:
@@ -158,7 +129,6 @@ class Template:
         except (jinja2.TemplateError, RecursionError, MemoryError, OverflowError, ValueError) as error:
             raise TemplateError(f"cannot be compiled: {error or type(error).__name__}", is_fatal=True) from None
         self._traced: jinja2.Template | None = None
-        self.is_expendable = False
         self.has_generation = "generation" in text and "endgeneration" in text
         self.learned: dict[Any, Any] = {}
 
@@ -201,14 +171,13 @@ class Template:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            with limited_time(self.is_expendable):
-                return compiled.render(**values)
+            return compiled.render(**values)
         except jinja2.exceptions.SecurityError as error:
             raise TemplateError(f"tries to leave the sandbox: {error}", is_fatal=True) from None
         except _Refusal as error:
-            raise TemplateError(f"refuses the conversation: {error}") from None
+            raise TemplateError(f"refuses the conversation: {error}", is_refusal=True) from None
         except (RecursionError, MemoryError, OverflowError) as error:
-            raise TemplateError(f"runs away: {type(error).__name__}", is_fatal=True) from None
+            raise TemplateError(f"runs away: {type(error).__name__}") from None
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, NameError, ZeroDivisionError) as error:
             raise TemplateError(f"fails on the conversation: {error}") from None
 
@@ -224,32 +193,6 @@ class Template:
         return text, spans
 
 
-@contextmanager
-def limited_time(is_expendable: bool) -> Iterator[None]:
-    """Raises TemplateError after RENDER_S, or a little later ends an expendable process.
-
-    Only the main thread has the clock, and tokenising runs there.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    if signal.getsignal(signal.SIGALRM) is not _too_long:  # stays: nothing else here uses the alarm
-        signal.signal(signal.SIGALRM, _too_long)
-    signal.setitimer(signal.ITIMER_REAL, RENDER_S)
-    if is_expendable:
-        signal.setitimer(signal.ITIMER_PROF, RENDER_S + ONE_STEP_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        if is_expendable:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def _too_long(*_: Any) -> None:
-    raise TemplateError(TOO_LONG, is_fatal=True)
-
-
 def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -258,90 +201,14 @@ def _raise_exception(message: str) -> None:
     raise _Refusal(message)
 
 
-def probe(text: str, special_tokens: Mapping[str, str], conversations: Sequence[tuple[Any, Any, Any]]) -> None:
-    """Compiles and renders in a process with limits on time and memory, so that a hostile template cannot hang a run.
-
-    Args:
-        text: the template.
-        special_tokens: as Template's.
-        conversations: (messages, tools, kwargs) of real rows.
+def compile_apart(text: str, special_tokens: Mapping[str, str]) -> None:
+    """Compiles a template in a process with limits of time and memory.
 
     Raises:
-        TemplateError: it was killed at a limit, cannot be compiled, left the sandbox, or failed on every conversation.
+        TrialError: it was ended at a limit, or cannot be compiled.
     """
 
-    def failures() -> list[str]:
-        template = Template(text, special_tokens)
-        return [_failure(template, *conversation) for conversation in conversations]
+    def work() -> None:
+        Template(text, special_tokens)
 
-    failed = limited(failures, PROBE_S)
-    if failed and all(error.startswith("fails") for error in failed):
-        raise TemplateError(failed[0])
-
-
-def limited(work: Callable[[], Any], seconds: float | None) -> Any:
-    """What `work` returns, done in a process of its own with PROBE_BYTES more memory.
-
-    Args:
-        work: may render templates that set is_expendable.
-        seconds: for all of it; None: each render has its limits, and nothing else takes long.
-
-    Raises:
-        TemplateError: it was killed at a limit.
-        UserError: what `work` raised.
-    """
-    connection, theirs = multiprocessing.Pipe(duplex=False)
-    process = forked(_answer, theirs, work)
-    theirs.close()
-    try:
-        if connection.poll(seconds):
-            answer = connection.recv()
-        else:
-            answer = TemplateError(LIMIT_MESSAGE.format(seconds=seconds, gib=PROBE_BYTES / 2**30))
-    except (EOFError, OSError):
-        process.join()
-        is_late = process.exitcode == -signal.SIGPROF
-        answer = TemplateError(TOO_LONG if is_late else "ended its process: out of memory, most likely")
-    finally:
-        process.kill()
-        process.join()
-        connection.close()
-    if isinstance(answer, TemplateError | UserError):
-        raise answer
-    return answer
-
-
-def _answer(connection: Any, work: Callable[[], Any]) -> None:
-    answer: Any
-    try:
-        with limited_memory(PROBE_BYTES):
-            answer = work()
-    except (TemplateError, UserError) as error:
-        answer = error
-    except MemoryError:
-        answer = TemplateError(f"needs more than {PROBE_BYTES / 2**30:g} GiB")
-    connection.send(answer)
-
-
-def _failure(template: Template, messages: Any, tools: Any, kwargs: Any) -> str:
-    """Why a conversation cannot be rendered, or nothing: such a row is that row's problem, found later."""
-    try:
-        template.render(messages, tools, kwargs)
-    except TemplateError as error:
-        if error.is_fatal:
-            raise
-        return str(error)
-    return ""
-
-
-@contextmanager
-def limited_memory(num_bytes: int) -> Iterator[None]:
-    """Within it, this process (one made for such work) gets MemoryError when it allocates so much more than it has now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+    limited(work)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sft.config.run import DataConfig
-from megatron_sft.data.fast_bpe import Tokens
+from megatron_sft.data.fast_bpe import NoPlaces, Tokens
 from megatron_sft.errors import ConfigError
 from megatron_sft.files import regular, regular_folder
 
@@ -72,10 +72,6 @@ def special_texts(tokenizer: Any) -> tuple[str, ...]:
         pieces = {i: model.id_to_piece(i) for i in range(model.get_piece_size()) if not model.is_byte(i)}
         known |= {p for i, p in pieces.items() if p[:1] == "<" and p[-1:] == ">" and len(p) > 2 and i in model.encode(p)}
     return tuple(sorted(known - {""}))
-
-
-class NoPlaces(Exception):
-    """The places of a text's tokens cannot be told."""
 
 
 class SlowText:

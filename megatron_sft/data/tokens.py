@@ -24,9 +24,10 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_sft.config.run import DataConfig
-from megatron_sft.data.chat import CHECKED_ROWS, ChatEncoder, check_masks
+from megatron_sft.data.chat import ChatEncoder
 from megatron_sft.data.fingerprint import Fingerprint, require_unchanged, store_fingerprint
 from megatron_sft.data.limits import num_characters
+from megatron_sft.data.mask_gate import CHECKED_ROWS, check_masks
 from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.data.store import Document, MemoryStore, TokenStore, write_meta
 from megatron_sft.data.workers import LONG_TEXT, Chunk, MakeEncoder, Problem, Result, in_order, make_encoder
@@ -424,12 +425,12 @@ def _first_rows(sources: Sequence[Any]) -> list[Chunk]:
 
 
 def _check_masks(encoder: Any, config: DataConfig, first: Sequence[Chunk], names: Sequence[str]) -> None:
-    """Checks the masks of every source's first rows (chat.check_masks), so that wrong ones fail before any work."""
+    """Checks the masks of every source's first rows (mask_gate.py), so that wrong ones fail before any work."""
     if not isinstance(encoder, ChatEncoder):  # another one masks as it likes
         return
     for chunk in first:
         rows = list(_good_rows(chunk, config))
-        routes = check_masks(encoder, rows, names[chunk.source_id])
+        routes = check_masks(encoder, rows)
         found = ", ".join(f"{count} by {route}" for route, count in routes.items()) or "plain text"
         if rows:  # otherwise encode_rows says what is wrong with them
             schemas = ", ".join(Counter(row.schema for row in rows))

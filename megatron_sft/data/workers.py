@@ -18,7 +18,7 @@ import numpy as np
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data.fast_bpe import text_tokenizer
 from megatron_sft.data.fork import forked
-from megatron_sft.data.templates import TOO_LONG, limited_memory
+from megatron_sft.data.trial import limited_memory
 from megatron_sft.errors import DataError, UserError
 
 MEMORY_BYTES = 2**30
@@ -211,7 +211,7 @@ class _Worker:
         if isinstance(answer, MemoryError):
             return None, f"tokenising the row needs more than {MEMORY_BYTES / 2**30:g} GiB"
         if code == -signal.SIGPROF:
-            return None, f"on this row the chat template {TOO_LONG}"
+            return None, "the row takes too long to render or tokenise"
         return None, f"tokenising the row ended its process (exit code {code})"
 
     def close(self) -> None:
@@ -270,8 +270,7 @@ def _work(connection: Connection, ours: Sequence[Connection], config: DataConfig
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for inherited in ours:
         inherited.close()
-    if template := getattr(encoder, "template", None):
-        template.is_expendable = True
+    encoder.is_expendable = True
     gc.freeze()  # a collection would touch, and so copy, every object of the tokenizer
     try:
         while True:

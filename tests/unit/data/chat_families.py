@@ -181,13 +181,13 @@ def _deepseek(joins_systems: bool) -> Callable[[Chat], Pieces]:
                 found.append((_name("User") + content, False))
                 after_tool = False
             elif message["role"] == "assistant" and message.get("tool_calls") and joins_systems:
-                after_tool, body = False, ""
+                after_tool, body, has_header = False, "", not has_called  # the template forgets it from the second message on
                 for call in message["tool_calls"]:
                     body += "\n" if has_called else content + _name("tool calls begin")
                     body += _name("tool call begin") + call["type"] + _name("tool sep") + call["function"]["name"]
                     body += f"\n```json\n{call['function']['arguments']}\n```" + _name("tool call end")
-                    header, has_called = "" if header == "" or (has_called and body[0] == "\n") else header, True
-                found += answer(header, opened, body + _name("tool calls end") + end, "")
+                    has_called = True
+                found += answer(header if has_header else "", opened, body + _name("tool calls end") + end, "")
             elif message["role"] == "assistant":
                 if after_tool:  # V3 and R1 go on from the tool's output without a header
                     found += answer(_name("tool outputs end"), "", content + end, "")

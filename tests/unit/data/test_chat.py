@@ -1,8 +1,6 @@
 """Tokens and masks of real template families, token by token, against the oracle of chat_families.py."""
 
-import json
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +8,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sft.config.run import DataConfig
-from megatron_sft.data import templates
-from megatron_sft.data.chat import ChatEncoder, check_masks
+from megatron_sft.data.chat import ChatEncoder
+from megatron_sft.data.mask_gate import check_masks
 from megatron_sft.data.schema import Row, RowError, to_row
-from megatron_sft.data.sources import open_source
-from megatron_sft.data.tokens import build_token_store
-from megatron_sft.errors import ConfigError, DataError
+from megatron_sft.errors import ConfigError
 from tests.unit.data.chat_cases import CONTENTS, conversations
 from tests.unit.data.chat_families import FAMILIES, trained_pieces
 from tests.unit.data.chat_oracle import Chat
@@ -60,7 +56,7 @@ def test_no_token_is_masked_wrongly_and_every_end_token_is_trained(name: str) ->
         compared += 1
     assert compared >= 30
     rows = [Row(messages, where=f"a:{i}") for i, messages in enumerate(conversations(family.has_system))]
-    assert sum(check_masks(encoder, rows, "a").values()) == 32
+    assert sum(check_masks(encoder, rows).values()) == 32
 
 
 def trained_text(encoder: ChatEncoder, row: Row) -> list[str]:
@@ -184,38 +180,3 @@ def _with_template(text: str) -> PreTrainedTokenizerFast:
 def test_no_template_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"has no chat template; expected one"):
         ChatEncoder(_with_template(""), DataConfig(tokenizer_model="m"))
-
-
-def test_the_gate_refuses_a_template_that_runs_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "RENDER_S", 0.2)
-    text = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(ConfigError, match=r"runs for more than 3.5 s"):
-        check_masks(ChatEncoder(_with_template(text), DataConfig(tokenizer_model="m")), [Row(CHAT, where="a:1")], "a")
-    text = "{% if add_generation_prompt %}" + text + "{% endif %}{{ messages[0].content }}"
-    with pytest.raises(DataError, match=r"a:1: the chat template runs for more than 3.5 s"):
-        check_masks(ChatEncoder(_with_template(text), DataConfig(tokenizer_model="m")), [Row(CHAT, where="a:1")], "a")
-
-
-@pytest.mark.parametrize("bomb", ["{{ 'a' * 10000000000 }}", "{{ 'a'|center(10000000000) }}", "{% set x = [0] * 10000000000 %}"])
-def test_a_bomb_in_a_constant_is_not_computed_when_it_is_compiled(bomb: str) -> None:
-    encoder = ChatEncoder(_with_template(bomb), DataConfig(tokenizer_model="m"))
-    with pytest.raises(ConfigError, match=r"the chat template"):
-        check_masks(encoder, [Row(CHAT, where="a:1")], "a")
-
-
-def test_the_gate_refuses_an_end_that_is_not_trained() -> None:
-    text = "{% generation %}" + "x" * 15 + "{% endgeneration %}" + "x" * 17  # one token crosses the end of the answer
-    encoder = ChatEncoder(_with_template(text), DataConfig(tokenizer_model="m"))
-    with pytest.raises(DataError, match=r"a:1: the end of the answer .* is not trained"):
-        check_masks(encoder, [Row(CHAT[:2], where="a:1")], "a")
-
-
-def test_a_template_that_fills_the_memory_on_a_later_row_is_refused(tmp_path: Path) -> None:
-    bomb = "{{ 'a'|center(2**31) }}"
-    text = f"{{% if messages[0].content == 'boom' %}}{bomb}{{% endif %}}{FAMILIES['qwen2_5'].text}"
-    rows = [{"messages": [{"role": "user", "content": said}, *CHAT[1:2]]} for said in [*["a"] * 40, "boom"]]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = DataConfig(tokenizer_model="m", seq_length=64, num_workers=1)
-    source = open_source(str(tmp_path / "rows.jsonl"), config)
-    with pytest.raises(DataError, match=r"rows.jsonl:41: the chat template runs away: MemoryError"):
-        build_token_store(config, [source], tmp_path, lambda *_: ChatEncoder(_with_template(text), config))

@@ -7,7 +7,8 @@ import sentencepiece
 from transformers import PythonBackend
 
 from megatron_sft.config.run import DataConfig
-from megatron_sft.data.chat import ChatEncoder, check_masks, load_tokenizer
+from megatron_sft.data.chat import ChatEncoder, load_tokenizer
+from megatron_sft.data.mask_gate import check_masks
 from megatron_sft.data.schema import Row, RowError
 from megatron_sft.data.tokenizer import SlowText
 from megatron_sft.errors import ConfigError
@@ -87,7 +88,7 @@ def test_masks_are_exact_without_a_fast_tokenizer(model: str, template: str, end
 
 
 def test_the_gate_passes_a_bare_model(model: str) -> None:
-    assert check_masks(encoder(model, INST), [Row(CHAT, where="a:1")] * 3, "a") == {"prefix": 3}
+    assert check_masks(encoder(model, INST), [Row(CHAT, where="a:1")] * 3) == {"prefix": 3}
 
 
 def test_a_bare_model_needs_a_template(model: str) -> None:
