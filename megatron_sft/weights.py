@@ -111,9 +111,11 @@ def restore(run: RunConfig, source: WeightSource, ranks: Ranks, chunks: list[Any
     if not source.resumes:
         return {}
     wanted = run.checkpoint
-    if not wanted.load_optim:
-        optimizer = None
-    return load_checkpoint(source.path, chunks, optimizer, None, ranks, load_rng=wanted.load_rng, verify=wanted.verify_integrity)
+    loaded = optimizer if wanted.load_optim else None
+    state = load_checkpoint(source.path, chunks, loaded, None, ranks, load_rng=wanted.load_rng, verify=wanted.verify_integrity)
+    if loaded is None:
+        optimizer.reload_model_params()  # its fp32 weights are those that the model was built with
+    return state
 
 
 def find_source(run: RunConfig, training: bool = True) -> WeightSource:

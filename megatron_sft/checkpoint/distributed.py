@@ -357,8 +357,8 @@ def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks
     common = torch_dist.read_common(folder, metadata)
     args = common.get("args")
     content = common.get("content_metadata") or state_dicts.content_metadata(True)
-    if getattr(args, "no_save_optim", False):
-        optimizer = None
+    without_states = optimizer if getattr(args, "no_save_optim", False) else None
+    optimizer = None if without_states is not None else optimizer
     wanted = state_dicts.sharded_state(chunks, optimizer, None, content, is_loading=True)
     if optimizer is not None:
         common["optimizer"] = state_dicts.optimizer_settings(wanted["optimizer"], common.get("optimizer"))
@@ -370,6 +370,8 @@ def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks
     loaded = torch_dist.read_state(folder, wanted, metadata, common)
     for index, chunk in enumerate(chunks):
         state_dicts.unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=True)
+    if without_states is not None:
+        without_states.reload_model_params()
     if optimizer is not None and any(group["params"] for group in optimizer.param_groups):  # a rank may train nothing
         with torch.no_grad():  # fp32: megatron-core copies into views of the parameters (dp_reshardable, Megatron-LM's default)
             optimizer.load_state_dict(loaded["optimizer"])
