@@ -172,9 +172,10 @@ def test_a_row_that_ends_its_process_is_one_bad_row(tmp_path, monkeypatch, poiso
     rows[41] = {"messages": []}
     with pytest.raises(DataError) as error:
         build(tmp_path, rows, num_workers=2)
-    assert str(error.value) == (
-        f"{tmp_path}/rows.jsonl:41: {told}; expected a row like others. Correct or remove it, or pass another --chat-template."
-    )
+    assert str(error.value) in {  # whichever of two processes meets its row first
+        f"{tmp_path}/rows.jsonl:{row}: {told}; expected a row like others. Correct or remove it, or pass another --chat-template."
+        for row in (41, 91)
+    }
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {"", ".lock"}
     store = build(tmp_path, rows, num_workers=2, max_bad_rows=3)
     assert store.row_ids.tolist() == [i for i in range(100) if i not in (40, 41, 90)]
