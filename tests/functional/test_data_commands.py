@@ -125,7 +125,7 @@ def test_a_bad_row_stops_prepare_or_is_set_aside(
 def test_a_runaway_template_ends_prepare_within_seconds(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     text = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     assert main(["prepare", *flags, "--chat-template", text]) == 2
-    assert "the chat template runs for more than 3.5 s" in "".join(capsys.readouterr())
+    assert "the chat template takes too long" in "".join(capsys.readouterr())
 
 
 def test_a_bare_sentencepiece_model_can_be_prepared(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
