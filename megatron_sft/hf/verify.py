@@ -30,6 +30,8 @@ THEIR_NAMES = {"kimi_k2": "deepseek_v3"}
 """A model_type that transformers knows under another name."""
 QUICK_LAYERS = 2
 PROBE_TOKENS = 48
+UNROUNDED = "e_score_correction_bias"
+"""The parameter that is fp32 here whatever the others are."""
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 """Largest relative error (2-norm) of a layer's output, by the dtype of the parameters."""
 
@@ -83,6 +85,28 @@ def _run(chunk: nn.Module, tokens: torch.Tensor, last: int | None) -> dict[str, 
     return {name: value.reshape(-1, value.shape[-1]) for name, value in outputs.items()}
 
 
+@contextmanager
+def _in_fp32(module: Any, last: int) -> Iterator[None]:
+    """Lets the layers up to `last` compute in fp32 with the values that they have, so that rounding hides nothing.
+
+    In bf16 a router's bias or a sink that went missing is smaller than the error of a layer.
+    """
+    parameters = [parameter for layer in module.decoder.layers[: last + 1] for parameter in layer.parameters()]
+    kept, dtype = [parameter.data for parameter in parameters], module.config.params_dtype
+    hooks = [module.embedding.register_forward_hook(lambda *call: call[2].float())] if module.pre_process else []
+    try:
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+        module.config.params_dtype = torch.float32
+        yield
+    finally:
+        module.config.params_dtype = dtype
+        for hook in hooks:
+            hook.remove()
+        for parameter, data in zip(parameters, kept, strict=True):
+            parameter.data = data
+
+
 def _their_model(folder: Path, num_layers: int | None, dtype: torch.dtype) -> Any:
     """transformers' own class of the model, on the CPU, with all layers and a head or with the first layers alone.
 
@@ -111,16 +135,18 @@ def _their_model(folder: Path, num_layers: int | None, dtype: torch.dtype) -> An
         ) from None
 
 
-def _reference(
-    folder: Path, tokens: torch.Tensor, num_layers: int | None, dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, torch.Tensor], Any]:
-    """The same from transformers on the CPU, and its model; num_layers None: all, with logits."""
-    model: Any = _their_model(folder, num_layers, dtype)
+def _text_model(model: Any) -> tuple[Any, Any]:
+    """(what takes tokens, what has embedding and layers) of transformers' model."""
     inner: Any = getattr(model, "language_model", None)
     model = inner if hasattr(inner, "lm_head") else model  # Llama 4's wrapper fails on text alone in transformers 5.24
     body = getattr(model, "language_model", model)
     body = body if hasattr(body, "layers") else body.model
-    body = getattr(body, "language_model", body)
+    return model, getattr(body, "language_model", body)
+
+
+def _reference(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same from transformers' model, on the CPU; logits where it has a head."""
+    model, body = _text_model(model)
     outputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -129,14 +155,15 @@ def _reference(
 
         return hook
 
-    body.get_input_embeddings().register_forward_hook(keep("embedding"))
-    for number, layer in enumerate(body.layers):
-        layer.register_forward_hook(keep(f"layer {number}"))
+    handles = [body.get_input_embeddings().register_forward_hook(keep("embedding"))]
+    handles += [layer.register_forward_hook(keep(f"layer {number}")) for number, layer in enumerate(body.layers)]
     with torch.no_grad():
         result = model(tokens.cpu(), use_cache=False)
-    if num_layers is None:
+    for handle in handles:
+        handle.remove()
+    if hasattr(result, "logits"):
         outputs["logits"] = result.logits
-    return {name: value.reshape(-1, value.shape[-1]) for name, value in outputs.items()}, body
+    return {name: value.reshape(-1, value.shape[-1]) for name, value in outputs.items()}
 
 
 @contextmanager
@@ -180,7 +207,8 @@ def first_difference(chunk: nn.Module, folder: str | Path, tokens: torch.Tensor 
     module = core_module(chunk)
     model = model_config_from_hf(read_hf_config(folder))
     tokens = _probe_tokens(model) if tokens is None else tokens
-    theirs, body = _reference(Path(folder), tokens, None)
+    their_model = _their_model(Path(folder), None, torch.float32)
+    theirs, body = _reference(their_model, tokens), _text_model(their_model)[1]
     ours = _run(chunk, tokens, None)
     ours["logits"] = ours["logits"][:, : model.vocab_size]
     tolerance = TOLERANCE[next(module.parameters()).dtype]
@@ -204,8 +232,7 @@ def _rotary_faults(module: Any, body: Any) -> list[str]:
 
 def _setting_faults(module: Any, model: ModelConfig, hf: ModelConfig) -> list[str]:
     """What the built modules say against config.json: the run's settings, and the epsilon of every norm."""
-    fields = frozenset(ModelConfig.__dataclass_fields__) | model.core.keys()
-    faults = conflicts(model, fields, hf)
+    faults = conflicts(model, frozenset(ModelConfig.__dataclass_fields__) | model.core.keys(), hf)
     for name, part in module.named_modules():
         epsilon = getattr(part, "eps", getattr(part, "variance_epsilon", None))
         if isinstance(epsilon, float) and abs(epsilon - hf.norm_epsilon) > 1e-12:
@@ -225,8 +252,8 @@ def _refuse_infinite(chunks: Sequence[nn.Module], folder: str | Path) -> None:
 def quick_check(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> None:
     """Compares a freshly converted model with the first layers of transformers'. All ranks call it.
 
-    The first pipeline stage runs two layers on 48 tokens; its tensor rank 0 of the first replica runs transformers'
-    two layers in fp32 on the CPU. Costs seconds; needs memory for the embeddings and two layers there.
+    The first pipeline stage runs two layers on 48 tokens, in its own dtype and in fp32; its tensor rank 0 of the first
+    replica does the same with transformers' on the CPU. Costs seconds, and memory for the embeddings and two layers in fp32.
 
     Raises:
         CheckpointError: on every rank, naming the first thing that differs.
@@ -238,13 +265,7 @@ def quick_check(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | P
         logger.info("layers not compared with transformers, which needs GPU kernels for quantised weights")
     elif ranks.is_first_stage and ranks.cp_size == 1 and not faults:
         last = min(QUICK_LAYERS, len(module.decoder.layers)) - 1
-        tokens = _probe_tokens(model)
-        ours = _run(chunks[0], tokens, last)
-        if ranks.tp_rank == ranks.dp_rank == 0:
-            theirs, body = _reference(Path(folder), tokens, last + 1)
-            dtype = next(module.parameters()).dtype
-            rounded = theirs if dtype == torch.float32 else _reference(Path(folder), tokens, last + 1, dtype)[0]
-            faults = _rotary_faults(module, body) + _layer_faults(ours, theirs, rounded, TOLERANCE[dtype])
+        faults = _first_layer_faults(chunks[0], model, Path(folder), last, ranks.tp_rank == ranks.dp_rank == 0)
     faults = next((found for found in gather(faults) if found), [])
     if faults:
         raise CheckpointError(
@@ -254,6 +275,34 @@ def quick_check(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | P
     logger.info("conversion checked against transformers: settings, rotary frequencies, first layers")
 
 
+def _first_layer_faults(chunk: nn.Module, model: ModelConfig, folder: Path, last: int, compares: bool) -> list[str]:
+    """What differs in the layers up to `last`, in fp32 and in the dtype of training.
+
+    Args:
+        chunk: the first of the first stage.
+        model: the architecture.
+        folder: the HF folder.
+        last: number of a layer.
+        compares: this rank is the one that runs transformers.
+    """
+    module, tokens = core_module(chunk), _probe_tokens(model)
+    dtype = next(module.parameters()).dtype
+    rounded = _run(chunk, tokens, last)
+    with _in_fp32(module, last):
+        exact = _run(chunk, tokens, last)
+    if not compares:
+        return []
+    their_model = _their_model(folder, last + 1, torch.float32)
+    for name, parameter in their_model.named_parameters():
+        if not name.endswith(UNROUNDED):
+            parameter.data = parameter.data.to(dtype).float()
+    theirs = _reference(their_model, tokens)
+    their_rounded = theirs if dtype == torch.float32 else _reference(_their_model(folder, last + 1, dtype), tokens)
+    faults = _rotary_faults(module, _text_model(their_model)[1])
+    faults += _layer_faults(exact, theirs, theirs, TOLERANCE[torch.float32])
+    return faults + _layer_faults(rounded, theirs, their_rounded, TOLERANCE[dtype])
+
+
 def _layer_faults(
     ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], rounded: dict[str, torch.Tensor], tolerance: float
 ) -> list[str]:
@@ -261,8 +310,8 @@ def _layer_faults(
 
     Args:
         ours: by name.
-        theirs: transformers' in fp32.
-        rounded: transformers' in our dtype; three times its own distance from fp32 is rounding, not a mistake.
+        theirs: transformers' in fp32, with the weights that we have.
+        rounded: transformers' in the dtype of `ours`; three times its own distance from fp32 is rounding, not a mistake.
         tolerance: relative error that is always allowed.
     """
     for name, value in ours.items():

@@ -163,6 +163,8 @@ def load_hf_weights(chunks: Sequence[nn.Module], model: ModelConfig, folder: str
     """
     family, stored, held = agree(lambda: _prepare(chunks, model, folder, ranks))
     _check_names(held, stored, model, family, Path(folder))
+    if model.share_embeddings_and_output_weights:
+        agree(lambda: _refuse_other_head(stored, family, Path(folder)) if ranks.rank == 0 else None)
     by_file: dict[Path, list[Held]] = {}
     for item in held:
         for file in dict.fromkeys(stored[source].file for source in item.sources):
@@ -234,6 +236,28 @@ def _check_names(
             f"{folder}: {'; '.join(shown)}; expected exactly the tensors that config.json describes. "
             "Check that config.json and the weights belong together, or download the folder again."
         )
+
+
+def _refuse_other_head(stored: Mapping[str, StoredTensor], family: Family, folder: Path) -> None:
+    """Raises CheckpointError where a head is stored beside the embedding that it should be, with other values.
+
+    transformers 5 leaves such a pair untied, transformers 4 ties it: what the folder means is not known.
+    """
+    head, embedding = stored.get(family.tensors[TIED][1]), stored[family.tensors["embedding.word_embeddings.weight"][1]]
+    if head is None:
+        return
+    rows = max(1, OPEN_BYTES // 16 // max(1, head.shape[1]))
+    for start in range(0, head.shape[0], rows):
+        parts = []
+        for tensor in (head, embedding):
+            with open_file(tensor.file) as file:
+                parts.append(file.get_slice(tensor.name)[start : start + rows])
+        if not torch.equal(*(part.float() for part in parts)):
+            raise CheckpointError(
+                f"{folder}: {head.name} holds other values than {embedding.name}, though config.json ties them "
+                '(tie_word_embeddings); expected the same. Write "tie_word_embeddings": false into config.json to use both, as '
+                "transformers 5 does, or take the head out of the weights."
+            )
 
 
 def predicts(name: str, stored: Mapping[str, StoredTensor]) -> bool:

@@ -12,6 +12,7 @@ from megatron_sft import parallel
 from megatron_sft.config.run import ParallelConfig, TrainConfig
 from megatron_sft.errors import CheckpointError, SavingError, TrainingError
 from megatron_sft.hf import folder as hf_folder
+from megatron_sft.hf import weights as hf_weights
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config
 from megatron_sft.hf.exporter import save_hf, try_hf
 from megatron_sft.hf.verify import changed_tensors, first_difference, quick_check
@@ -72,6 +73,46 @@ def test_tied_output_that_is_stored_too_is_kept(tmp_path, ranks):
     save_hf(chunks, model, tmp_path / "out", ranks, tmp_path / "in")
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(after["lm_head.weight"], weights["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("is_tied", "head", "message"),
+    [
+        (True, "none", ""),
+        (True, "same", ""),
+        (True, "same in bf16", ""),
+        (True, "other", "lm_head.weight holds other values than model.embed_tokens.weight, though config.json ties them"),
+        (True, "one value", "lm_head.weight holds other values than model.embed_tokens.weight"),
+        (True, "alone", r"1 tensors missing \(first: model.embed_tokens.weight\)"),
+        (False, "other", ""),
+        (False, "same", ""),
+        (False, "none", r"1 tensors missing \(first: lm_head.weight\)"),
+    ],
+)
+def test_a_tie_flag_that_the_weights_deny_is_refused(is_tied, head, message, tmp_path, ranks, monkeypatch):
+    """transformers 5 unties what has two values, 4 ties it: neither is taken for granted."""
+    monkeypatch.setattr(hf_weights, "OPEN_BYTES", 64 * 16 * 4)  # a few rows at a time
+    tiny_folder("qwen3", tmp_path / "in")
+    path = tmp_path / "in" / "model.safetensors"
+    weights = load_file(path)
+    embedding = weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].bfloat16().float()
+    weights.pop("lm_head.weight", None)
+    made = {"same": embedding.clone(), "alone": embedding.clone(), "other": embedding.flip(0), "one value": embedding.clone()}
+    made["one value"][100, 63] += 1
+    made["same in bf16"] = embedding.bfloat16()
+    if head != "none":
+        weights["lm_head.weight"] = made[head]
+    if head == "alone":
+        del weights["model.embed_tokens.weight"]
+    save_file(weights, path, {"format": "pt"})
+    config = json.loads((tmp_path / "in" / "config.json").read_text()) | {"tie_word_embeddings": is_tied}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    if message:
+        with pytest.raises(CheckpointError, match=message):
+            loaded(tmp_path / "in", ranks)
+        return
+    chunks, _ = loaded(tmp_path / "in", ranks)
+    assert first_difference(chunks[0], tmp_path / "in")[0] is None
 
 
 def test_saving_over_another_folder_is_refused(tmp_path, ranks):
