@@ -3,6 +3,7 @@
 What `megatron-sft prepare` does ahead of time, and training does again in an instant from the cached store.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +44,7 @@ def open_store(config: DataConfig, paths: Sequence[str], names: Sequence[str] = 
     Raises:
         DataError: rows that cannot be used, or a cache that cannot be written.
     """
-    cache = Path(config.data_cache_path) if config.data_cache_path else Path.home() / ".cache" / "megatron_sft"
+    cache = Path(config.data_cache_path) if config.data_cache_path else _users_cache()
     sources = [open_source(path, config, names[index] if names else None, splits) for index, path in enumerate(paths)]
     try:
         return build_token_store(config, sources, cache / "tokens")
@@ -51,6 +52,16 @@ def open_store(config: DataConfig, paths: Sequence[str], names: Sequence[str] = 
         raise DataError(
             f"{cache}: the tokens cannot be kept there ({error}); expected a writable folder with room. Make room, or name "
             "another one with --data-cache-path."
+        ) from None
+
+
+def _users_cache() -> Path:
+    try:
+        return Path.home() / ".cache" / "megatron_sft"
+    except RuntimeError:
+        raise DataError(
+            f"user {os.getuid()} has no home folder for the token store: HOME is not set, and the system does not know the user. "
+            "Pass --data-cache-path FOLDER."
         ) from None
 
 

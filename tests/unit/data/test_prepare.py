@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_sft.config.run import DataConfig
-from megatron_sft.data.prepare import pack_documents, split_documents
+from megatron_sft.data.prepare import open_store, pack_documents, split_documents
 from megatron_sft.data.store import MemoryStore
 from megatron_sft.errors import DataError
 
@@ -74,3 +74,11 @@ def test_nothing_to_train_on_is_an_error_that_names_the_flags():
         "no row is left of 20 documents by --split (2, 49, 49), --prompt-data-epochs () and --prompt-data-weights (); "
         "expected at least one. Give training a larger share."
     )
+
+
+def test_a_user_without_a_home_is_told_what_to_pass(monkeypatch):
+    """As in a container that runs as an unknown user."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4321)
+    with pytest.raises(DataError, match=r"user 4321 has no home folder .* Pass --data-cache-path FOLDER"):
+        open_store(DataConfig(tokenizer_model="any"), [])
