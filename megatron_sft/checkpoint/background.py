@@ -8,6 +8,7 @@ where the copy takes longer than the two passes. Buffers of the model, which a f
 import os
 import pickle
 import time
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -97,6 +98,24 @@ class StoreExchange:
         """Removes this process's messages; only when every process has read them."""
         for turn in range(self._turn):
             self._store.delete_key(f"checkpoint/{self._name}/{turn}/{self._rank}")
+
+
+class Outcome:
+    """Context of a thread's work: whatever is raised in it is kept, to be raised again where the work is waited for."""
+
+    def __init__(self) -> None:
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> bool:
+        self._error = error
+        return True
+
+    def raise_again(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
 def writer_threads(world_size: int) -> int:

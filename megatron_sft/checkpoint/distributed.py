@@ -11,12 +11,13 @@ A reader sees whole checkpoints only. A failure on any process ends as Checkpoin
 import json
 import shutil
 import threading
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_sft.checkpoint import background, manifest, optimizer_shards, torch_dist, tracker
 from megatron_sft.checkpoint import state as state_dicts
@@ -28,7 +29,6 @@ from megatron_sft.errors import CheckpointError, SavingError
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks, agree, gather
 
-_SAVE_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, CheckpointingException)
 _ADVICE = "Earlier checkpoints are untouched; mend it and resume."
 _NONE_LEFT = "Expected a whole one. Restore one from a copy, or choose another folder."
 T = TypeVar("T")
@@ -86,19 +86,16 @@ class CheckpointSaver:
         self.finish()
         self._number += 1
         where = f"{tracker.checkpoint_folder(self.root, iteration)}: not saved"
-        try:
-            _agree(lambda: self._make(iteration), self._ranks, where)
-            has_states = optimizer is not None and any(part.state for part in torch_optimizers(optimizer))
-            if not (self._run.checkpoint.save_optim and any(gather(has_states))):  # a rank may train nothing
-                optimizer = None  # before the first step there is nothing in it
-            sharded = self._run.parallel.use_distributed_optimizer
-            metadata = state_dicts.content_metadata(sharded, state_dicts.trains_in_part(chunks))
-            full = self._state_dict(iteration, chunks, optimizer, scheduler, state, metadata)
-            parts = state_dicts.own_shards(optimizer, metadata)
-            shards = optimizer_shards.write_items(parts, state_dicts.model_state(chunks, metadata)) if parts else []
-            job = torch_dist.plan(full, validate=self._number == 1, shards=shards)
-        except _SAVE_ERRORS as error:
-            raise SavingError(f"{where}. Found: {type(error).__name__}: {error}.") from error
+        _agree(lambda: self._make(iteration), self._ranks, where)
+        has_states = optimizer is not None and any(part.state for part in torch_optimizers(optimizer))
+        if not (self._run.checkpoint.save_optim and any(gather(has_states))):  # a rank may train nothing
+            optimizer = None  # before the first step there is nothing in it
+        sharded = self._run.parallel.use_distributed_optimizer
+        metadata = state_dicts.content_metadata(sharded, state_dicts.trains_in_part(chunks))
+        full = self._state_dict(iteration, chunks, optimizer, scheduler, state, metadata)
+        parts = state_dicts.own_shards(optimizer, metadata)
+        shards = optimizer_shards.write_items(parts, state_dicts.model_state(chunks, metadata)) if parts else []
+        job = torch_dist.plan(full, validate=self._number == 1, shards=shards)
         config = run_config_json(self._run, state).encode()
         if self._run.checkpoint.async_save:
             background.detach_buffers(job, chunks)
@@ -208,7 +205,7 @@ class _BackgroundSave:
         timeout_s = 60.0 * saver._run.parallel.distributed_timeout_minutes
         self.exchange = background.StoreExchange(str(saver._number), ranks.rank, ranks.world_size, timeout_s)
         self.where = where
-        self._error: Exception | None = None
+        self._outcome = background.Outcome()
         self._copied = threading.Event()
         self._ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
         self._thread = threading.Thread(target=self._run, args=(saver, iteration, job, config), daemon=True)
@@ -219,7 +216,7 @@ class _BackgroundSave:
             self._wait_for_copy()
 
     def _run(self, saver: CheckpointSaver, iteration: tracker.Iteration, job: torch_dist.WriteJob, config: bytes) -> None:
-        try:
+        with self._outcome:
             try:
                 if self._ready is not None:
                     torch.cuda.set_device(saver._ranks.local_rank)
@@ -227,8 +224,6 @@ class _BackgroundSave:
             finally:
                 self._copied.set()
             saver._write(iteration, job, config, self.where, self.exchange)
-        except (CheckpointError, *_SAVE_ERRORS) as error:
-            self._error = error
 
     def _wait_for_copy(self) -> None:
         self._copied.wait()
@@ -239,8 +234,7 @@ class _BackgroundSave:
         """Waits; raises what the thread raised."""
         self._wait_for_copy()
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        self._outcome.raise_again()
 
 
 def _agree(
@@ -255,9 +249,8 @@ def _agree(
     def explained() -> T:
         try:
             return action()
-        except _SAVE_ERRORS as error:
-            found = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            raise kind(f"{where}. Found: rank {ranks.rank}: {found}. Expected a writable folder with room. {_ADVICE}") from error
+        except OSError as error:
+            raise kind(f"{where}. Found: rank {ranks.rank}: {error}. Expected a writable folder with room. {_ADVICE}") from error
 
     return agree(explained, exchange)
 
@@ -314,13 +307,7 @@ def load_checkpoint(
     folder = tracker.checkpoint_folder(root, chosen)
     release = chosen == tracker.RELEASE
     whole = not weights_only and not release
-    try:
-        state = _load(folder, chunks, optimizer if whole else None, scheduler if whole else None, ranks, load_rng and whole)
-    except torch_dist.READ_ERRORS as error:
-        raise CheckpointError(
-            f"{folder}: cannot be loaded: {type(error).__name__}: {str(error)[:400]}. Expected a torch_dist "
-            "checkpoint of this model and optimizer. Check the model flags, or load the weights alone with --finetune."
-        ) from error
+    state = _load(folder, chunks, optimizer if whole else None, scheduler if whole else None, ranks, load_rng and whole)
     if optimizer is not None and not whole:
         optimizer.reload_model_params()
     if not whole:
@@ -353,10 +340,8 @@ def _choose(root: Path, iteration: tracker.Iteration | None, ranks: Ranks, verif
 
 
 def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks: Ranks, load_rng: bool) -> dict[str, Any]:
-    metadata = torch_dist.read_metadata(folder)
-    common = torch_dist.read_common(folder, metadata)
-    args = common.get("args")
-    content = common.get("content_metadata") or state_dicts.content_metadata(True)
+    metadata, common = agree(lambda: _headers(folder))
+    args, content = common["args"], common["content_metadata"]
     without_states = optimizer if getattr(args, "no_save_optim", False) else None
     optimizer = None if without_states is not None else optimizer
     wanted = state_dicts.sharded_state(chunks, optimizer, None, content, is_loading=True)
@@ -367,26 +352,75 @@ def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks
         wanted[state_dicts.RNG_KEY] = rng
     elif load_rng and ranks.rank == 0:
         logger.info("%s: random states are of another layout; the seed's are used.", folder)
-    loaded = torch_dist.read_state(folder, wanted, metadata, common)
+    loaded = agree(lambda: torch_dist.read_state(folder, wanted, metadata, common))
     for index, chunk in enumerate(chunks):
         state_dicts.unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=True)
     if without_states is not None:
         without_states.reload_model_params()
+    shards: list[optimizer_shards.Box] = []
     if optimizer is not None and any(group["params"] for group in optimizer.param_groups):  # a rank may train nothing
         with torch.no_grad():  # fp32: megatron-core copies into views of the parameters (dp_reshardable, Megatron-LM's default)
             optimizer.load_state_dict(loaded["optimizer"])
             if parts := state_dicts.own_shards(optimizer, content):
                 shards = list(optimizer_shards.boxes(parts, state_dicts.model_state(chunks, content)))
-                torch_dist.read_with(optimizer_shards.BoxPlanner(folder, shards), folder, metadata)
+    with torch.no_grad():
+        agree(lambda: torch_dist.read_with(optimizer_shards.BoxPlanner(folder, shards), folder, metadata))
     if scheduler is not None and "opt_param_scheduler" in loaded:
-        scheduler.num_steps = 0  # its load_state_dict adds to what is there
-        scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    if state_dicts.RNG_KEY in wanted:
-        state_dicts.restore_rng(loaded[state_dicts.RNG_KEY])
-    state = dict(loaded.get(state_dicts.TRAIN_STATE, {}))
-    state["iteration"] = int(loaded.get("iteration", 0))
-    state.setdefault("consumed_train_samples", int(getattr(args, "consumed_train_samples", 0)))
+        agree(lambda: _restore_scheduler(folder, scheduler, loaded["opt_param_scheduler"]))
+    agree(lambda: _restore_rng(folder, loaded.get(state_dicts.RNG_KEY)))
+    state = dict(loaded[state_dicts.TRAIN_STATE])
+    state["iteration"] = loaded["iteration"]
+    state.setdefault("consumed_train_samples", getattr(args, "consumed_train_samples", 0) or 0)
     return state
+
+
+def _headers(folder: Path) -> tuple[Metadata, dict[str, Any]]:
+    """.metadata and the common state, which has what _load asks it for, of the kind that it should be."""
+    metadata = torch_dist.read_metadata(folder)
+    common = torch_dist.read_common(folder, metadata)
+    common["content_metadata"] = common.get("content_metadata") or state_dicts.content_metadata(True)
+    kinds: dict[str, tuple[type, Any]] = {
+        "args": (Namespace, Namespace()),
+        "content_metadata": (dict, {}),
+        "iteration": (int, 0),
+        state_dicts.TRAIN_STATE: (dict, {}),
+    }
+    for name, (kind, default) in kinds.items():
+        if type(common.setdefault(name, default)) is not kind:
+            raise CheckpointError(f"{folder}: its {name} is no {kind.__name__}. Expected a torch_dist checkpoint. Restore it.")
+    for name in ("consumed_train_samples", "global_batch_size", "micro_batch_size", "data_parallel_size"):
+        if type(getattr(common["args"], name, 0)) not in (int, type(None)):
+            raise CheckpointError(f"{folder}: its {name} is no number. Expected a torch_dist checkpoint. Restore it.")
+    return metadata, common
+
+
+def _restore_scheduler(folder: Path, scheduler: Any, values: Any) -> None:
+    scheduler.num_steps = 0  # its load_state_dict adds to what is there
+    try:
+        scheduler.load_state_dict(values)
+    except (AssertionError, LookupError, TypeError) as error:  # of a value that is missing, or another one than the flags'
+        raise CheckpointError(
+            f"{folder}: its learning-rate schedule cannot be restored: {error}. Expected megatron-core's. Restore the checkpoint "
+            "from a copy, or load the weights alone with --finetune."
+        ) from error
+
+
+def _restore_rng(folder: Path, states: Any) -> None:
+    if states is None:
+        return
+    try:
+        state_dicts.restore_rng(states)
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        RuntimeError,
+        OverflowError,
+    ) as error:  # what the generators say of what they cannot take
+        raise CheckpointError(
+            f"{folder}: its random states cannot be restored: {error}. Expected those of every generator. Restore the "
+            "checkpoint from a copy, or go on without them: --no-load-rng."
+        ) from error
 
 
 def latest_iteration(root: str | Path) -> tracker.Iteration | None:
@@ -423,21 +457,11 @@ def read_run_config(root: str | Path) -> dict[str, Any]:
     config = dict(json.loads(path.read_text(encoding="utf-8")))
     train = config.get("train", {})
     if chosen != tracker.RELEASE and not train.get("global_batch_size"):
-        config["train"] = {**train, "global_batch_size": _batch_size(_args(path.parent))}
+        config["train"] = {**train, "global_batch_size": _batch_size(_headers(path.parent)[1]["args"])}
     return config
-
-
-def _args(folder: Path) -> Any:
-    try:
-        return torch_dist.read_common(folder).get("args")
-    except torch_dist.READ_ERRORS as error:
-        raise CheckpointError(
-            f"{folder}: cannot be read: {type(error).__name__}: {str(error)[:400]}. Expected a torch_dist checkpoint. "
-            "Delete the folder, so that the one before it is used."
-        ) from error
 
 
 def _batch_size(args: Any) -> int | None:
     """The global batch size in Megatron's args, in packs; an early release of ours says only what it was made of."""
     size = getattr(args, "global_batch_size", None)
-    return size or getattr(args, "micro_batch_size", 0) * getattr(args, "data_parallel_size", 0) or None
+    return size or (getattr(args, "micro_batch_size", 0) or 0) * (getattr(args, "data_parallel_size", 0) or 0) or None

@@ -1,7 +1,8 @@
 """megatron-core's torch_dist format: what each process writes and reads, without any unpickling that could run code.
 
 megatron-core translates a sharded state dict into torch.distributed.checkpoint items and back; the bytes are ours, for
-three reasons. Reading: torch unpickles `.metadata` and byte items without restriction; here an allow-list decides.
+three reasons. Reading: torch unpickles `.metadata` and byte items without restriction; here nothing that a pickle names is
+ever called (pickles.py, metadata.py, archive.py).
 Writing: torch's writer copies every view, works in one thread and checks nothing; here several threads write straight
 from the tensors and checksum on the way. Both versions of megatron-core get the same files.
 
@@ -9,15 +10,16 @@ Files of a checkpoint: __{rank}_{n}.distcp (one torch.save archive an item), .me
 common.pt (torch.save of what is not sharded), metadata.json (names the format).
 """
 
+import contextlib
 import io
 import json
+import os
 import pickle
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -28,122 +30,85 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, s
 from megatron.core.dist_checkpointing.strategies import torch as core_torch
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
-from torch.distributed import checkpoint as dcp
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatron_sft.checkpoint import metadata as metadata_file
+from megatron_sft.checkpoint.archive import Archive
 from megatron_sft.checkpoint.manifest import ChecksumFile, FileRecord, write_file
-
-READ_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    AssertionError,
-    pickle.UnpicklingError,
-    CheckpointingException,
-)
-"""What torch, pickle and megatron-core raise on a damaged file or on one of another model."""
+from megatron_sft.checkpoint.reading import open_regular
+from megatron_sft.errors import CheckpointError
 
 _COMMON = "common.pt"
-_METADATA = ".metadata"
-_CHECKPOINT = "torch.distributed.checkpoint."
-_ALLOWED = {
-    *(
-        (_CHECKPOINT + "metadata", name)
-        for name in (
-            "Metadata",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    *((_CHECKPOINT + "filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
-    *((_CHECKPOINT + "planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
-    *(("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib._local", "PosixPath"),
-}
+_MAX_OBJECT_BYTES = 1 << 30
+"""Of common.pt, and of an item that is no tensor."""
+_DAMAGED = (
+    "Expected a whole torch_dist checkpoint. Restore it from a copy, or move its folder away, so that the one before it is used."
+)
+_OTHER_MODEL = (
+    "Expected a torch_dist checkpoint of this model and optimizer. Check the model flags, or load the weights alone with "
+    "--finetune."
+)
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the data classes of torch's checkpoint metadata and refuses every other name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint of tensors needs")
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pickle.UnpicklingError) as error:
+        found = f"{error.filename or ''} {error.strerror}".strip() if isinstance(error, OSError) else str(error)
+        raise CheckpointError(f"{folder}: cannot be read: {found}. {_DAMAGED}") from error
 
 
 def read_metadata(folder: Path) -> Metadata:
     """Reads `.metadata` without running code from it.
 
     Raises:
-        pickle.UnpicklingError: it names anything but torch's metadata classes, or a file outside its folder.
+        CheckpointError: it is damaged, names anything but torch's metadata classes, or a file outside its folder.
     """
-    with open(folder / _METADATA, "rb") as file:
-        metadata = _MetadataUnpickler(file).load()
-    if not isinstance(metadata, Metadata):
-        raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}, not torch's Metadata")
-    for info in (metadata.storage_data or {}).values():
-        if Path(info.relative_path).name != info.relative_path:
-            raise pickle.UnpicklingError(f"it refers to a file outside the checkpoint: {info.relative_path}")
-    return metadata
-
-
-def safe_load(file: Any) -> Any:
-    """torch.load with weights_only=True and megatron-core's list of harmless classes (Namespace, enums, arrays)."""
-    from megatron.core.safe_globals import SAFE_GLOBALS
-
-    with torch.serialization.safe_globals(list(SAFE_GLOBALS)):
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-class _SafeReader(dcp.FileSystemReader):
-    """torch's reader (its tensors are read with weights_only=True already) with our `read_metadata`."""
-
-    def __init__(self, folder: Path, metadata: Metadata):
-        super().__init__(folder)
-        self._read = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._read
-
-
-class _SafePlanner(core_torch.MCoreLoadPlanner):
-    """megatron-core's planner; torch's `load_bytes` unpickles without restriction, this one does not."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = safe_load(value)
+    with _explained(folder):
+        return metadata_file.read_metadata(folder)
 
 
 def read_common(folder: Path, metadata: Metadata | None = None) -> dict[str, Any]:
-    """What is not sharded: common.pt, or the item that megatron-core >= 0.17 writes in its place."""
-    if (folder / _COMMON).is_file():
-        return dict(safe_load(folder / _COMMON))
-    metadata = metadata or read_metadata(folder)
-    key = ShardedObject("common_state", None, (1,), (0,)).unique_key
-    holder: dict[str, Any] = {key: io.BytesIO()}
-    planner = _SafePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    _read_items(holder, folder, metadata, planner)
-    return dict(holder[key][0])
+    """What is not sharded: common.pt, or the item that megatron-core >= 0.17 writes in its place.
+
+    Raises:
+        CheckpointError: it is damaged, or contains what no checkpoint contains.
+    """
+    if os.path.lexists(folder / _COMMON):
+        with _explained(folder), open_regular(folder / _COMMON) as file:
+            common = _read_object(file, 0, os.fstat(file.fileno()).st_size)
+    else:
+        metadata = metadata or read_metadata(folder)
+        key = ShardedObject("common_state", None, (1,), (0,)).unique_key
+        place = metadata.storage_data.get(MetadataIndex(key))
+        if place is None:
+            raise CheckpointError(f"{folder}: has no {_COMMON}. {_DAMAGED}")
+        with _explained(folder), open_regular(folder / place.relative_path) as file:
+            listed = _read_object(file, place.offset, place.length)
+        common = listed[0] if type(listed) is list and listed else None
+    if type(common) is not dict:
+        raise CheckpointError(f"{folder}: its common state is no dict. {_DAMAGED}")
+    return common
+
+
+def _read_object(file: BinaryIO, start: int, length: int) -> Any:
+    """What torch.save wrote at a place in a file, without tensors of a model."""
+    if length > _MAX_OBJECT_BYTES:
+        raise pickle.UnpicklingError(f"an object of {length} bytes; expected at most {_MAX_OBJECT_BYTES}")
+    return Archive(file, start, length).read()
 
 
 def read_state(folder: Path, wanted: dict[str, Any], metadata: Metadata, common: dict[str, Any]) -> dict[str, Any]:
@@ -154,20 +119,32 @@ def read_state(folder: Path, wanted: dict[str, Any], metadata: Metadata, common:
         wanted: sharded state dict of this process; its tensors may be read in place.
         metadata: read_metadata(folder).
         common: read_common(folder); the result is merged into it.
+
+    Raises:
+        CheckpointError: the checkpoint lacks something, has it in another shape, or is damaged.
     """
     sharded, local, factories = load_preprocess(wanted)
     merge(common, local)
     sharded, _ = extract_sharded_base(sharded)
     tensors = [t for t in _leaves(sharded) if not isinstance(t, ShardedObject)]
     by_key, flat_mapping, rename_mapping = core_torch._replace_state_dict_keys_with_sharded_keys(sharded)
+    _require_kinds(folder, by_key, metadata)
     items = core_torch.mcore_to_pyt_state_dict(by_key, True)
-    planner = _SafePlanner(
+    planner = core_torch.MCoreLoadPlanner(
         shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
         allow_shape_mismatch_sharded_tensors={t.key: t for t in tensors if t.allow_shape_mismatch},
         flatten_state_dict=False,
         flatten_sharded_tensors=False,
     )
-    _read_items(items, folder, metadata, planner)
+    planner.set_up_planner(items, metadata, is_coordinator=True)
+    try:
+        plan = planner.create_local_plan()
+    except (CheckpointingException, ValueError) as error:  # megatron-core's and torch's checks of shapes
+        raise CheckpointError(f"{folder}: cannot be loaded: {str(error)[:400]}. {_OTHER_MODEL}") from error
+    _read_plan(plan, planner, folder, metadata)
+    for key, objects in by_key.items():
+        if isinstance(objects[0], ShardedObject) and not (type(items[key]) is list and len(items[key]) == len(objects)):
+            raise CheckpointError(f"{folder}: {key} is no list of {len(objects)} objects. {_DAMAGED}")
     unwrapped = {key: core_torch._unwrap_pyt_sharded_tensor(value) for key, value in items.items()}
     loaded = core_torch._replace_sharded_keys_with_state_dict_keys(unwrapped, flat_mapping, rename_mapping)
     core_torch._restore_dict_types(loaded, sharded)
@@ -175,20 +152,51 @@ def read_state(folder: Path, wanted: dict[str, Any], metadata: Metadata, common:
     return apply_factory_merges(common, factories)
 
 
-def read_with(planner: dcp.LoadPlanner, folder: Path, metadata: Metadata) -> None:
-    """Reads what a planner asks for by itself, without a state dict."""
-    _read_items({}, folder, metadata, planner)
+def _require_kinds(folder: Path, by_key: Mapping[str, list[Any]], metadata: Metadata) -> None:
+    """Every key is there, as a tensor where a tensor is wanted."""
+    for key, parts in by_key.items():
+        kind = BytesStorageMetadata if isinstance(parts[0], ShardedObject) else TensorStorageMetadata
+        if not isinstance(metadata.state_dict_metadata.get(key), kind):
+            raise CheckpointError(f"{folder}: cannot be loaded: it has no {key}. {_OTHER_MODEL}")
 
 
-def _read_items(items: dict[str, Any], folder: Path, metadata: Metadata, planner: dcp.LoadPlanner) -> None:
-    """Fills `items`; raises the reason itself where torch raises a BaseException with a traceback for a message."""
+def read_with(planner: DefaultLoadPlanner, folder: Path, metadata: Metadata) -> None:
+    """Reads what a planner asks for by itself, without a state dict; raises CheckpointError where it is damaged."""
+    planner.set_up_planner({}, metadata, is_coordinator=True)
+    _read_plan(planner.create_local_plan(), planner, folder, metadata)
+
+
+def _read_plan(plan: LoadPlan, planner: DefaultLoadPlanner, folder: Path, metadata: Metadata) -> None:
+    files: dict[str, list[tuple[_StorageInfo, ReadItem]]] = {}
+    for item in plan.items:
+        place = metadata.storage_data.get(item.storage_index)
+        if place is None:
+            raise CheckpointError(f"{folder}: a part of {item.storage_index.fqn} is nowhere in it. {_DAMAGED}")
+        files.setdefault(place.relative_path, []).append((place, item))
+    with _explained(folder):
+        for name, places in files.items():
+            with open_regular(folder / name) as file:
+                for place, item in sorted(places, key=lambda pair: pair[0].offset):
+                    _read_item(file, place, item, planner, metadata)
+
+
+def _read_item(file: BinaryIO, place: _StorageInfo, item: ReadItem, planner: DefaultLoadPlanner, metadata: Metadata) -> None:
+    key = item.storage_index.fqn
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(items, storage_reader=_SafeReader(folder, metadata), planner=planner, no_dist=True)
-    except dcp.CheckpointException as error:
-        reason, _ = next(iter(error.failures.values()))
-        raise reason from error
+        if item.type == LoadItemType.BYTE_IO:
+            planner.state_dict[item.dest_index.fqn] = _read_object(file, place.offset, place.length)
+            return
+        stored = metadata.state_dict_metadata[key]
+        assert isinstance(stored, TensorStorageMetadata), "a plan reads tensors of what .metadata says is one"
+        tensor = Archive(file, place.offset, place.length).read_tensor(stored.size)
+        ends = [start + length for start, length in zip(item.storage_offsets, item.lengths, strict=True)]
+        if any(end > size for end, size in zip(ends, tensor.shape, strict=True)):
+            raise pickle.UnpicklingError(f"a part of shape {list(tensor.shape)}; expected at least {ends}")
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(f"{place.relative_path}, {key}: {error}") from None
+    target = planner.resolve_tensor(item).detach()
+    target.copy_(narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths))
+    planner.commit_tensor(item, target)
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -321,7 +329,7 @@ def write_metadata(folder: Path, job: WriteJob, results: list[list[WriteResult]]
     job.metadata.storage_meta = StorageMeta()
     job.metadata.version = "1.0.0"
     return [
-        write_file(folder / _METADATA, pickle.dumps(job.metadata)),
+        write_file(folder / metadata_file.METADATA, pickle.dumps(job.metadata)),
         write_file(folder / _COMMON, job.common),
         write_file(folder / "metadata.json", json.dumps(_FORMAT).encode()),
     ]
