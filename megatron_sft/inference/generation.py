@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from megatron_sft.config.run import GenerateConfig
 from megatron_sft.core_compat import device
@@ -78,11 +77,12 @@ def last_logits(chunk: Any, tokens: torch.Tensor, position_ids: torch.Tensor, pa
         hidden = torch.empty(tokens.shape[1], 1, config.hidden_size, dtype=config.params_dtype, device=tokens.device)
         dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         chunk.set_input_tensor([hidden])
-    output = chunk(tokens, position_ids, None, packed_seq_params=params)
-    if not last:
-        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
-        return None
-    return gather_from_tensor_model_parallel_region(output[0])[:, : chunk.vocab_rows].float()
+    ends = params.cu_seqlens_q[1:].long() - 1
+    output = chunk(tokens, position_ids, packed_seq_params=params, output=lambda head, hidden: head.whole_logits(hidden[ends]))
+    if last:
+        return output
+    dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+    return None
 
 
 def from_last_stage(values: torch.Tensor) -> torch.Tensor:

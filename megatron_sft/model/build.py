@@ -25,10 +25,9 @@ from megatron_sft.config.run import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sft.core_compat import apply_gathered_rope, balance_experts_by_row, device, provide_latent_projections
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.attention import PackedAttention
-from megatron_sft.model.cache import CachedSeqParams
 from megatron_sft.model.context import token_lengths
+from megatron_sft.model.head import Head, Output
 from megatron_sft.model.layers import HeadsNorm, WholeLinear, wait_for_parameters
-from megatron_sft.model.loss import linear_cross_entropy
 from megatron_sft.model.rope import RotaryTable, rotate
 from megatron_sft.model.specs import block_spec
 
@@ -43,58 +42,95 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class SFTModel(GPTModel):
-    """GPTModel for packed rows: RoPE follows position_ids, and the loss is taken in chunks.
+    """GPTModel for packed rows: RoPE follows position_ids, and one head gives losses, logits or hidden states.
 
-    forward(tokens, position_ids, None, labels=..., loss_mask=..., packed_seq_params=...), each [1, T], gives per-token
-    losses [1, T] float32, 0 where loss_mask is 0; without labels logits [1, T, padded_vocab_size / tp_size].
+    Args:
+        model: the architecture.
+        config: what transformer_config made of it.
+        vp_stage: virtual pipeline stage; None without.
     """
 
-    vocab_rows: int
-    """Ids from here on are padding of the embedding table."""
-    rotary_table: RotaryTable | None
-    embedding_scale: float | None
-    final_softcap: float | None
+    def __init__(self, model: ModelConfig, config: TransformerConfig, vp_stage: int | None):
+        super().__init__(
+            config,
+            block_spec(model, config, vp_stage),
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            parallel_output=True,
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+            position_embedding_type="none",  # the table is ours
+            vp_stage=vp_stage,
+        )
+        self.vocab_rows, self.final_softcap = model.vocab_size, model.final_logit_softcapping
+        self.embedding_scale = model.embedding_scale
+        latent_dim = config.qk_pos_emb_head_dim if config.multi_latent_attention else None
+        self.rotary_table = RotaryTable(model, latent_dim) if model.position_embedding_type != "none" else None
 
-    def _preprocess(self, input_ids: Any, position_ids: Any, *args: Any, **kwargs: Any) -> tuple:
-        """As GPTModel's, with the rotary table gathered by position: [T, kinds, 2, dim]."""
-        hidden, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        if kwargs.get("padding_mask") is not None and self.config.sequence_parallel and not self.pre_process:
-            # megatron-core cuts it on the first stage only: models/gpt/gpt_model.py:_preprocess, both versions
-            rest[3] = scatter_to_sequence_parallel_region(rest[3].transpose(0, 1).contiguous()).transpose(0, 1)
-        if self.embedding_scale is not None and hidden is not None:  # rounded to the dtype, as transformers has it
-            hidden = hidden * torch.full((), self.embedding_scale, dtype=hidden.dtype, device=hidden.device)
-        table = None
-        if self.rotary_table is not None:
-            lengths = None
-            if self.rotary_table.original_positions is not None:
-                lengths = token_lengths(kwargs["packed_seq_params"])
-            table = self.rotary_table.gather(position_ids, lengths, self.config.params_dtype)
-        return (hidden, table, *rest)
-
-    def _postprocess(self, hidden_states: Any, *args: Any, labels: Any = None, loss_mask: Any = None, **kwargs: Any) -> Any:
-        """As GPTModel's without labels; with labels the head and the loss in one."""
-        packed = kwargs.get("packed_seq_params")
-        if self.post_process and isinstance(packed, CachedSeqParams):  # generation looks at last tokens only
-            hidden_states = hidden_states[packed.cu_seqlens_q[1:].long() - 1]
-        if labels is None or not self.post_process:
-            output = super()._postprocess(hidden_states, *args, labels=None, loss_mask=loss_mask, **kwargs)
-            if not self.post_process or self.final_softcap is None:
-                return output
-            return self.final_softcap * torch.tanh(output / self.final_softcap)
+    def head(self) -> Head:
+        """The head of the last stage's chunk, with its weight as it is now."""
         wait_for_parameters(self.output_layer)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states)
-        else:
-            hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
-        if loss_mask is None:
-            loss_mask = torch.ones_like(labels, dtype=torch.float32)
-        group = parallel_state.get_tensor_model_parallel_group()
-        loss = linear_cross_entropy(
-            hidden_states[:, 0], weight, labels[0], loss_mask[0], self.vocab_rows, group, self.final_softcap
+        return Head(weight, self.vocab_rows, self.final_softcap, parallel_state.get_tensor_model_parallel_group())
+
+    def forward(  # in place of GPTModel's, which knows no head of ours and no table by position
+        self,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: None = None,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+        output: Output | None = None,
+    ) -> torch.Tensor:
+        """One pass over a packed row; T counts this context-parallel rank's tokens.
+
+        Args:
+            tokens: [1, T] int64.
+            position_ids: [1, T] int64.
+            attention_mask: not used: packed_seq_params says who sees whom.
+            labels: [1, T] int64, or None.
+            loss_mask: [1, T] float32; None: every token counts.
+            padding_mask: [1, T] bool, True where experts need no balance.
+            packed_seq_params: where documents begin in the whole row.
+            output: what the last stage gives; None: with labels losses [1, T] float32, 0 where loss_mask is 0, else
+                logits [1, T, padded_vocab_size / tp_size].
+
+        Returns:
+            On the last stage the output; before it hidden states [T, 1, hidden], cut by sequence parallelism.
+        """
+        sequence_parallel = self.config.sequence_parallel
+        table = None
+        if self.rotary_table is not None:
+            lengths = token_lengths(packed_seq_params) if self.rotary_table.original_positions is not None else None
+            table = self.rotary_table.gather(position_ids, lengths, self.config.params_dtype)
+        if padding_mask is not None and sequence_parallel:
+            padding_mask = scatter_to_sequence_parallel_region(padding_mask.transpose(0, 1).contiguous()).transpose(0, 1)
+        hidden = self.decoder(
+            hidden_states=self._embedded(tokens, position_ids) if self.pre_process else None,
+            attention_mask=None,
+            rotary_pos_emb=table,
+            packed_seq_params=packed_seq_params,
+            padding_mask=padding_mask,
         )
-        return loss[None]
+        if not self.post_process:
+            return hidden
+        gather = gather_from_sequence_parallel_region if sequence_parallel else copy_to_tensor_model_parallel_region
+        states, head = gather(hidden)[:, 0], self.head()
+        if output is not None:
+            return output(head, states)
+        if labels is None:
+            return head.logits(states)[None]
+        return head.losses(states, labels[0], torch.ones_like(labels[0]).float() if loss_mask is None else loss_mask[0])[None]
+
+    def _embedded(self, tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids=tokens, position_ids=position_ids)
+        if self.embedding_scale is None:
+            return hidden
+        return hidden * torch.full((), self.embedding_scale, dtype=hidden.dtype, device=hidden.device)  # rounded, as transformers
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> TransformerConfig:
@@ -208,23 +244,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
 
 
 def _chunk(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> SFTModel:
-    chunk = SFTModel(
-        config,
-        block_spec(model, config, vp_stage),
-        vocab_size=model.padded_vocab_size,
-        max_sequence_length=model.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-        parallel_output=True,
-        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type="none",  # the table is ours
-        vp_stage=vp_stage,
-    )
-    chunk.vocab_rows = model.vocab_size
-    chunk.embedding_scale = model.embedding_scale
-    chunk.final_softcap = model.final_logit_softcapping
-    latent_dim = config.qk_pos_emb_head_dim if config.multi_latent_attention else None
-    chunk.rotary_table = RotaryTable(model, latent_dim) if model.position_embedding_type != "none" else None
+    chunk = SFTModel(model, config, vp_stage)
     _mark_tensor_parallel(chunk)
     return chunk if torch.get_default_device().type == "meta" else chunk.to(device())  # meta: shapes alone
 

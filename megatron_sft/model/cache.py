@@ -12,7 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 @dataclass
 class CachedSeqParams(PackedSeqParams):
-    """A packed row whose documents have earlier tokens in a cache. The model gives logits of last tokens only.
+    """A packed row whose documents have earlier tokens in a cache.
 
     Prompts of lengths [3, 2] with capacity 8: prefill has cu_seqlens_q [0, 3, 5] and lengths [0, 0]; the first decode
     step has cu_seqlens_q [0, 1, 2] and lengths [3, 2], the next one lengths [4, 3].
