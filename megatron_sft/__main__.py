@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from megatron_sft import entry
 from megatron_sft.config.arguments import parse
 from megatron_sft.config.run import GenerateConfig, MMLUConfig, PlanConfig, RunConfig, ViewConfig
-from megatron_sft.core_compat import leave_out_compiler
+from megatron_sft.core_compat import leave_out_compiler, wants_colour
 from megatron_sft.errors import ConfigError
 from megatron_sft.output import output_problems, write_output
 
@@ -44,11 +44,11 @@ def preview(argv: Sequence[str], world_size: int) -> int:
     _check_outputs(html=options.html)
     from megatron_sft.data.chat import load_tokenizer
     from megatron_sft.data.prepare import training_set
-    from megatron_sft.data.preview import as_html, as_text, decoder, is_terminal, shown_documents
+    from megatron_sft.data.preview import as_html, as_text, decoder, shown_documents
 
     store, plan = training_set(run.data)
     shown, decode = shown_documents(store, options.rows), decoder(load_tokenizer(run.data))
-    print(as_text(store, plan, shown, decode, is_terminal()))
+    print(as_text(store, plan, shown, decode, wants_colour(sys.stdout)))
     if options.html:
         write_output("--html", options.html, as_html(store, plan, shown, decode, run.data.seq_length))
     return 0
@@ -80,12 +80,9 @@ def generate(argv: Sequence[str], world_size: int) -> int:
     """Answers prompts into --output FILE.jsonl."""
     run, explicit, options = parse(argv, world_size, options=GenerateConfig)
     leave_out_compiler()
-    from megatron_sft.inference.prompts import answer_prompts, write_answers
+    from megatron_sft.inference.prompts import answer_prompts
 
-    rows = answer_prompts(run, explicit, options)
-    for row in rows:
-        print(row["response"])
-    write_answers(rows, options)
+    answer_prompts(run, explicit, options, lambda rows: print(*(row["response"] for row in rows), sep="\n"))
     return 0
 
 

@@ -16,7 +16,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_sft.errors import ConfigError
 
@@ -316,6 +316,11 @@ def allow_open_files() -> None:
         raise ConfigError(
             [f"at most {most} open files are allowed; expected {MIN_OPEN_FILES} or more. Allow more: ulimit -n 4096."]
         )
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether text goes to a terminal that shows colours, whose user has not said NO_COLOR (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def be_patient_launcher() -> None:

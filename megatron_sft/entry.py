@@ -5,6 +5,7 @@ Not here: what a command does.
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -25,6 +26,8 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
         The process's exit status.
     """
     rank, world_size = 0, 1
+    if not sys.warnoptions:  # of packages, which a user cannot mend; python -W and PYTHONWARNINGS show them
+        warnings.simplefilter("ignore")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     log.configure(rank, to_stderr)

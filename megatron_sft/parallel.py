@@ -236,6 +236,22 @@ def gather(value: T, group: Any = None) -> list[T]:
     return values
 
 
+def from_first(name: str, make: Callable[[], T]) -> T:
+    """Collective: what rank 0 makes, for which the others wait however long that takes, as for a person who types.
+
+    Args:
+        name: of this value in the run's key-value store, once.
+        make: called on rank 0 alone; its value is pickled.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    store: Any = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        _put(store, name, make())
+    store.wait([name], datetime.timedelta(days=365))
+    return _taken(store, name)  # type: ignore[no-any-return]
+
+
 def agree(action: Callable[[], T], exchange: Callable[[Any], list[Any]] = gather) -> T:
     """Collective: runs `action` on every process, and fails on all when it fails on one: nobody waits for one that left.
 

@@ -102,12 +102,17 @@ def run_script(script: str, flags: Sequence[Any], processes: int = 1, timeout_s:
 
 
 class RunningScript:
-    """A script of this folder on one or several ranks, beside whatever the test does meanwhile. Arguments as run_script's."""
+    """A script of this folder on one or several ranks, beside whatever the test does meanwhile. Arguments as run_script's.
 
-    def __init__(self, script: str, flags: Sequence[Any], processes: int = 1):
+    Args:
+        terminal: what all ranks read from and write to, as /dev/pts/5; None: their output is kept for `result`.
+    """
+
+    def __init__(self, script: str, flags: Sequence[Any], processes: int = 1, terminal: str | None = None):
         self._command = [script, *(str(flag) for flag in flags)]
         self._files = [tempfile.TemporaryFile() for _ in range(2)]
-        places = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in self._files]
+        files = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in self._files]
+        places = {0: terminal, 1: terminal, 2: terminal} if terminal else {1: files[0], 2: files[1]}
         worlds = environments(processes) if processes > 1 else [{**os.environ, "OMP_NUM_THREADS": "1"}]
         make = process_context().Process
         self.ranks = [make(target=_script, args=(script, self._command[1:], world, places)) for world in worlds]
@@ -136,13 +141,16 @@ class RunningScript:
         return subprocess.CompletedProcess(self._command, status, *texts)
 
 
-def _script(script: str, flags: list[str], environment: Mapping[str, str], places: list[str]) -> None:
+def _script(script: str, flags: list[str], environment: Mapping[str, str], places: Mapping[int, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
     torch.set_num_threads(1)
-    for number, place in enumerate(places, start=1):
-        os.dup2(os.open(place, os.O_WRONLY | os.O_APPEND), number)
+    for number, place in places.items():
+        os.dup2(os.open(place, (os.O_RDWR if number == 0 else os.O_WRONLY | os.O_APPEND) | os.O_NOCTTY), number)
+    if 0 in places:  # multiprocessing closes what a process reads from
+        sys.stdin = open(0, closefd=False)
+        sys.stdout = open(1, "w", closefd=False)
     sys.argv = [script, *flags]
     sys.path.insert(0, str(ROOT))
     runpy.run_path(str(ROOT / script), run_name="__main__")

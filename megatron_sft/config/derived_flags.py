@@ -5,6 +5,7 @@ Not here: flags that are fields (arguments.py), other spellings and constant val
 
 import ast
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,10 @@ Values = dict[str, Any]
 
 
 MOST_LAYERS = 100_000
+DATA_ENDINGS = tuple(
+    f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json", "parquet", "arrow") for packed in ("", ".gz", ".zst")
+)
+"""Of what is a file, not a name."""
 
 
 def integers(text: str) -> list[int]:
@@ -63,6 +68,12 @@ def _train_data(raw: Values, values: Values, found: list[str]) -> None:
         found.append(f"--prompt-data has {len(pairs)} words; expected one path, or NAME PATH pairs. Add the missing word.")
     else:
         values["data.train_names"], values["data.train_data"] = tuple(pairs[::2]), tuple(pairs[1::2])
+        if files := [name for name in pairs[::2] if os.path.isfile(name) or name.endswith(DATA_ENDINGS)]:
+            example = " ".join(f"{os.path.basename(path).partition('.')[0]} {path}" for path in pairs)
+            found.append(
+                f"--prompt-data {' '.join(pairs)}: {', '.join(files)} stands where a name is expected: NAME PATH NAME PATH, or "
+                f"one path. Write --prompt-data {example}, or --finetune-data-files {' '.join(pairs)} without names."
+            )
 
 
 def _split(raw: Values, values: Values, found: list[str]) -> None:

@@ -4,7 +4,6 @@ Shown is what stands in the token store, so what is trained on, not a second ren
 """
 
 import html
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -68,7 +67,7 @@ def as_text(store: DocumentStore, plan: PackPlan, shown: Sequence[int], decode: 
     for index in shown:
         document = store.document(index)
         out += [
-            _printable(f"--- {_title(store, index, document)}"),
+            printable(f"--- {_title(store, index, document)}"),
             _coloured(document, decode) if is_coloured else _bracketed(document, decode),
         ]
     out.append("--- packs (documents @ tokens)")
@@ -99,10 +98,6 @@ def as_html(store: DocumentStore, plan: PackPlan, shown: Sequence[int], decode: 
     return "\n".join(out) + "\n"
 
 
-def is_terminal() -> bool:
-    return sys.stdout.isatty()
-
-
 def _title(store: DocumentStore, index: int, document: Document) -> str:
     trained = int(np.count_nonzero(document.loss_mask))
     source = store.source_names[store.source_ids[index]]
@@ -125,15 +120,15 @@ def _coloured(document: Document, decode: Decode) -> str:
     colours = [
         (MASKED if weight == 0 else TRAINED if weight == 1 else OTHER_WEIGHT, text) for text, weight in _runs(document, decode)
     ]
-    return "".join(f"{colour}{_printable(text)}{PLAIN}" for colour, text in colours)
+    return "".join(f"{colour}{printable(text)}{PLAIN}" for colour, text in colours)
 
 
 def _bracketed(document: Document, decode: Decode) -> str:
     marks = {0.0: ("", ""), 1.0: ("[[", "]]")}
-    found = [(*marks.get(weight, (f"[{weight:g}x[", "]]")), _printable(text)) for text, weight in _runs(document, decode)]
+    found = [(*marks.get(weight, (f"[{weight:g}x[", "]]")), printable(text)) for text, weight in _runs(document, decode)]
     return "".join(f"{first}{text}{last}" for first, last, text in found)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Control characters as escapes, so that data cannot drive the terminal."""
     return "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)

@@ -7,7 +7,7 @@
 Not here: loading the model (load.py), reading prompts and writing answers (prompts.py).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,7 +33,11 @@ class Generation:
     tokens: list[int]
     """New tokens, without the end token."""
     finish_reason: str
-    """stop: an end token came; length: the limit of new tokens or of positions was reached."""
+    """stop: an end token came; length: the limit of new tokens or of positions was reached; cut: on_token ended it."""
+
+
+OnToken = Callable[[int, int], bool]
+"""(number of the prompt, its new token) -> whether its answer ends there; called on every rank, with one answer on all."""
 
 
 def prefill_params(lengths: Sequence[int], limits: Sequence[int] | None, where: torch.device) -> CachedSeqParams:
@@ -138,6 +142,7 @@ def generate(
     end_token_ids: Collection[int],
     ranks: Ranks,
     max_positions: int | None = None,
+    on_token: OnToken | None = None,
 ) -> list[Generation]:
     """Continues prompts. Collective: all ranks call it with the same prompts, and all get all results.
 
@@ -148,9 +153,10 @@ def generate(
         end_token_ids: each ends an answer.
         ranks: where this process stands.
         max_positions: prompt and answer together are at most that long; None: no limit.
+        on_token: sees each token as it comes; every rank then generates every answer.
     """
     # with experts dealt over ranks, all of them must run the same number of steps
-    shards, shard = (1, 0) if ranks.ep_size > 1 else (ranks.dp_size, ranks.dp_rank)
+    shards, shard = (1, 0) if ranks.ep_size > 1 or on_token else (ranks.dp_size, ranks.dp_rank)
     mine = range(shard, len(prompts), shards)
     for index, prompt in enumerate(prompts):
         if not prompt or (max_positions is not None and len(prompt) >= max_positions):
@@ -164,9 +170,11 @@ def generate(
     for start in range(0, len(mine), options.batch_size):
         indices = mine[start : start + options.batch_size]
         limits = [min(options.osl, (max_positions or 2**31) - len(prompts[i])) for i in indices]
-        answers = _generate_batch(chunk, [prompts[i] for i in indices], limits, indices, options, frozenset(end_token_ids))
+        ends = frozenset(end_token_ids)
+        answers = _generate_batch(chunk, [prompts[i] for i in indices], limits, indices, options, ends, on_token)
         results.update(zip(indices, answers, strict=True))
-        logger.info("generated %d of %d answers", min(len(results) * shards, len(prompts)), len(prompts))
+        if on_token is None:
+            logger.info("generated %d of %d answers", min(len(results) * shards, len(prompts)), len(prompts))
     chunk.train(training)
     return from_all_shards(results, shards)
 
@@ -178,6 +186,7 @@ def _generate_batch(
     indices: Sequence[int],
     options: GenerateConfig,
     end_token_ids: frozenset[int],
+    on_token: OnToken | None,
 ) -> list[Generation]:
     """Prefill and decode of prompts that fit in memory together; finished ones leave the batch."""
     where = device()
@@ -200,7 +209,9 @@ def _generate_batch(
                 reasons[row] = "stop"
                 continue
             answers[row].append(token)
-            if len(answers[row]) < limits[row]:
+            if on_token is not None and on_token(indices[row], token):
+                reasons[row] = "cut"
+            elif len(answers[row]) < limits[row]:
                 stay.append(place)
         live, kept_all = [live[place] for place in stay], len(stay) == len(live)
         lengths = [len(prompts[row]) + len(answers[row]) for row in live]

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from megatron_sft.config.run import DataConfig, GenerateConfig, RunConfig
 from megatron_sft.data.schema import Message
 from megatron_sft.data.sources import ENDINGS, open_source
 from megatron_sft.errors import ConfigError, DataError
+from megatron_sft.inference.conversation import converse
 from megatron_sft.inference.generation import Generation, generate
-from megatron_sft.inference.load import load_for_inference
+from megatron_sft.inference.load import Inference, load_for_inference
 from megatron_sft.log import logger
 from megatron_sft.output import output_problems, write_output
 
@@ -32,25 +33,63 @@ class Prompt:
     tools: list[dict[str, Any]] | None = None
 
 
-def answer_prompts(run: RunConfig, explicit: frozenset[str], options: GenerateConfig) -> list[dict[str, Any]]:
-    """Everything that generate.py does, from flags to answers. Collective.
+def answer_prompts(
+    run: RunConfig, explicit: frozenset[str], options: GenerateConfig, show: Callable[[Sequence[dict[str, Any]]], None]
+) -> None:
+    """Everything that generate.py does, from flags to answers; in a terminal, with no prompt given, a conversation. Collective.
 
-    Returns:
-        answer_rows on rank 0; nothing elsewhere.
+    Args:
+        run: as the flags say it.
+        explicit: ModelConfig fields that a flag set.
+        options: what is asked, and where answers go.
+        show: gets the answer_rows on rank 0, unless the person at the terminal has seen them.
     """
     first = parallel.process_environment()[0] == 0
     check_options(options)
-    prompts = read_prompts(options, run.data) if first else []  # a mistake in them shows before the weights are read
+    talks = first and prompts_place(options, run.data) is None and sys.stdin.isatty() and sys.stdout.isatty()
+    prompts = read_prompts(options, run.data) if first and not talks else []  # a mistake shows before the weights are read
     loaded = load_for_inference(run, explicit)
+    if parallel.gather(talks)[0]:
+        rows = _talk(loaded, options)
+    else:
+        rows = _answer(loaded, options, prompts)
+        if first:
+            show(rows)
+    parallel.finalize()
+    if first:
+        write_answers(rows, options)
+
+
+def _answer(loaded: Inference, options: GenerateConfig, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """Collective: the answer_rows on rank 0; nothing elsewhere."""
     encoded = parallel.gather(parallel.agree(lambda: encode_prompts(loaded.tokenizer, prompts, not options.no_chat_template)))[0]
     ends = end_token_ids(loaded.tokenizer, loaded.tokenizer_folder, not options.no_chat_template)
     start = time.monotonic()
     answers = generate(loaded.chunk, encoded, options, ends, loaded.ranks, loaded.model.max_position_embeddings or None)
     seconds, total = time.monotonic() - start, sum(len(answer.tokens) for answer in answers)
     logger.info("%d prompts, %d tokens in %.1f s: %.1f tokens/s", len(answers), total, seconds, total / seconds)
-    rows = answer_rows(loaded.tokenizer, prompts, encoded, answers) if first else []
-    parallel.finalize()
-    return rows
+    return answer_rows(loaded.tokenizer, prompts, encoded, answers) if loaded.ranks.rank == 0 else []
+
+
+def _talk(loaded: Inference, options: GenerateConfig) -> list[dict[str, Any]]:
+    """Collective: a conversation's turns as answer_rows, on every rank."""
+    use_template = not options.no_chat_template
+
+    def encode(messages: Sequence[Message]) -> list[int]:
+        return encode_prompts(loaded.tokenizer, [Prompt([*messages], "conversation")], use_template)[0]
+
+    encode([{"role": "user", "content": "a"}])  # a tokenizer without a template is told of at once
+    ends = end_token_ids(loaded.tokenizer, loaded.tokenizer_folder, use_template)
+    turns = converse(loaded, options, encode, ends)
+    prompts = [Prompt(turn.messages, "conversation") for turn, _ in turns]
+    return answer_rows(loaded.tokenizer, prompts, [turn.prompt for turn, _ in turns], [answer for _, answer in turns])
+
+
+def prompts_place(options: GenerateConfig, config: DataConfig) -> str | None:
+    """The file of --prompts-path, or "--prompt", or else the training data; None: standard input."""
+    if options.prompts_path is None and options.prompt:
+        return "--prompt"
+    return options.prompts_path or (config.train_data[0] if config.train_data else None)
 
 
 def write_answers(rows: Sequence[dict[str, Any]], options: GenerateConfig) -> None:
@@ -71,17 +110,17 @@ def read_prompts(options: GenerateConfig, config: DataConfig) -> list[Prompt]:
     Raises:
         DataError: there is none, or a row has no messages; the message names file and line.
     """
-    path = options.prompts_path or (config.train_data[0] if config.train_data and not options.prompt else None)
-    if path is not None:
-        if os.path.isfile(path) and not any(ending in os.path.basename(path) for ending in ENDINGS):
-            prompts = _from_lines(_text_lines(path), path)
-        else:
-            prompts = [_from_record(record, where) for where, record in open_source(path, config)]
-    elif options.prompt:
-        prompts = [Prompt([{"role": "user", "content": text}], "--prompt") for text in options.prompt]
-    else:
+    path = prompts_place(options, config)
+    if path == "--prompt":
+        prompts = [Prompt([{"role": "user", "content": text}], path) for text in options.prompt]
+    elif path is None:
         path = "standard input"
+        logger.info("reading prompts from standard input, one a line, to its end%s", " (Ctrl-D)" if sys.stdin.isatty() else "")
         prompts = _from_lines(sys.stdin, path)
+    elif os.path.isfile(path) and not any(ending in os.path.basename(path) for ending in ENDINGS):
+        prompts = _from_lines(_text_lines(path), path)
+    else:
+        prompts = [_from_record(record, where) for where, record in open_source(path, config)]
     if not prompts:
         raise DataError(f"{path}: has no prompt; expected at least one. Pass --prompt TEXT or fill the file.")
     return list(itertools.islice(prompts, math.ceil(len(prompts) * options.fraction)))

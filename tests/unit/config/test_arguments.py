@@ -93,6 +93,18 @@ def test_names_of_other_projects():
     assert (run.checkpoint.load, run.data.tokenizer_model, run.train.global_batch_size) == ("hf", "hf", 8)
 
 
+def test_a_file_is_no_name_of_a_source(tmp_path):
+    plain = tmp_path / "rows"
+    plain.touch()
+    _, found = read_flags(["--prompt-data", "A.jsonl", "B.jsonl"])
+    assert found == [
+        "--prompt-data A.jsonl B.jsonl: A.jsonl stands where a name is expected: NAME PATH NAME PATH, or one path. Write "
+        "--prompt-data A A.jsonl B B.jsonl, or --finetune-data-files A.jsonl B.jsonl without names."
+    ]
+    assert len(read_flags(["--prompt-data", str(plain), "B.jsonl"])[1]) == 1
+    assert read_flags(["--prompt-data", "A", "A.jsonl"])[1] == []
+
+
 def test_lists_of_integers_are_evaluated_without_eval():
     values, found = read_flags(["--moe-layer-freq", "([0]*1+[1]*2)"])
     assert values == {"core.moe_layer_freq": [0, 1, 1]} and not found
