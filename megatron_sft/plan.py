@@ -21,6 +21,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,7 +150,7 @@ def plan(run: RunConfig, given: frozenset[str], options: PlanConfig, conf: str, 
 def layouts(run: RunConfig, given: frozenset[str], gpus: int) -> Iterator[RunConfig]:
     """The run with each layout that is possible; TP comes with sequence parallelism, experts that EP cuts with ETP 1 or TP."""
     divisors = [size for size in range(1, gpus + 1) if gpus % size == 0]
-    has_experts = bool(run.model.core.get("num_moe_experts"))
+    has_experts = bool(run.model.moe.num_moe_experts)
     for tp, pp, cp in itertools.product(divisors, repeat=3):
         if tp > SPEED["machine"] and SIZES["TP"] not in given:  # arXiv 2104.04473, section 3.2
             continue
@@ -171,7 +172,7 @@ def weights_of(run: RunConfig, gpus: int) -> Weights | None:
     """Parameters of one rank; None where the model cannot be cut so."""
     layout = run.parallel
     tp, ep, etp = (getattr(layout, SIZES[name]) for name in ("TP", "EP", "ETP"))
-    cp = layout.context_parallel_size if run.model.core.get("hybrid_layer_pattern") else 1  # Mamba layers refuse it
+    cp = layout.context_parallel_size if run.model.mamba.hybrid_layer_pattern else 1  # Mamba layers refuse it
     layout = dataclasses.replace(
         layout,
         pipeline_model_parallel_size=1,
@@ -219,12 +220,10 @@ def _weights(hashed: _Hashed, world_size: int) -> Weights:
 
 def one_of_each_layer(model: ModelConfig, kinds: Sequence[str]) -> ModelConfig:
     """The model with these layers alone; windows and RoPE have no parameters."""
-    core = {**model.core, "no_rope_freq": None}
-    if "hybrid_layer_pattern" in core:
-        core["hybrid_layer_pattern"] = "".join(kinds)
-    if core.get("num_moe_experts"):
-        core["moe_layer_freq"] = [int("E" in kind) for kind in kinds]
-    return dataclasses.replace(model, num_layers=len(kinds), window_layers=(), core=core)
+    names: dict[str, Any] = {"moe_layer_freq": [int("E" in kind) for kind in kinds]}
+    if model.mamba.hybrid_layer_pattern:
+        names["hybrid_layer_pattern"] = "".join(kinds)
+    return dataclasses.replace(model.with_core(names), num_layers=len(kinds), window_layers=(), no_rope_freq=None)
 
 
 def stages_of(run: RunConfig) -> list[list[str]]:
@@ -337,7 +336,7 @@ def _sent(run: RunConfig, shares: _Shares, stages: list[list[str]], counts: list
     hidden = shares.tokens * width * model.hidden_size  # of one micro-batch
     letters = ["".join(layers) for layers in stages]
     attention, halves = max(row.count("*") for row in letters), max(len(row) - row.count("E") for row in letters)
-    routed = max(row.count("E") for row in letters) * model.core.get("moe_router_topk", 2) * hidden / tp
+    routed = max(row.count("E") for row in letters) * model.moe.moe_router_topk * hidden / tp
     heads, groups = model.num_attention_heads / tp, max(model.num_query_groups / tp, 1)
     gathers = layout.cp_comm_type == "allgather"
     traded = 2 * groups * cp if gathers else 2 * heads + 2 * groups * max(1, cp / groups)

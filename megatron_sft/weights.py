@@ -20,7 +20,7 @@ from typing import Any
 from megatron_sft.checkpoint.distributed import latest_iteration, load_checkpoint, read_run_config
 from megatron_sft.checkpoint.tracker import RELEASE, is_megatron_checkpoint
 from megatron_sft.config.problems import problems
-from megatron_sft.config.run import ModelConfig, RunConfig
+from megatron_sft.config.run import ModelConfig, RunConfig, model_config_from_json
 from megatron_sft.core_compat import process_environment
 from megatron_sft.errors import CheckpointError, ConfigError
 from megatron_sft.hf.config import family_of, model_config_from_hf, read_hf_config
@@ -217,15 +217,3 @@ def padded(model: ModelConfig, multiple: int) -> ModelConfig:
     rows = max(model.padded_vocab_size, model.vocab_size)  # the tokenizer may have grown since the conf was written
     rows = -(-rows // multiple) * multiple
     return dataclasses.replace(model, padded_vocab_size=rows, vocab_size=model.vocab_size or rows)
-
-
-def model_config_from_json(values: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig whose dataclasses.asdict went through JSON. Unknown keys are of a later release: an error."""
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise CheckpointError(
-            f"run_config.json: unknown model settings {', '.join(unknown)}; expected those of this release. "
-            "Use the release of megatron-sft that wrote the checkpoint, or a newer one."
-        )
-    return ModelConfig(**{**values, "window_layers": tuple(values.get("window_layers", ()))})

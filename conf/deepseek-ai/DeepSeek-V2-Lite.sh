@@ -13,7 +13,7 @@ MODEL_ARGS=(
   --rope-type yarn --rotary-scaling-factor 40 --original-max-position-embeddings 4096 --beta-fast 32 --beta-slow 1
   --mscale 0.707 --mscale-all-dim 0.707
   --moe-ffn-hidden-size 1408 --moe-layer-freq '[0]*1+[1]*26' --moe-router-group-topk 1 --moe-router-num-groups 1
-  --moe-router-pre-softmax --moe-router-score-function softmax --moe-router-topk 6 --moe-router-topk-scaling-factor 1
+  --moe-router-pre-softmax --moe-router-topk 6 --moe-router-topk-scaling-factor 1
   --moe-shared-expert-intermediate-size 2816 --num-experts 64
   --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall --sequence-parallel
   --moe-router-load-balancing-type aux_loss

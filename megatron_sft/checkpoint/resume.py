@@ -10,10 +10,11 @@ free     layout, folders, logging and speed.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_sft.config.run import DATA_IDENTITY, RunConfig, TrainConfig
+from megatron_sft.config.core_fields import RECORDS
+from megatron_sft.config.run import DATA_IDENTITY, RunConfig, TrainConfig, model_config_from_json
 from megatron_sft.errors import CheckpointError
 from megatron_sft.log import logger
 
@@ -140,15 +141,31 @@ def changes(saved: Mapping[str, Any], run: RunConfig, identity: Mapping[str, str
     told: list[str] = []
     for table, lines in ((REFUSED, refused), (BY_DATA, told if same_data else refused), (TOLD, told)):
         for section, names in table.items():
-            old = {**defaults[section], **saved.get(section, {})} if section in saved else now[section]
-            for name in names:
-                unknown = name == "global_batch_size" and old[name] is None  # an early release left it open
-                if old[name] != now[section][name] and not unknown:
-                    lines.append(f"{section}.{name}: {_short(old[name])} -> {_short(now[section][name])}")
+            old = {**defaults[section], **_known(section, saved[section])} if section in saved else now[section]
+            for path, before, after in _leaves(section, names, old, now[section]):
+                unknown = path == "train.global_batch_size" and before is None  # an early release left it open
+                if before != after and not unknown:
+                    lines.append(f"{path}: {_short(before)} -> {_short(after)}")
     for name in DATA_IDENTITY:
         if "data" in saved and saved.get(name) != identity.get(name):
             refused.append(f"{name}: {_short(saved.get(name))} -> {_short(identity.get(name))}")
     return refused, told
+
+
+def _leaves(section: str, names: Sequence[str], old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(section.name, old value, new value); of a record of ModelConfig each field alone."""
+    for name in names:
+        if name in RECORDS and isinstance(old[name], dict) and isinstance(new[name], dict):
+            yield from _leaves(f"{section}.{name}", sorted(new[name]), old[name], new[name])
+        else:
+            yield f"{section}.{name}", old[name], new[name]
+
+
+def _known(section: str, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A section of run_config.json as this release would have written it."""
+    if section != "model":
+        return saved
+    return dict(json.loads(json.dumps(dataclasses.asdict(model_config_from_json(saved)), default=str)))
 
 
 def refuse_changed(saved: Mapping[str, Any], run: RunConfig, allowed: Sequence[str], identity: Mapping[str, str]) -> None:

@@ -19,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import Float16Module
 
 from megatron_sft.checkpoint import optimizer_shards
+from megatron_sft.config.core_fields import RECORDS
 from megatron_sft.config.run import RunConfig
 from megatron_sft.parallel import Ranks, gather
 
@@ -166,13 +167,13 @@ def restore_rng(states: list[dict[str, Any]]) -> None:
 def megatron_args(run: RunConfig, ranks: Ranks, iteration: int, state: dict[str, Any]) -> Namespace:
     """The `args` of Megatron-LM for this run: what check_checkpoint_args and load_args_from_checkpoint read."""
     model, train, optim = run.model, run.train, run.optim
-    taken = {"core", "rope_scaling", "vocab_size", "window_size", "window_layers", "norm_epsilon", "activation"}
+    taken = {*RECORDS, "core", "rope_scaling", "vocab_size", "window_size", "window_layers", "norm_epsilon", "activation"}
     values = {name: value for name, value in dataclasses.asdict(model).items() if name not in taken}
-    values.update(model.core)
+    values.update(model.core_fields())
     values.update(dataclasses.asdict(run.parallel))
     values.update(
         vocab_size=model.vocab_size,
-        num_experts=model.core.get("num_moe_experts"),
+        num_experts=model.moe.num_moe_experts,
         layernorm_epsilon=model.norm_epsilon,
         swiglu=model.activation == "silu" and model.gated_mlp,
         squared_relu=model.activation == "squared_relu",

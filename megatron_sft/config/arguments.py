@@ -21,19 +21,19 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 from megatron_sft.config import flags
-from megatron_sft.config.core_fields import CoreArchitecture, CoreTraining
+from megatron_sft.config.core_fields import RECORDS, CoreArchitecture, CoreTraining
 from megatron_sft.config.derived_flags import DERIVED, Values, integers
 from megatron_sft.config.fields import Kind, Words, flag_of, kinds
 from megatron_sft.config.hints import hint, nearest
-from megatron_sft.config.problems import data_problems, problems
+from megatron_sft.config.problems import data_problems, idle_problems, problems
 from megatron_sft.config.run import ParallelConfig, PlanConfig, RunConfig, ViewConfig
 from megatron_sft.errors import ConfigError
 from megatron_sft.log import logger
 
 SECTIONS = {field.name: type(getattr(RunConfig(), field.name)) for field in dataclasses.fields(RunConfig)}
 LENGTHS = ("train.train_iters", "train.train_samples", "train.num_epoch")
-NO_FLAG = frozenset("core rope_scaling window_size window_layers split train_data train_names".split())
-"""Fields that only derived_flags.py sets."""
+NO_FLAG = frozenset("moe mla mamba core rope_scaling window_size window_layers split train_data train_names".split())
+"""Fields that have no flag of their name."""
 Options = TypeVar("Options")
 
 
@@ -97,11 +97,12 @@ def parse(argv: Sequence[str], world_size: int, training: bool = True, *, option
         together = problems(dataclasses.replace(run, parallel=ParallelConfig()), 1)
     else:
         together = problems(run, world_size, training and options is None)
+    explicit = frozenset(path.split(".")[1] for path in values)
+    together += idle_problems(run.model, explicit - run.model.core_fields().keys())
     # What contradicts a flag whose own value is wrong may vanish with it.
     found += [sentence for sentence in together if not any(re.search(rf"{re.escape(name)}\b", sentence) for name in wrong)]
     if found:
         raise ConfigError(found)
-    explicit = frozenset(path.split(".")[1] for path in values)
     return (run, explicit) if options is None else (run, explicit, options(**own))
 
 
@@ -216,7 +217,7 @@ def flag_table(options: type | None = None) -> dict[str, Flag]:
     Args:
         options: as read_flags.
     """
-    fields = [*_field_flags("core", CoreArchitecture), *_field_flags("core", CoreTraining)]
+    fields = [flag for part in (*RECORDS.values(), CoreArchitecture, CoreTraining) for flag in _field_flags("core", part)]
     fields += [item for name, section in SECTIONS.items() for item in _field_flags(name, section)]
     fields += _field_flags("own", options) if options else []
     by_path = {item.path: item for item in fields}
@@ -296,11 +297,11 @@ def _run(values: Values) -> RunConfig:
     for path, value in values.items():
         section, name = path.split(".", 1)
         (core if section == "core" else sections[section])[name] = value
-    sections["model"]["core"] = core
     tensor_size = sections["parallel"].get("tensor_model_parallel_size", 1)
     sections["parallel"].setdefault("expert_tensor_parallel_size", tensor_size)  # Megatron-LM's default
     if tensor_size == 1 and sections["parallel"].pop("sequence_parallel", False):  # every conf with experts asks for it
         logger.info("--sequence-parallel has no effect: --tensor-model-parallel-size is 1.")
     if "tokenizer_model" not in sections["data"] and sections["checkpoint"].get("load"):
         sections["data"]["tokenizer_model"] = sections["checkpoint"]["load"]
-    return RunConfig(**{name: SECTIONS[name](**given) for name, given in sections.items()})
+    run = RunConfig(**{name: SECTIONS[name](**given) for name, given in sections.items()})
+    return dataclasses.replace(run, model=run.model.with_core(core))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sft.config.core_fields import MLAConfig
 from megatron_sft.config.fields import Factor, kind_of, kinds
 from megatron_sft.config.run import DataConfig
 
@@ -126,12 +127,11 @@ def _any_rope_scaling(raw: Values, values: Values, found: list[str]) -> None:
 
 
 def _latent(raw: Values, values: Values, found: list[str]) -> None:
-    """Latent attention in Megatron-LM's words: no --q-lora-rank, no compression of queries; YaRN where there is a factor."""
-    values.setdefault("core.q_lora_rank", None)  # MLATransformerConfig's own default is 512
+    """Latent attention: YaRN where there is a factor."""
     given = {path.removeprefix("core."): value for path, value in values.items() if path.startswith("core.")}
     if given.get("rope_type", "yarn") != "yarn" or "rotary_scaling_factor" not in given:
         return
-    defaults = {"original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 0.0}  # MLATransformerConfig's
+    defaults = {name: getattr(MLAConfig(), name) for name in ("original_max_position_embeddings", "mscale", "mscale_all_dim")}
     scaling = defaults | {name: given[name] for name in (*defaults, "beta_fast", "beta_slow") if name in given}
     values["model.rope_scaling"] = {"rope_type": "yarn", "factor": given["rotary_scaling_factor"], **scaling}
 

@@ -6,15 +6,17 @@ checkpoint or the data comes later.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from megatron_sft.config.core_fields import EFFECTIVE, CoreTraining
+from megatron_sft.config.core_fields import RECORD_OF, RECORDS, CoreTraining, has_part
 from megatron_sft.config.fields import Factor, flag_of, kind_of, kinds, range_problems, shown
 from megatron_sft.config.folders import folder_problems
 from megatron_sft.config.hints import nearest
 from megatron_sft.config.run import (
     DATA_IDENTITY,
+    EFFECTIVE,
+    OWN_CORE,
     CheckpointConfig,
     DataConfig,
     ModelConfig,
@@ -33,11 +35,7 @@ ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
 """Kinds of RoPE scaling that the model has, and what config.json must then say."""
 ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 FACTOR = kind_of(Factor)
-LATENT = (
-    "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim mscale mscale_all_dim rotary_scaling_factor rope_type "
-    "original_max_position_embeddings beta_fast beta_slow"
-).split()
-"""Fields of ModelConfig.core that only latent attention has."""
+PARTS: Mapping[str, str] = {"moe": "experts", "mla": "latent attention", "mamba": "Mamba layers"}
 
 
 def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str]:
@@ -58,16 +56,18 @@ def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str
 
 
 def _range_problems(run: RunConfig) -> list[str]:
-    """Values that their field may not have, those of ModelConfig.core included."""
-    found = [sentence for field in dataclasses.fields(run) for sentence in range_problems(getattr(run, field.name))]
-    return found + core_problems(run.model.core)
+    """Values that their field may not have, those of the model's records and of ModelConfig.core included."""
+    sections = [getattr(run, field.name) for field in dataclasses.fields(run)] + [getattr(run.model, name) for name in RECORDS]
+    return [sentence for section in sections for sentence in range_problems(section)] + core_problems(run.model.core)
 
 
 def core_problems(core: Mapping[str, Any]) -> list[str]:
-    """Entries of ModelConfig.core that have no effect here, or a value that they may not have."""
+    """Entries of ModelConfig.core that have no effect here or belong elsewhere, or a value that they may not have."""
     found = []
     for name, value in core.items():
-        if name not in EFFECTIVE:
+        if name in RECORD_OF or name in OWN_CORE:
+            found.append(f"model setting {name!r}: expected outside of `core`. Set it with ModelConfig.with_core.")
+        elif name not in EFFECTIVE:
             near = nearest(name, list(EFFECTIVE))
             way_out = f"Did you mean {near}?" if near else "Leave it out."
             found.append(f"model setting {name!r}: expected a setting of megatron-core that has an effect here. {way_out}")
@@ -128,7 +128,7 @@ def _division_problems(run: RunConfig) -> list[str]:
             f"{layers} layers cannot be cut into {chunks} equal pipeline stages. Change --pipeline-model-parallel-size, or use "
             "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
         )
-    experts, ep = model.core.get("num_moe_experts") or 0, parallel.expert_model_parallel_size
+    experts, ep = model.moe.num_moe_experts or 0, parallel.expert_model_parallel_size
     if ep > 1 and model.is_whole and not experts:
         found.append(f"--expert-model-parallel-size {ep}: the model has no experts. Expected 1 (EP=1); leave it out.")
     if experts % ep:
@@ -138,10 +138,9 @@ def _division_problems(run: RunConfig) -> list[str]:
         found.append(f"--expert-tensor-parallel-size {etp}: megatron-core cuts no expert that has biases. Use 1 (ETP=1).")
     tp = parallel.tensor_model_parallel_size
     widths = {"--ffn-hidden-size": model.ffn_hidden_size}
-    if model.core.get("multi_latent_attention"):
-        latent = ("kv_lora_rank", "qk_pos_emb_head_dim")
-        widths["--kv-lora-rank + --qk-pos-emb-head-dim"] = sum(model.core.get(name, 0) for name in latent)
-        widths["--q-lora-rank"] = model.core.get("q_lora_rank") or 0
+    if model.mla.multi_latent_attention:
+        widths["--kv-lora-rank + --qk-pos-emb-head-dim"] = model.mla.kv_lora_rank + model.mla.qk_pos_emb_head_dim
+        widths["--q-lora-rank"] = model.mla.q_lora_rank or 0
     for flag, width in widths.items():
         if width % tp:
             found.append(f"--tensor-model-parallel-size {tp} does not divide {flag} {width}. Choose one that does.")
@@ -181,23 +180,17 @@ def _head_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
 
 def model_problems(model: ModelConfig) -> list[str]:
     """Counts of a model that do not go together; what is not said yet is left out."""
-    core, found = model.core, []
+    core, moe, found = model.core, model.moe, []
     if model.num_query_groups and model.num_attention_heads % model.num_query_groups:
         found.append(
             f"--num-query-groups {model.num_query_groups} does not divide --num-attention-heads "
             f"{model.num_attention_heads}. Choose one that does."
         )
-    experts, chosen = core.get("num_moe_experts"), core.get("moe_router_topk", 2)
-    if experts and chosen > experts:
-        found.append(f"--moe-router-topk {chosen} is above --num-experts {experts}. Lower it.")
-    idle = sorted(name for name in kinds(CoreTraining).keys() & core.keys() if name.startswith("moe_"))
-    if idle and model.is_whole and not experts:
-        found.append(f"{', '.join(map(flag_of, idle))}: the model has no experts. Expected none of these; leave them out.")
-    latent = [name for name in LATENT if core.get(name) is not None]
-    if latent and model.is_whole and not core.get("multi_latent_attention"):
-        found.append(f"{', '.join(map(flag_of, latent))}: the model has no latent attention. Expected none; leave them out.")
-    groups, best = core.get("moe_router_num_groups"), core.get("moe_router_group_topk")
-    if (groups is None) != (best is None) or (groups and (best > groups or (experts or groups) % groups)):
+    experts, groups, best = moe.num_moe_experts, moe.moe_router_num_groups, moe.moe_router_group_topk
+    if experts and moe.moe_router_topk > experts:
+        found.append(f"--moe-router-topk {moe.moe_router_topk} is above --num-experts {experts}. Lower it.")
+    found += idle_problems(model, model.core_fields().keys())
+    if (groups is None) != (best is None) or (groups and best and (best > groups or (experts or groups) % groups)):
         found.append(
             f"--moe-router-num-groups {groups} and --moe-router-group-topk {best}: expected both, groups that divide "
             f"--num-experts {experts}, and no more of them than there are. Correct them."
@@ -209,6 +202,17 @@ def model_problems(model: ModelConfig) -> list[str]:
         found.append(f"--moe-aux-loss-coeff has {len(weights)} values; expected one for one --moe-router-load-balancing-type.")
     found += [f"--rope-scaling: {sentence}. Correct it." for sentence in rope_problems(model.rope_scaling)]
     return found + _layer_problems(model)
+
+
+def idle_problems(model: ModelConfig, names: Collection[str]) -> list[str]:
+    """Of these names of megatron-core those that mean nothing, because the model has not the part that they are about."""
+    found = []
+    for record, part in PARTS.items():
+        training = {name for name in kinds(CoreTraining) if record == "moe" and name.startswith("moe_")}
+        idle = sorted(name for name in names if RECORD_OF.get(name) == record or name in training)
+        if idle and model.is_whole and not has_part(getattr(model, record)):
+            found.append(f"{', '.join(map(flag_of, idle))}: the model has no {part}. Expected none of these; leave them out.")
+    return found
 
 
 def rope_problems(scaling: Mapping[str, Any] | None) -> list[str]:
@@ -226,23 +230,18 @@ def rope_problems(scaling: Mapping[str, Any] | None) -> list[str]:
 
 def _layer_problems(model: ModelConfig) -> list[str]:
     """Lists with one entry a layer."""
-    core, layers, found = model.core, model.num_layers, []
-    lists = {
-        "--window-attn-skip-freq": model.window_layers,
-        "--moe-layer-freq": core.get("moe_layer_freq"),
-        "--no-rope-freq": core.get("no_rope_freq"),
-        "--hybrid-layer-pattern": core.get("hybrid_layer_pattern"),
-    }
+    layers, pattern, found = model.num_layers, model.mamba.hybrid_layer_pattern, []
+    every = {"--moe-layer-freq": model.moe.moe_layer_freq, "--no-rope-freq": model.no_rope_freq}
+    lists = {"--window-attn-skip-freq": model.window_layers, **every, "--hybrid-layer-pattern": pattern}
     for name, listed in lists.items():
         if layers and listed and not isinstance(listed, int) and len(listed) != layers:
             found.append(f"{name} names {len(listed)} layers; expected --num-layers {layers}. Correct one of them.")
-    for name in ("moe_layer_freq", "no_rope_freq"):
-        if core.get(name) == 0:
-            found.append(f"{flag_of(name)} 0: expected every how many layers, from 1 on, or a list. Leave it out for none.")
-    every = core.get("no_rope_freq")
-    if layers and isinstance(every, int) and every and layers % every:
-        found.append(f"--no-rope-freq {every} does not divide --num-layers {layers}. Choose one that does, or give a list.")
-    pattern = core.get("hybrid_layer_pattern")
+    for name, nth in every.items():
+        if nth == 0:
+            found.append(f"{name} 0: expected every how many layers, from 1 on, or a list. Leave it out for none.")
+    skipped = model.no_rope_freq
+    if layers and isinstance(skipped, int) and skipped and layers % skipped:
+        found.append(f"--no-rope-freq {skipped} does not divide --num-layers {layers}. Choose one that does, or give a list.")
     if pattern is not None and (not pattern or set(pattern) - set("M*-E")):
         found.append(f"--hybrid-layer-pattern {pattern!r}: expected M, *, - and E, one letter a layer. Correct it.")
     if model.window_layers and model.is_whole and not model.window_size:
@@ -259,7 +258,7 @@ def _training_problems(run: RunConfig) -> list[str]:
         found.append(f"{spelled}: expected one of {', '.join(map(flag_of, LENGTHS))}. Give one.")
     found += data_problems(data)
     tp = run.parallel.tensor_model_parallel_size
-    if run.model.core.get("num_moe_experts") and tp > 1 and not run.parallel.sequence_parallel:
+    if run.model.moe.num_moe_experts and tp > 1 and not run.parallel.sequence_parallel:
         found.append(f"--tensor-model-parallel-size {tp} with experts needs --sequence-parallel (megatron-core). Add it.")
     if train.max_tokens_per_gpu and train.max_tokens_per_gpu < data.seq_length:
         found.append(

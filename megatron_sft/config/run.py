@@ -8,9 +8,21 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from megatron_sft.config.fields import Amount, Count, Length, Number, Precision, Seed, Share, Weight, Words
+from megatron_sft.config.core_fields import (
+    RECORD_OF,
+    RECORDS,
+    CoreArchitecture,
+    CoreTraining,
+    Layers,
+    MambaConfig,
+    MLAConfig,
+    MoEConfig,
+    record_fields,
+)
+from megatron_sft.config.fields import Amount, Count, Kind, Length, Number, Precision, Seed, Share, Weight, Words, kinds
+from megatron_sft.errors import CheckpointError
 
 RecomputedModule = Annotated[str, Words("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")]
 
@@ -76,6 +88,10 @@ class ModelConfig:
     """RoPE theta, unscaled, of the layers with a window (Gemma 3); None: rotary_base for all."""
     attention_chunk_size: Count | None = None
     """Tokens see only their own chunk of this many in layers with RoPE (Llama 4)."""
+    no_rope_freq: Layers | list[Layers] | None = None
+    """Every n-th layer has no RoPE, or a list with 1 where one has none."""
+    rotary_interleaved: bool = False
+    """RoPE turns neighbours, not halves (Llama 4)."""
     attn_temperature_scale: Annotated[float, Number(0, 1000)] | None = None
     """In layers without RoPE queries are multiplied by 1 + scale x log(1 + floor((position + 1) / floor)) (Llama 4)."""
     attn_temperature_floor: Count = 8192
@@ -86,19 +102,67 @@ class ModelConfig:
     """The query norm and the key norm each span all heads together (OLMo-2)."""
     embedding_scale: Annotated[float, Number(1e-6, 1e6)] | None = None
     """Embeddings are multiplied by it (Gemma: the square root of hidden_size)."""
+    softmax_scale: Annotated[float, Number(1e-6, 1e6)] | None = None
+    """Attention scores are multiplied by it; not given: 1 / sqrt(head width)."""
     attn_logit_softcapping: Annotated[float, Number(1e-3, 1e6)] | None = None
     """Attention scores become cap * tanh(score / cap) (Gemma 2)."""
     final_logit_softcapping: Annotated[float, Number(1e-3, 1e6)] | None = None
     """The same for the logits."""
     init_method_std: Annotated[float, Number(0, 10)] = 0.02
     """Standard deviation of fresh weights."""
+    moe: MoEConfig = MoEConfig()
+    mla: MLAConfig = MLAConfig()
+    mamba: MambaConfig = MambaConfig()
     core: Mapping[str, Any] = field(default_factory=dict)
-    """Other fields of megatron-core's TransformerConfig that have an effect here, by their own names (core_fields.py)."""
+    """Other fields of megatron-core's TransformerConfig that have an effect here (core_fields.py), passed through unread."""
 
     @property
     def is_whole(self) -> bool:
         """The architecture is complete: flags alone may leave out what a checkpoint says."""
         return bool(self.num_layers and self.hidden_size and self.vocab_size and self.padded_vocab_size)
+
+    def with_core(self, values: Mapping[str, Any]) -> Self:
+        """The model with fields of megatron-core's TransformerConfig set by name, each in its place: a record, here or `core`."""
+        places: dict[str, dict[str, Any]] = {name: {} for name in ("", "core", *RECORDS)}
+        for name, value in values.items():
+            places["" if name in OWN_CORE else RECORD_OF.get(name, "core")][name] = value
+        records = {name: dataclasses.replace(getattr(self, name), **places[name]) for name in RECORDS}
+        return dataclasses.replace(self, **places[""], **records, core={**self.core, **places["core"]})
+
+    def core_fields(self) -> dict[str, Any]:
+        """What with_core makes the same model of: fields of the parts that it has, and all that is not the default."""
+        own = {name: getattr(self, name) for name in OWN_CORE if getattr(self, name) not in (None, False)}
+        records = {name: value for record in RECORDS for name, value in record_fields(getattr(self, record)).items()}
+        return {**own, **records, **self.core}
+
+
+OWN_CORE = ("no_rope_freq", "rotary_interleaved", "softmax_scale")
+"""Fields of ModelConfig that are megatron-core's by name, meaning and default."""
+EFFECTIVE: Mapping[str, Kind] = {name: kinds(ModelConfig)[name] for name in OWN_CORE} | {
+    name: kind for part in (*RECORDS.values(), CoreArchitecture, CoreTraining) for name, kind in kinds(part).items()
+}
+"""{field of TransformerConfig: what it may be}"""
+
+
+def model_config_from_json(values: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig whose dataclasses.asdict went through JSON; older releases had all names of megatron-core in `core`.
+
+    Raises:
+        CheckpointError: unknown keys, which are of a later release.
+    """
+    records = [values.get(name, {}) for name in RECORDS]
+    unknown = values.keys() - {field.name for field in dataclasses.fields(ModelConfig)}
+    unknown |= {name for record in records for name in record.keys() - RECORD_OF.keys()}
+    if unknown:
+        raise CheckpointError(
+            f"run_config.json: unknown model settings {', '.join(sorted(unknown))}; expected those of this release. "
+            "Use the release of megatron-sft that wrote the checkpoint, or a newer one."
+        )
+    plain = {name: value for name, value in values.items() if name not in RECORDS and name != "core"}
+    model = ModelConfig(**{**plain, "window_layers": tuple(values.get("window_layers", ()))})
+    for part in (values.get("core", {}), *records):
+        model = model.with_core(part)
+    return model
 
 
 @dataclass(frozen=True)

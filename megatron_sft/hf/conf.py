@@ -11,8 +11,10 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron_sft.config.core_fields import MLAConfig
 from megatron_sft.config.flags import SWITCHES
 from megatron_sft.config.run import ModelConfig
+from megatron_sft.model.pattern import layers_with_experts
 
 LINE = 118
 """Longest line, in characters."""
@@ -20,11 +22,8 @@ SEQ_LENGTH = 4096
 """Tokens a pack unless the model takes fewer."""
 PLAIN = re.compile(r"[A-Za-z0-9._/-]+")
 """Names that need no quotes."""
-LATENT = (
-    "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_scaling_factor "
-    "original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim"
-).split()
-"""Fields of ModelConfig.core that stand together, in this order; the others follow."""
+LATENT = [field.name for field in dataclasses.fields(MLAConfig)]
+"""In the order in which they stand on a line."""
 SHAPE = (
     "normalization norm_epsilon norm_zero_centered activation gated_mlp add_bias_linear share_embeddings_and_output_weights"
 ).split()
@@ -34,7 +33,7 @@ ELSEWHERE = frozenset(
         "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size padded_vocab_size "
         "make_vocab_size_divisible_by max_position_embeddings normalization norm_epsilon norm_zero_centered activation gated_mlp "
         "add_bias_linear share_embeddings_and_output_weights position_embedding_type rotary_base rotary_percent rope_scaling "
-        "window_size window_layers init_method_std core"
+        "window_size window_layers init_method_std no_rope_freq rotary_interleaved softmax_scale moe mla mamba core"
     ).split()
 )
 """Fields of ModelConfig with a place or a spelling of their own; any other is --field-name where it is not the default."""
@@ -66,9 +65,11 @@ def _groups(model: ModelConfig) -> Iterator[list[str]]:
     yield [_flag(name, getattr(model, name)) for name in ("num_layers", "hidden_size", "ffn_hidden_size")]
     yield _attention(model)
     yield _positions(model)
-    core = {name: value for name, value in model.core.items() if value not in (None, False)}
-    if all(core.get("moe_layer_freq", [])) or "hybrid_layer_pattern" in core:  # megatron-core's default; the pattern says it
+    core = {name: value for name, value in model.core_fields().items() if value not in (None, False, "softmax")}
+    if all(layers_with_experts(model)) or "hybrid_layer_pattern" in core:  # the default; the pattern says it
         core.pop("moe_layer_freq", None)
+    if core.get("rope_type") == "rope":
+        core = {name: value for name, value in core.items() if name not in LATENT[LATENT.index("rope_type") + 1 :]}
     yield [_flag(name, core[name]) for name in LATENT if name in core]
     yield [_flag(name, core[name]) for name in sorted(core.keys() - set(LATENT)) if "moe" not in name]
     if "num_moe_experts" in core:
@@ -116,7 +117,7 @@ def _positions(model: ModelConfig) -> list[str]:
     if model.position_embedding_type == "none":
         return flags
     flags += [_flag("rotary_percent", model.rotary_percent), _flag("rotary_base", model.rotary_base)]
-    if model.core.get("multi_latent_attention"):  # its own flags say the scaling
+    if model.mla.multi_latent_attention:  # its own flags say the scaling
         return flags
     scaling = dict(model.rope_scaling or {})
     llama3 = {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sft.config.core_fields import EFFECTIVE
+from megatron_sft.config.core_fields import RECORD_OF, RECORDS
 from megatron_sft.config.fields import kinds
 from megatron_sft.config.problems import rope_problems
-from megatron_sft.config.run import ModelConfig
+from megatron_sft.config.run import EFFECTIVE, ModelConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.files import regular, regular_folder
 from megatron_sft.hf.conflicts import ARCHITECTURE, PADDING
@@ -189,7 +189,7 @@ def _count_problems(fields: Fields) -> list[str]:
     experts, chosen = fields.get("core.num_moe_experts"), fields.get("core.moe_router_topk", 0)
     softmax = fields.get("core.moe_router_score_function", "softmax") == "softmax"
     window = fields.get("window_size")
-    lists = {"window_layers": "layer_types", "core.no_rope_freq": "no_rope_layers"}
+    lists = {"window_layers": "layer_types", "no_rope_freq": "no_rope_layers"}
     wrong = {
         f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}": groups and heads % groups,
         f"sliding_window is {window!r}; expected {KINDS['window_size'].expected()}": not KINDS["window_size"].has(window),
@@ -215,7 +215,7 @@ def _model_config(fields: Fields) -> ModelConfig:
     fields["kv_channels"] = fields["kv_channels"] or fields["hidden_size"] // fields["num_attention_heads"]
     core = {name.removeprefix("core."): value for name, value in fields.items() if name.startswith("core.")}
     plain = {name: value for name, value in fields.items() if not name.startswith("core.")}
-    return ModelConfig(**plain, core=core)
+    return ModelConfig(**plain).with_core(core)
 
 
 def hf_config_from_model(model: ModelConfig, like: Keys | None) -> dict[str, Any]:
@@ -259,15 +259,16 @@ def _try_write(model: ModelConfig, model_type: str) -> dict[str, Any] | None:
 def same_architecture(model: ModelConfig, hf: ModelConfig) -> bool:
     """Whether config.json says all that the model is; entries of `core` that no family uses are left aside."""
     used = ARCHITECTURE | hf.core.keys()
-    mine, theirs = ({name: value.core.get(name) for name in used if value.core.get(name)} for value in (model, hf))
-    chosen = {name: getattr(hf, name) for name in PADDING | {"core"}}  # the padding of the vocabulary is this run's alone
-    return mine == theirs and dataclasses.replace(model, **chosen) == hf
+    mine, theirs = ({name: value for name, value in each.core_fields().items() if name in used and value} for each in (model, hf))
+    same = {name: getattr(hf, name) for name in (*PADDING, "core", *RECORDS)}  # the vocabulary's padding is this run's alone
+    return mine == theirs and dataclasses.replace(model, **same) == hf
 
 
 def _write_keys(model: ModelConfig, model_type: str) -> dict[str, Any]:
     family = FAMILIES[model_type]
     activation = next(name for name, ours in ACTIVATIONS.items() if ours == model.activation)
     fields = {**dataclasses.asdict(model), "activation": activation}
+    fields.update({f"core.{name}": getattr(getattr(model, record), name) for name, record in RECORD_OF.items()})
     fields.update({f"core.{name}": value for name, value in model.core.items()})
     keys: dict[str, Any] = {"architectures": [family.architecture], "model_type": model_type}
     keys.update({key: fields[name] for name, key in {**CONFIG, **family.config}.items()})

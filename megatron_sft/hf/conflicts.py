@@ -9,16 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_sft.config.arguments import spelled
-from megatron_sft.config.core_fields import CoreArchitecture
+from megatron_sft.config.core_fields import RECORD_OF, RECORDS, CoreArchitecture
 from megatron_sft.config.fields import kinds
-from megatron_sft.config.run import ModelConfig
+from megatron_sft.config.run import OWN_CORE, ModelConfig
+from megatron_sft.model.pattern import layers_with_experts, layers_without_rope
 
 PADDING = frozenset({"padded_vocab_size", "make_vocab_size_divisible_by"})
 FREE = PADDING | {"max_position_embeddings", "init_method_std", "core"}
 """Fields that a run may choose for itself."""
 
-ARCHITECTURE = frozenset(kinds(CoreArchitecture))
-"""Fields of ModelConfig.core that belong to the function that the weights compute."""
+NAMES = [item.name for item in dataclasses.fields(ModelConfig) if item.name not in RECORDS]
+ARCHITECTURE = frozenset([*RECORD_OF, *OWN_CORE, *kinds(CoreArchitecture)])
+"""Names of megatron-core that belong to the function that the weights compute."""
 
 
 def conflicts(flags: ModelConfig, explicit: frozenset[str], hf: ModelConfig) -> list[str]:
@@ -26,19 +28,30 @@ def conflicts(flags: ModelConfig, explicit: frozenset[str], hf: ModelConfig) -> 
 
     Args:
         flags: the model as the command line describes it.
-        explicit: names of the ModelConfig fields that a flag set; others are defaults and never contradict.
-            Entries of core by their own names.
+        explicit: names of what a flag set, of ModelConfig or of megatron-core; others are defaults and never contradict.
         hf: model_config_from_hf of the checkpoint.
     """
     sentences = []
-    for item in dataclasses.fields(ModelConfig):
-        name, ours, theirs = item.name, getattr(flags, item.name), getattr(hf, item.name)
-        if name in explicit - FREE and not _agree(ours, theirs):
-            sentences.append(_sentence(name, ours, theirs))
-    for name in sorted(ARCHITECTURE & flags.core.keys() & explicit):
-        if flags.core[name] is not None and not _agree_core(name, flags, hf):
-            sentences.append(_sentence(name, flags.core[name], hf.core.get(name)))
+    for name in [*NAMES, *sorted(ARCHITECTURE - {*NAMES})]:
+        if name in explicit - FREE:
+            theirs = hf.core_fields().get(name) if name in RECORD_OF else _value(hf, name)  # None of a part that it has not
+            ours = _value(flags, name)
+            if not _agree(_by_layer(name, ours, hf), _by_layer(name, theirs, hf)):
+                sentences.append(_sentence(name, ours, theirs))
     return sentences
+
+
+def _value(model: ModelConfig, name: str) -> Any:
+    """Of a field of ModelConfig, of one of its records, or of an entry of `core`."""
+    place = getattr(model, RECORD_OF[name]) if name in RECORD_OF else model
+    return getattr(place, name, model.core.get(name))
+
+
+def _by_layer(name: str, value: Any, hf: ModelConfig) -> Any:
+    """The layers that a frequency means."""
+    if value is not None and name == "moe_layer_freq":
+        return layers_with_experts(hf.with_core({name: value}))
+    return layers_without_rope(hf.with_core({name: value})) if name == "no_rope_freq" else value
 
 
 def _sentence(name: str, ours: Any, theirs: Any) -> str:
@@ -51,29 +64,12 @@ def _show(value: Any) -> str:
 
 
 def _agree(ours: Any, theirs: Any) -> bool:
-    """Equal; a mapping (RoPE scaling) agrees when every entry that it names does."""
+    """Equal, or both nothing; a mapping (RoPE scaling) agrees when every entry that it names does."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         return all(_agree(value, theirs.get(key)) for key, value in ours.items())
     if isinstance(ours, float) and isinstance(theirs, int | float):
         return abs(ours - theirs) <= 1e-9 * max(abs(ours), abs(theirs))
-    return bool(ours == theirs)
-
-
-def _agree_core(name: str, flags: ModelConfig, hf: ModelConfig) -> bool:
-    ours, theirs = flags.core[name], hf.core.get(name)
-    layers = range(hf.num_layers)
-    if name == "moe_layer_freq":
-        return _sparse_layers(ours, layers) == _sparse_layers(theirs, layers)
-    if name == "no_rope_freq" and isinstance(ours, int):  # every n-th layer has no RoPE
-        ours = [int((layer + 1) % ours == 0) for layer in layers]
-    return _agree(ours, theirs) or (not ours and not theirs)
-
-
-def _sparse_layers(frequency: Any, layers: range) -> list[bool]:
-    """Which layers have experts: megatron-core takes every n-th layer, or a list of 0 and 1."""
-    if isinstance(frequency, list | tuple):
-        return [bool(value) for value in frequency]
-    return [layer % (frequency or 1) == 0 for layer in layers]
+    return bool(ours == theirs) or (not ours and not theirs)
 
 
 def merged(flags: ModelConfig, explicit: frozenset[str], hf: ModelConfig) -> ModelConfig:

@@ -1,7 +1,7 @@
 """What one key of config.json alone does not say: pairs of functions, from its keys to fields of ModelConfig and back.
 
 names.Family.derived names them. Keys that config.json leaves out or sets to null are given with the family's default,
-or not at all. Fields of ModelConfig.core are written `core.name`.
+or not at all. Fields of megatron-core's TransformerConfig are written `core.name`, wherever ModelConfig has them.
 """
 
 import math
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_sft.config.run import ModelConfig
+from megatron_sft.model.pattern import layers_with_experts, layers_without_rope
 
 Keys = Mapping[str, Any]
 Fields = dict[str, Any]
@@ -76,11 +77,13 @@ def _window_keys(model: ModelConfig) -> Fields:
 
 def _gemma_scales(keys: Keys) -> Fields:
     scale = float(keys["query_pre_attn_scalar"]) ** -0.5
-    return {"embedding_scale": math.sqrt(keys["hidden_size"]), "core.softmax_scale": scale}
+    return {"embedding_scale": math.sqrt(keys["hidden_size"]), "softmax_scale": scale}
 
 
 def _gemma_scales_keys(model: ModelConfig) -> Fields:
-    scalar = model.core["softmax_scale"] ** -2
+    if model.softmax_scale is None:
+        return {}
+    scalar = model.softmax_scale**-2
     return {"query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar}
 
 
@@ -90,7 +93,7 @@ def _moe_softmax(keys: Keys) -> Fields:
 
 
 def _moe_softmax_keys(model: ModelConfig) -> Fields:
-    return {"norm_topk_prob": not model.core["moe_router_pre_softmax"]}
+    return {"norm_topk_prob": not model.moe.moe_router_pre_softmax}
 
 
 def _moe_sparse_step(keys: Keys) -> Fields:
@@ -101,7 +104,7 @@ def _moe_sparse_step(keys: Keys) -> Fields:
 
 
 def _moe_sparse_step_keys(model: ModelConfig) -> Fields:
-    dense = [layer for layer, sparse in enumerate(model.core["moe_layer_freq"]) if not sparse]
+    dense = [layer for layer, sparse in enumerate(layers_with_experts(model)) if not sparse]
     return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
 
 
@@ -112,7 +115,7 @@ def _moe_first_dense(keys: Keys) -> Fields:
 
 
 def _moe_first_dense_keys(model: ModelConfig) -> Fields:
-    return {"first_k_dense_replace": [*model.core["moe_layer_freq"], 1].index(1)}
+    return {"first_k_dense_replace": [*layers_with_experts(model), True].index(True)}
 
 
 def _moe_interleaved(keys: Keys) -> Fields:
@@ -123,7 +126,7 @@ def _moe_interleaved(keys: Keys) -> Fields:
 
 
 def _moe_interleaved_keys(model: ModelConfig) -> Fields:
-    return {"moe_layers": [layer for layer, sparse in enumerate(model.core["moe_layer_freq"]) if sparse]}
+    return {"moe_layers": [layer for layer, sparse in enumerate(layers_with_experts(model)) if sparse]}
 
 
 def _moe_shared(keys: Keys) -> Fields:
@@ -132,8 +135,8 @@ def _moe_shared(keys: Keys) -> Fields:
 
 
 def _moe_shared_keys(model: ModelConfig) -> Fields:
-    core = model.core
-    return {"n_shared_experts": core["moe_shared_expert_intermediate_size"] // core["moe_ffn_hidden_size"]}
+    moe = model.moe
+    return {"n_shared_experts": (moe.moe_shared_expert_intermediate_size or 0) // (moe.moe_ffn_hidden_size or 1)}
 
 
 def _mla(keys: Keys) -> Fields:
@@ -159,11 +162,11 @@ def _no_rope(keys: Keys) -> Fields:
     """no_rope_layers has 1 where RoPE is used; megatron-core's list has 1 where it is not."""
     interval = keys.get("no_rope_layer_interval", 4)
     default = [int((layer + 1) % interval != 0) for layer in range(keys["num_hidden_layers"])]
-    return {"core.no_rope_freq": [1 - used for used in keys.get("no_rope_layers") or default]}
+    return {"no_rope_freq": [1 - used for used in keys.get("no_rope_layers") or default]}
 
 
 def _no_rope_keys(model: ModelConfig) -> Fields:
-    return {"no_rope_layers": [1 - skipped for skipped in model.core["no_rope_freq"]]}
+    return {"no_rope_layers": [int(not skipped) for skipped in layers_without_rope(model)]}
 
 
 def _temperature(keys: Keys) -> Fields:
@@ -213,18 +216,18 @@ def _hybrid(keys: Keys) -> Fields:
 
 
 def _hybrid_keys(model: ModelConfig) -> Fields:
-    core = model.core
-    keys: Fields = {"hybrid_override_pattern": core["hybrid_layer_pattern"]}
-    if "E" in core["hybrid_layer_pattern"]:
+    moe, pattern = model.moe, model.mamba.hybrid_layer_pattern or ""
+    keys: Fields = {"hybrid_override_pattern": pattern}
+    if "E" in pattern:
         keys |= {
-            "n_routed_experts": core["num_moe_experts"],
-            "moe_intermediate_size": core["moe_ffn_hidden_size"],
-            "moe_latent_size": core.get("moe_latent_size"),
-            "moe_shared_expert_intermediate_size": core["moe_shared_expert_intermediate_size"],
-            "num_experts_per_tok": core["moe_router_topk"],
-            "routed_scaling_factor": core["moe_router_topk_scaling_factor"],
-            "n_group": core["moe_router_num_groups"] or 1,
-            "topk_group": core["moe_router_group_topk"] or 1,
+            "n_routed_experts": moe.num_moe_experts,
+            "moe_intermediate_size": moe.moe_ffn_hidden_size,
+            "moe_latent_size": moe.moe_latent_size,
+            "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
+            "num_experts_per_tok": moe.moe_router_topk,
+            "routed_scaling_factor": moe.moe_router_topk_scaling_factor,
+            "n_group": moe.moe_router_num_groups or 1,
+            "topk_group": moe.moe_router_group_topk or 1,
         }
     return keys
 
@@ -241,7 +244,7 @@ DERIVED: Mapping[str, tuple[Callable[[Keys], Fields], Callable[[ModelConfig], Fi
     "moe_first_dense": (_moe_first_dense, _moe_first_dense_keys),
     "moe_interleaved": (_moe_interleaved, _moe_interleaved_keys),
     "moe_shared": (_moe_shared, _moe_shared_keys),
-    "mla": (_mla, lambda model: {"head_dim": model.core["qk_pos_emb_head_dim"]}),
+    "mla": (_mla, lambda model: {"head_dim": model.mla.qk_pos_emb_head_dim}),
     "no_rope": (_no_rope, _no_rope_keys),
     "temperature": (_temperature, _temperature_keys),
     "hybrid": (_hybrid, _hybrid_keys),

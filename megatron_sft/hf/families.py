@@ -457,7 +457,7 @@ FAMILIES: Mapping[str, Family] = {
             "core.qk_l2_norm": "use_qk_norm",
         },
         fixed={
-            "core.rotary_interleaved": True,
+            "rotary_interleaved": True,
             "core.moe_router_score_function": "sigmoid",
             "core.moe_apply_probs_on_input": True,
         },

@@ -215,7 +215,7 @@ def _experts_whole(shard: Shard) -> Placement:
 
 
 def _num_experts(shard: Shard) -> int:
-    return int(shard.model.core["num_moe_experts"])
+    return shard.model.moe.num_moe_experts or 0
 
 
 def _mamba_cut(shard: Shard, widths: Sequence[int]) -> Placement:
@@ -241,9 +241,8 @@ def _mamba_conv(shard: Shard) -> Placement:
 
 
 def _mamba_widths(model: ModelConfig) -> tuple[int, int, int]:
-    core = model.core
-    heads, groups = int(core["mamba_num_heads"]), int(core["mamba_num_groups"])
-    return heads * int(core["mamba_head_dim"]), groups * int(core["mamba_state_dim"]), heads
+    mamba, heads = model.mamba, model.mamba.mamba_num_heads or 0
+    return heads * mamba.mamba_head_dim, mamba.mamba_num_groups * mamba.mamba_state_dim, heads
 
 
 LAYOUTS: Mapping[str, Callable[[Shard], Placement]] = {

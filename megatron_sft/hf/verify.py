@@ -232,7 +232,7 @@ def _rotary_faults(module: Any, body: Any) -> list[str]:
 
 def _setting_faults(module: Any, model: ModelConfig, hf: ModelConfig) -> list[str]:
     """What the built modules say against config.json: the run's settings, and the epsilon of every norm."""
-    faults = conflicts(model, frozenset(ModelConfig.__dataclass_fields__) | model.core.keys(), hf)
+    faults = conflicts(model, frozenset(ModelConfig.__dataclass_fields__) | model.core_fields().keys(), hf)
     for name, part in module.named_modules():
         epsilon = getattr(part, "eps", getattr(part, "variance_epsilon", None))
         if isinstance(epsilon, float) and abs(epsilon - hf.norm_epsilon) > 1e-12:

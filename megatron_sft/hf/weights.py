@@ -76,7 +76,7 @@ def _global_name(module: Any, name: str, model: ModelConfig, ranks: Ranks) -> tu
         pattern = f"decoder.layers.{{layer}}.{name[match.end() :]}"
     match = re.search(r"\.local_experts\.(\d+)\.", pattern)
     if match:
-        expert = ranks.ep_rank * (int(model.core["num_moe_experts"]) // ranks.ep_size) + int(match[1])
+        expert = ranks.ep_rank * ((model.moe.num_moe_experts or 0) // ranks.ep_size) + int(match[1])
         pattern = pattern.replace(match[0], ".local_experts.{expert}.")
     return pattern, pattern.format(layer=layer, expert=expert), layer, expert
 

@@ -81,7 +81,7 @@ class Activations:
         model, layout = self.model, self.parallel
         tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
         log_sums = 0 if self._recomputes("core_attn") else 4 * model.num_attention_heads / tp
-        if model.core.get("multi_latent_attention"):
+        if model.mla.multi_latent_attention:
             return self._latent_attention() + log_sums
         query = model.num_attention_heads * model.kv_channels / tp
         groups = max(model.num_query_groups / tp, 1)
@@ -92,9 +92,9 @@ class Activations:
         return self.width * (mixed + normed + query + seen + (seen if cp > 1 else 0) + query) + log_sums
 
     def _latent_attention(self) -> float:
-        core, tp = self.model.core, self.parallel.tensor_model_parallel_size
-        compressed = 2 * (core.get("q_lora_rank") or 0) + 2 * core["kv_lora_rank"] + core["qk_pos_emb_head_dim"]
-        head = 2 * (core["qk_head_dim"] + core["qk_pos_emb_head_dim"]) + 2 * core["v_head_dim"]
+        mla, tp = self.model.mla, self.parallel.tensor_model_parallel_size
+        compressed = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_pos_emb_head_dim
+        head = 2 * (mla.qk_head_dim + mla.qk_pos_emb_head_dim) + 2 * mla.v_head_dim
         return self.width * (compressed + self.model.num_attention_heads / tp * head)
 
     def _mlp(self) -> float:
@@ -110,18 +110,18 @@ class Activations:
         """Balanced load: a token's copies go to as many experts, wherever they are."""
         if self._recomputes("moe"):
             return 0.0
-        core, layout = self.model.core, self.parallel
-        width = core.get("moe_ffn_hidden_size") or self.model.ffn_hidden_size
-        latent = core.get("moe_latent_size") or self.model.hidden_size
-        copies = core.get("moe_router_topk", 2) / (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
+        moe, layout = self.model.moe, self.parallel
+        width = moe.moe_ffn_hidden_size or self.model.ffn_hidden_size
+        latent = moe.moe_latent_size or self.model.hidden_size
+        copies = moe.moe_router_topk / (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
         routed = copies * (latent * layout.expert_tensor_parallel_size + (self._inner() + 1) * width)
-        shared = self._inner() * (core.get("moe_shared_expert_intermediate_size") or 0) / layout.tensor_model_parallel_size
-        return self.width * (routed + shared) + 8 * core["num_moe_experts"]
+        shared = self._inner() * (moe.moe_shared_expert_intermediate_size or 0) / layout.tensor_model_parallel_size
+        return self.width * (routed + shared) + 8 * (moe.num_moe_experts or 0)
 
     def _mamba(self) -> float:
-        core, tp = self.model.core, self.parallel.tensor_model_parallel_size
-        heads, groups = core["mamba_num_heads"] / tp, core["mamba_num_groups"] / tp
-        inner, state = heads * core["mamba_head_dim"], groups * core["mamba_state_dim"]
+        mamba, tp = self.model.mamba, self.parallel.tensor_model_parallel_size
+        heads, groups = (mamba.mamba_num_heads or 0) / tp, mamba.mamba_num_groups / tp
+        inner, state = heads * mamba.mamba_head_dim, groups * mamba.mamba_state_dim
         channels = inner + 2 * state
-        scan = 8 * CHUNK * heads + 4 * CHUNK * groups + CHUNK + 4 * inner * core["mamba_state_dim"] / CHUNK
+        scan = 8 * CHUNK * heads + 4 * CHUNK * groups + CHUNK + 4 * inner * mamba.mamba_state_dim / CHUNK
         return scan + self.width * (inner + channels + heads + 4 * channels + 2 * inner) + 40 * inner + 16 * state + 24 * heads

@@ -180,13 +180,14 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         deterministic_mode=train.deterministic_mode,
         **_layout_fields(parallel),
     )
-    latent = bool(model.core.get("multi_latent_attention"))
+    latent = model.mla.multi_latent_attention
     if latent:
         fields |= dict(rotary_base=model.rotary_base, rotary_percent=model.rotary_percent)
     kind = MLATransformerConfig if latent else TransformerConfig
-    core = {name: value for name, value in model.core.items() if name != "hybrid_layer_pattern"}
+    core = model.core_fields()
+    is_hybrid = core.pop("hybrid_layer_pattern", None) is not None
     config = _accepted(kind, {**fields, **core})
-    config.hetereogenous_dist_checkpoint |= "hybrid_layer_pattern" in model.core  # a name for each layer, as MambaModel has
+    config.hetereogenous_dist_checkpoint |= is_hybrid  # a name for each layer, as MambaModel has
     config.sft_model = model  # type: ignore[attr-defined] # what our modules need beyond megatron-core's fields
     config.sft_cp_comm_type = parallel.cp_comm_type  # type: ignore[attr-defined]
     config.no_rope_freq = None  # megatron-core would take the table away that scales queries in these layers

@@ -75,23 +75,22 @@ def _sights(model: ModelConfig) -> Counter[tuple[int | None, int | None]]:
 
 def _pair(model: ModelConfig) -> float:
     """Of one layer, a query and a key that it sees, all heads: their score and the value's share."""
-    core = model.core
-    if core.get("multi_latent_attention"):
-        return 2.0 * model.num_attention_heads * (core["qk_head_dim"] + core["qk_pos_emb_head_dim"] + core["v_head_dim"])
+    mla = model.mla
+    if mla.multi_latent_attention:
+        return 2.0 * model.num_attention_heads * (mla.qk_head_dim + mla.qk_pos_emb_head_dim + mla.v_head_dim)
     return 2.0 * model.num_attention_heads * 2 * model.kv_channels
 
 
 def _projections(model: ModelConfig) -> float:
     """Of one attention layer and token: queries, keys and values, and back to the residual stream."""
-    hidden, heads, core = model.hidden_size, model.num_attention_heads, model.core
-    if not core.get("multi_latent_attention"):
+    hidden, heads, mla = model.hidden_size, model.num_attention_heads, model.mla
+    if not mla.multi_latent_attention:
         return 2.0 * hidden * model.kv_channels * 2 * (heads + model.num_query_groups)
-    compressed, keys, turned, values = (
-        core[name] for name in ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
-    )
-    query, rank = heads * (keys + turned), core.get("q_lora_rank")
+    query, rank = heads * (mla.qk_head_dim + mla.qk_pos_emb_head_dim), mla.q_lora_rank
     products = rank * (hidden + query) if rank else hidden * query
-    return 2.0 * (products + hidden * (compressed + turned) + compressed * heads * (keys + values) + heads * values * hidden)
+    products += hidden * (mla.kv_lora_rank + mla.qk_pos_emb_head_dim)
+    products += mla.kv_lora_rank * heads * (mla.qk_head_dim + mla.v_head_dim)
+    return 2.0 * (products + heads * mla.v_head_dim * hidden)
 
 
 def _mlp(model: ModelConfig, width: int, hidden: int | None = None) -> float:
@@ -101,16 +100,15 @@ def _mlp(model: ModelConfig, width: int, hidden: int | None = None) -> float:
 
 def _experts(model: ModelConfig) -> float:
     """Of one token in a layer of experts: router, the experts that run, shared ones, the way into a latent space and back."""
-    core, hidden = model.core, model.hidden_size
-    latent, width = core.get("moe_latent_size"), core.get("moe_ffn_hidden_size") or model.ffn_hidden_size
-    routed = core.get("moe_router_topk", 2) * _mlp(model, width, latent)
-    shared = _mlp(model, core.get("moe_shared_expert_intermediate_size") or 0)
-    return routed + shared + 2.0 * hidden * core["num_moe_experts"] + 4.0 * hidden * (latent or 0)
+    moe, hidden = model.moe, model.hidden_size
+    routed = moe.moe_router_topk * _mlp(model, moe.moe_ffn_hidden_size or model.ffn_hidden_size, moe.moe_latent_size)
+    shared = _mlp(model, moe.moe_shared_expert_intermediate_size or 0)
+    return routed + shared + 2.0 * hidden * (moe.num_moe_experts or 0) + 4.0 * hidden * (moe.moe_latent_size or 0)
 
 
 def _mamba(model: ModelConfig) -> float:
     """Of one token in a Mamba layer: projections in and out, and the scan."""
-    core, hidden = model.core, model.hidden_size
-    inner, state = core["mamba_num_heads"] * core["mamba_head_dim"], core["mamba_state_dim"]
-    rows = 2 * inner + 2 * core["mamba_num_groups"] * state + core["mamba_num_heads"]
-    return 2.0 * hidden * (rows + inner) + 4.0 * inner * state
+    mamba, heads = model.mamba, model.mamba.mamba_num_heads or 0
+    inner, state = heads * mamba.mamba_head_dim, mamba.mamba_state_dim
+    rows = 2 * inner + 2 * mamba.mamba_num_groups * state + heads
+    return 2.0 * model.hidden_size * (rows + inner) + 4.0 * inner * state

@@ -8,19 +8,24 @@ from megatron_sft.config.run import ModelConfig
 
 def layer_kinds(model: ModelConfig) -> list[str]:
     """What each layer is made of: "*" attention, "-" MLP, "E" experts, "M" Mamba; "*-" is a transformer layer."""
-    if pattern := model.core.get("hybrid_layer_pattern"):
-        return list(pattern)
-    if not model.core.get("num_moe_experts"):
+    if model.mamba.hybrid_layer_pattern:
+        return list(model.mamba.hybrid_layer_pattern)
+    if not model.moe.num_moe_experts:
         return ["*-"] * model.num_layers
-    has_experts = model.core.get("moe_layer_freq", 1)
-    if isinstance(has_experts, int):
-        has_experts = [layer % has_experts == 0 for layer in range(model.num_layers)]
-    return ["*E" if experts else "*-" for experts in has_experts]
+    return ["*E" if experts else "*-" for experts in layers_with_experts(model)]
+
+
+def layers_with_experts(model: ModelConfig) -> list[bool]:
+    """Per layer, of a model with experts: every n-th from the first, or a list."""
+    frequency = model.moe.moe_layer_freq
+    if isinstance(frequency, int):
+        return [layer % (frequency or 1) == 0 for layer in range(model.num_layers)]
+    return [bool(value) for value in frequency]
 
 
 def layers_without_rope(model: ModelConfig) -> list[bool]:
-    """Per layer: queries and keys are not turned. no_rope_freq is megatron-core's: every n-th layer, or a list."""
-    skipped = model.core.get("no_rope_freq")
+    """Per layer: queries and keys are not turned."""
+    skipped = model.no_rope_freq
     if isinstance(skipped, int) and skipped:
         return [(layer + 1) % skipped == 0 for layer in range(model.num_layers)]
     return [bool(value) for value in skipped or [0] * model.num_layers]

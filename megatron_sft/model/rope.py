@@ -25,7 +25,7 @@ class RotaryTable:
     def __init__(self, model: ModelConfig, dim: int | None = None):
         self._dim = dim or int(model.kv_channels * model.rotary_percent)
         self._model = model
-        self._interleaved = bool(model.core.get("rotary_interleaved") or model.core.get("multi_latent_attention"))
+        self._interleaved = model.rotary_interleaved or model.mla.multi_latent_attention
         scaling = model.rope_scaling or {}
         self.original_positions: int | None = None
         """longrope: documents longer than this have other frequencies."""

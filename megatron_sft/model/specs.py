@@ -34,7 +34,7 @@ def block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | No
     block.layer_specs = [copy.deepcopy(layer) for layer in block.layer_specs]
     for layer in block.layer_specs:
         _replace(layer, norm, model, config)
-    pattern = model.core.get("hybrid_layer_pattern")
+    pattern = model.mamba.hybrid_layer_pattern
     if pattern:
         kinds = pattern[get_transformer_layer_offset(config, vp_stage) :]
         block.layer_specs = [hybrid_layer(*pair, norm) for pair in zip(block.layer_specs, kinds, strict=False)]

@@ -88,14 +88,16 @@ def compacted(tensor: torch.Tensor) -> bytes:
     return torch_dist.compact(tensor).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def build(parallel: ParallelConfig, checkpoint: CheckpointConfig | None = None, dtype: str = "fp32", **model: Any) -> Rig:
+def build(
+    parallel: ParallelConfig, checkpoint: CheckpointConfig | None = None, dtype: str = "fp32", core: Any = None, **model: Any
+) -> Rig:
     """Builds the rig for a layout; weights differ from seed to seed of torch's generator, set here."""
     from megatron_sft.model.build import DTYPES
     from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, wrap_ddp
 
     ranks = initialize(parallel, 1234)
     run = RunConfig(
-        model=dataclasses.replace(MODEL, **model),
+        model=dataclasses.replace(MODEL, **model).with_core(core or {}),
         parallel=parallel,
         optim=OptimConfig(lr=1e-2, clip_grad=0.0, weight_decay=0.01),
         train=TrainConfig(train_iters=100, params_dtype=dtype),
@@ -159,12 +161,12 @@ def _models(run: RunConfig, dtype: torch.dtype, ranks: Ranks) -> list[Any]:
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        **model.core,
+        **model.core_fields(),
     )
     stages = parallel.virtual_pipeline_model_parallel_size
     models = []
     for stage in range(stages or 1):
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=model.core.get("num_moe_experts"))
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=model.moe.num_moe_experts)
         chunk = GPTModel(
             config,
             spec,

@@ -143,11 +143,11 @@ def _their_rig(run: RunConfig, ranks: Ranks, load: str, save: str, flags: list[s
     return _rig(run, ranks, [GPTModelBuilder(gpt_config_from_args(args)).build_model(groups)])
 
 
-def _both_ways(root: str, layout: dict, model: dict, sharding: list[str]) -> dict[str, tuple]:
+def _both_ways(root: str, layout: dict, core: dict, sharding: list[str]) -> dict[str, tuple]:
     """Ours -> load_checkpoint -> save_checkpoint, once for each of their ways to shard the optimizer -> ours."""
     ranks = initialize(ParallelConfig(**layout), 1234)
     run = RunConfig(
-        model=dataclasses.replace(MODEL, qk_layernorm=True, **model),
+        model=dataclasses.replace(MODEL, qk_layernorm=True).with_core(core),
         parallel=ParallelConfig(**layout),
         data=DataConfig(seq_length=64),
         optim=OptimConfig(lr=1e-2, clip_grad=0.0, weight_decay=0.01),
@@ -180,17 +180,17 @@ def _both_ways(root: str, layout: dict, model: dict, sharding: list[str]) -> dic
 
 @pytest.mark.skipif(importlib.util.find_spec("megatron.training") is None, reason="this megatron-core has no megatron.training")
 @pytest.mark.parametrize(
-    ("world_size", "layout", "model", "sharding"),
+    ("world_size", "layout", "core", "sharding"),
     [
-        (1, {}, {"core": EXPERTS}, ["not sharded"]),
+        (1, {}, EXPERTS, ["not sharded"]),
         (2, {"use_distributed_optimizer": True}, {}, ["fully_reshardable", "dp_reshardable"]),
     ],
 )
 def test_megatron_lm_loads_ours_and_we_load_its_own(
-    tmp_path: Path, world_size: int, layout: dict, model: dict, sharding: list[str]
+    tmp_path: Path, world_size: int, layout: dict, core: dict, sharding: list[str]
 ) -> None:
-    experts = 4 if model else None
+    experts = 4 if core else None
     expected: dict[str, tuple] = {"ours": (True, 2, 6, experts)}
     expected |= {way: (True, 3 + number, 9 + 3 * number, experts) for number, way in enumerate(sharding)}
-    for found in run_ranks(_both_ways, world_size, str(tmp_path), layout, model, sharding):
+    for found in run_ranks(_both_ways, world_size, str(tmp_path), layout, core, sharding):
         assert found == expected

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,8 +39,8 @@ MAMBA = {"mamba_num_heads": 8, "mamba_head_dim": 12, "mamba_num_groups": 2, "mam
 NARROW = "--use-precision-aware-optimizer --main-grads-dtype bf16 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16".split()
 
 
-def model(**changed: object) -> ModelConfig:
-    return dataclasses.replace(TINY, **changed)
+def model(core: Mapping[str, Any] | None = None, **changed: object) -> ModelConfig:
+    return dataclasses.replace(TINY, **changed).with_core(core or {})
 
 
 @pytest.mark.parametrize(

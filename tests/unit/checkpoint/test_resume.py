@@ -138,3 +138,16 @@ def test_another_batch_size_is_refused_and_an_unknown_one_is_not():
     run = changed(train__global_batch_size=8)
     assert changes(saved(changed(train__global_batch_size=4)), run, SAME)[0] == ["train.global_batch_size: 4 -> 8"]
     assert changes(saved(RunConfig()), run, SAME) == ([], [])
+
+
+def test_a_configuration_without_records_is_compared_name_by_name():
+    """As a release wrote it that had all of megatron-core's names in `core`."""
+    core = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_latent_size": None, "softmax_scale": 0.5, "moe_aux_loss_coeff": 0.1}
+    run = dataclasses.replace(RESOLVED, model=RESOLVED.model.with_core(core))
+    old = saved(run)
+    for name in ("moe", "mla", "mamba", "softmax_scale"):
+        del old["model"][name]
+    old["model"]["core"] = core
+    assert changes(old, run, SAME) == ([], [])
+    other_model = dataclasses.replace(run, model=run.model.with_core({"moe_router_topk": 4}))
+    assert changes(old, other_model, SAME)[0] == ["model.moe.moe_router_topk: 2 -> 4"]

@@ -10,10 +10,10 @@ import pytest
 
 from megatron_sft.config import run as sections
 from megatron_sft.config.arguments import Flag, flag_table, parse, read_flags
-from megatron_sft.config.core_fields import EFFECTIVE
+from megatron_sft.config.core_fields import MoEConfig
 from megatron_sft.config.fields import MOST, Kind, Number, Words, kind_of, kinds, range_problems
 from megatron_sft.config.problems import problems
-from megatron_sft.config.run import Count, ModelConfig, RunConfig
+from megatron_sft.config.run import EFFECTIVE, Count, ModelConfig, RunConfig
 from megatron_sft.errors import ConfigError
 
 COMMANDS = [None, sections.GenerateConfig, sections.MMLUConfig, sections.PlanConfig, sections.ViewConfig]
@@ -112,7 +112,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("train", {"micro_batch_size": True}, "--micro-batch-size is True; expected a whole number from 1 to 2147483647."),
     ("parallel", {"tensor_model_parallel_size": 0}, "--tensor-model-parallel-size is 0; expected a whole number from 1"),
     ("model", {"activation": "relu"}, "--activation is relu; expected one of silu, gelu, gelu_tanh"),
-    ("model", {"core": {"moe_router_topk": 0}}, "--moe-router-topk is 0; expected a whole number from 1"),
+    ("model", {"moe": MoEConfig(moe_router_topk=0)}, "--moe-router-topk is 0; expected a whole number from 1"),
+    ("model", {"core": {"moe_router_topk": 4}}, "model setting 'moe_router_topk': expected outside of `core`"),
     ("model", {"core": {"moe_router_top_k": 2}}, "model setting 'moe_router_top_k': .* Did you mean moe_router_topk?"),
 ]
 

@@ -21,6 +21,7 @@ from megatron_sft.config.run import ModelConfig, ParallelConfig, RunConfig, Trai
 from megatron_sft.hf.conf import conf_text
 from megatron_sft.hf.config import model_config_from_hf, text_config
 from megatron_sft.hf.conflicts import ARCHITECTURE, conflicts
+from megatron_sft.model.pattern import layers_with_experts
 from megatron_sft.parallel import finalize, initialize
 from tests.unit.hf.tiny_models import KEYS, SIZES
 
@@ -58,10 +59,9 @@ def flags_of(name: str) -> tuple[ModelConfig, frozenset[str]]:
 
 
 def plain(model: ModelConfig) -> tuple[ModelConfig, dict[str, Any]]:
-    """The fields that a conf can say, and the entries of core that are not megatron-core's defaults."""
+    """The fields that a conf can say, and entries of core that are no training and not megatron-core's defaults."""
     core = {name: value for name, value in model.core.items() if name not in TRAINING and value not in (None, False)}
-    if all(core.get("moe_layer_freq", [])):
-        core.pop("moe_layer_freq", None)
+    model = model.with_core({"moe_layer_freq": layers_with_experts(model)})
     free = {"vocab_size": 0, "padded_vocab_size": model.padded_vocab_size or model.vocab_size, "init_method_std": 0.0}
     return dataclasses.replace(model, core={}, **free), core
 
@@ -72,7 +72,7 @@ def test_conf_says_what_config_json_says(name):
     theirs = model_config_from_hf(hf_config(name))
     assert plain(model) == plain(theirs)
     assert conflicts(model, explicit, theirs) == []
-    assert model.core.keys() - TRAINING <= ARCHITECTURE, "conflicts.ARCHITECTURE does not know it"
+    assert model.core.keys() - TRAINING <= ARCHITECTURE, "core_fields.CoreArchitecture does not know it"
 
 
 @pytest.mark.parametrize("name", CONFS)
@@ -114,8 +114,7 @@ def test_sourcing_a_conf_runs_nothing_that_a_folder_or_its_config_says(text, tmp
         activation=text,
         position_embedding_type=text,
         vocab_size=text,
-        core={"moe_router_score_function": text},
-    )  # type: ignore[arg-type]
+    ).with_core({"num_moe_experts": 4, "moe_router_score_function": text})  # type: ignore[arg-type]
     model = dataclasses.replace(model, rope_scaling={"rope_type": text, "factor": text}, rotary_base=text)  # type: ignore[arg-type]
     conf = tmp_path / "conf.sh"
     conf.write_text(conf_text(model, text))
@@ -182,21 +181,21 @@ def built(model: ModelConfig) -> Counts:
 
 def layer_kinds(model: ModelConfig) -> Sequence[Any]:
     """Of each layer its letter in a hybrid pattern, or whether it has experts."""
-    return model.core.get("hybrid_layer_pattern") or model.core.get("moe_layer_freq", [1] * model.num_layers)
+    return model.mamba.hybrid_layer_pattern or [int(experts) for experts in layers_with_experts(model)]
 
 
 def one_of_each_layer(model: ModelConfig) -> ModelConfig:
     """The model with one layer of each kind, in the order of sorted(set(layer_kinds))."""
     kinds = sorted(set(layer_kinds(model)))
-    core = {**model.core, "moe_layer_freq": [int(kind in (1, "E")) for kind in kinds], "no_rope_freq": None}
-    if "hybrid_layer_pattern" in core:
+    core = {"moe_layer_freq": [int(kind in (1, "E")) for kind in kinds], "no_rope_freq": None}
+    if model.mamba.hybrid_layer_pattern:
         core["hybrid_layer_pattern"] = "".join(kinds)
-    return dataclasses.replace(model, num_layers=len(kinds), window_layers=(), core=core)
+    return dataclasses.replace(model.with_core(core), num_layers=len(kinds), window_layers=())
 
 
 def our_parameters(model: ModelConfig) -> int:
     """Of models with experts one layer of each kind is built, because thousands of them take seconds."""
-    if not model.core.get("num_moe_experts"):
+    if not model.moe.num_moe_experts:
         counts = built(model)
         return sum(counts.layers) + counts.rest
     counts, layers = built(one_of_each_layer(model)), layer_kinds(model)
@@ -215,11 +214,12 @@ def tiny(model: ModelConfig) -> ModelConfig:
     small |= {"moe_router_num_groups": 2, "moe_router_group_topk": 1, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_head_dim": 16}
     small |= {"qk_pos_emb_head_dim": 8, "v_head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 8, "mamba_num_groups": 2}
     model = one_of_each_layer(model)
-    core = {name: min(value, small[name]) if value and name in small else value for name, value in model.core.items()}
+    fields = model.core_fields()
+    core = {name: min(fields[name], size) for name, size in small.items() if fields.get(name)}
     sizes = {"hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16}
-    if core.get("multi_latent_attention"):
+    if model.mla.multi_latent_attention:
         sizes["num_query_groups"] = 4
-    return dataclasses.replace(model, **sizes, padded_vocab_size=128, vocab_size=120, core=core)
+    return dataclasses.replace(model.with_core(core), **sizes, padded_vocab_size=128, vocab_size=120)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFS if "--num-experts" in CONFS[name].read_text()])

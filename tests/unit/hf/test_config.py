@@ -126,7 +126,7 @@ def test_published_configs_read_as_transformers_reads_them(path):
         assert model.rotary_base == rope["rope_theta"]
         assert (model.rope_scaling or {}).get("factor") == rope.get("factor")
     assert model.share_embeddings_and_output_weights == theirs.tie_word_embeddings
-    if not model.core.get("multi_latent_attention"):
+    if not model.mla.multi_latent_attention:
         assert model.kv_channels == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
     kinds = getattr(theirs, "layer_types", None)
     if kinds and "sliding_attention" in kinds:

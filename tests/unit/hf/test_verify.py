@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
 def changed(model, change):
     core = {name.removeprefix("core."): value for name, value in change.items() if name.startswith("core.")}
     plain = {name: value for name, value in change.items() if not name.startswith("core.")}
-    return dataclasses.replace(model, core={**model.core, **core}, **plain)
+    return dataclasses.replace(model, **plain).with_core(core)
 
 
 def loaded(folder, ranks, change=None, dtype="fp32"):

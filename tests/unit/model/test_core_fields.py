@@ -9,9 +9,8 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_sft.config.arguments import flag_table, parse, read_flags
-from megatron_sft.config.core_fields import EFFECTIVE
 from megatron_sft.config.fields import flag_of
-from megatron_sft.config.run import ParallelConfig
+from megatron_sft.config.run import EFFECTIVE, ParallelConfig
 from megatron_sft.model.attention import packed_seq_params
 from megatron_sft.model.build import build_model
 from megatron_sft.parallel import finalize, initialize

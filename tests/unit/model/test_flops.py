@@ -61,7 +61,7 @@ def test_flops_are_those_of_the_counter(name, tmp_path, ranks, monkeypatch):
     torch.testing.assert_close(losses.detach(), expected, rtol=1e-4, atol=1e-4)
     trained = int((row.mask > 0).sum())
     found = computed_flops(pair.model, np.array(LENGTHS), trained)
-    latent = pair.model.core.get("multi_latent_attention")  # 0.19 fills values up to the width of queries, 0.4 % here
+    latent = pair.model.mla.multi_latent_attention  # 0.19 fills values up to the width of queries, 0.4 % here
     assert found == pytest.approx(counter.get_total_flops(), rel=0.01 if latent else 1e-12)
     forward = forward_flops(pair.model, np.array(LENGTHS), trained)
     assert found - train_flops(pair.model, np.array(LENGTHS), trained) == pytest.approx(forward["head"])  # its logits, twice
