@@ -16,7 +16,7 @@ from megatron_sft.core_compat import leave_out_compiler
 def generate(argv: Sequence[str], world_size: int) -> int:
     """Answers every prompt and shows the answers."""
     from megatron_sft.config.arguments import parse
-    from megatron_sft.config.run import GenerateConfig
+    from megatron_sft.config.options import GenerateConfig
 
     run, explicit, options = parse(argv, world_size, options=GenerateConfig)
     leave_out_compiler()

@@ -2,9 +2,14 @@
 
 The ranges resolve on Python 3.11 (megatron-core 0.16) and on 3.12 and later (megatron-core 0.19). torch has an upper
 bound at the newest version tested.
+
+The wheel holds the shell scripts and the confs too, as megatron_sft/scripts/ (megatron_sft/shell.py finds them there, or in
+the checkout): in their folders of the checkout they are data of packages that nobody imports.
 """
 
 from setuptools import find_packages, setup
+
+SHELL = {"megatron_sft.scripts": "examples/post_training/modelopt", "megatron_sft.scripts.conf": "conf"}
 
 setup(
     name="megatron-sft",
@@ -12,7 +17,9 @@ setup(
     description="Supervised fine-tuning on megatron-core: packed, assistant-only, from and to Hugging Face weights.",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["megatron_sft", "megatron_sft.*"]),
+    packages=[*find_packages(include=["megatron_sft", "megatron_sft.*"]), *SHELL],
+    package_dir=SHELL,
+    package_data={"megatron_sft.scripts": ["*.sh"], "megatron_sft.scripts.conf": ["*.sh", "*/*.sh"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core>=0.16.1,<0.20",

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_sft.config.run import CheckpointConfig, DataConfig, GenerateConfig, RunConfig
+from megatron_sft.config.options import GenerateConfig
+from megatron_sft.config.run import CheckpointConfig, DataConfig, RunConfig
 from megatron_sft.inference.generation import generate
 from megatron_sft.inference.load import load_for_inference
 

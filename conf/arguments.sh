@@ -5,17 +5,20 @@
 #   $1 (MLM_MODEL_CFG)                    which conf is sourced; it sets HF_MODEL_CKPT and MODEL_ARGS:
 #                                           Qwen/Qwen3-0.6B           conf/Qwen/Qwen3-0.6B.sh, never anything outside conf/
 #                                           ./my.sh, /path/to/my.sh   that file: begins with / ./ or ../ and ends in .sh
+#                                           ./model, /path/to/model   that HF folder: its config.json says the flags
+#   $2 $3 ...                             flags, after all others, so that they win
 #   TP PP CP EP ETP DP                    parallel sizes, whole numbers
 #   LAUNCH_SCRIPT                         replaces the launcher; PYTHON: the interpreter
 #   MLM_{DATA,OPTIM,TRAIN,EVAL,RESUME}_ARGS  each replaces one block of defaults of finetune.sh
-#   MLM_EXTRA_ARGS                        comes last, so that it wins
+#   MLM_EXTRA_ARGS                        comes after the other flags of a script, so that it wins
 #   MLM_WORK_DIR                          where results go that no variable places
 #   SANDBOX_ROOT                          confs come from its conf/model instead of conf/
 #   SANDBOX_ENV_SETUP MLM_ENV_SETUP       files that are sourced first
 #
-# What is run: the conf, the two files above, PYTHON and LAUNCH_SCRIPT. No other value is: the MLM_*_ARGS are split as a shell
-# splits a command line (quotes hold words together, nothing is expanded), numbers are checked before anything counts with
-# them, and no module is imported from the folder where the script is called.
+# What is run: the conf (of an HF folder what `megatron-sft conf` makes of it), the two files above, PYTHON and LAUNCH_SCRIPT.
+# No other value is: the MLM_*_ARGS are split as a shell splits a command line (quotes hold words together, nothing is
+# expanded), numbers are checked before anything counts with them, and no module is imported from the folder where the script
+# is called.
 set -e
 
 fail() {
@@ -53,6 +56,12 @@ find_conf() {
   local folder=${SANDBOX_ROOT:+${SANDBOX_ROOT}/conf/model} name='[A-Za-z0-9_][A-Za-z0-9_.-]*'
   folder=$(realpath -- "${folder:-${SCRIPT_DIR}/conf}") || fail "SANDBOX_ROOT=${SANDBOX_ROOT} has no folder conf/model."
   local ways="expected a conf below ${folder}, such as Qwen/Qwen3-0.6B, or a file of your own as ./NAME.sh or /PATH/NAME.sh"
+  if [[ ${MLM_MODEL_CFG} =~ ^\.{0,2}/ && -d ${MLM_MODEL_CFG} ]]; then
+    conf=$(realpath -- "${MLM_MODEL_CFG}")
+    [[ -f ${conf}/config.json ]] || fail "${conf} has no config.json; ${ways}, or an HF folder."
+    MLM_MODEL_CFG=$(basename -- "${conf}")
+    return
+  fi
   if [[ ${MLM_MODEL_CFG} =~ ^\.{0,2}/.*\.sh$ ]]; then
     conf=${MLM_MODEL_CFG}
     MLM_MODEL_CFG=$(basename -- "${conf}" .sh)
@@ -83,12 +92,26 @@ MLM_MODEL_CFG="${1:-}"
 find_conf
 
 TP="${TP:-1}" PP="${PP:-1}" CP="${CP:-1}" EP="${EP:-1}" DP="${DP:-1}"
-# shellcheck source=/dev/null
-source "${conf}"
+if [[ ! -d ${conf} ]]; then
+  # shellcheck source=/dev/null
+  source "${conf}"
+fi
 ETP="${ETP:-${TP}}"
 require_numbers TP PP CP EP ETP DP
 PYTHON="${PYTHON:-python3}"
 type -P -- "${PYTHON}" > /dev/null || fail "PYTHON=${PYTHON} is no program. Set it to a Python interpreter."
+paths=":${PYTHONPATH:-}:"
+while [[ ${paths} == *::* ]]; do paths=${paths//::/:}; done # an empty entry is the current folder
+paths=${paths%:}
+if [[ -d ${SCRIPT_DIR}/../../../megatron_sft ]]; then # a checkout; in a wheel the package is where PYTHON looks anyhow
+  paths=:${SCRIPT_DIR}/../../..${paths}
+fi
+export PYTHONPATH="${paths#:}" PYTHONSAFEPATH=1
+if [[ -d ${conf} ]]; then
+  text=$("${PYTHON}" -m megatron_sft conf --load "${conf}") || exit
+  # shellcheck source=/dev/null
+  source /dev/stdin <<< "${text}"
+fi
 if [[ ${MODEL_ARGS@a} != *a* ]]; then
   words MODEL_ARGS "${MODEL_ARGS:-}"
 fi
@@ -96,6 +119,7 @@ fi
 TOKENIZER_MODEL="${TOKENIZER_MODEL:-${HF_MODEL_CKPT}}"
 export MLM_WORK_DIR="${MLM_WORK_DIR:-/tmp/megatron_workspace}"
 words EXTRA_ARGS "${MLM_EXTRA_ARGS:-}"
+EXTRA_ARGS+=("${@:2}")
 
 # Without experts in parallel TP is cut over PP x CP x DP; with them Megatron counts ETP x EP in its place.
 PROCESSES=1
@@ -116,9 +140,6 @@ PARALLEL_ARGS=(
   --expert-model-parallel-size "${EP}" --expert-tensor-parallel-size "${ETP}"
 )
 
-paths=":${PYTHONPATH:-}:"
-while [[ ${paths} == *::* ]]; do paths=${paths//::/:}; done # an empty entry is the current folder
-export PYTHONPATH="${SCRIPT_DIR}/../../..${paths%:}" PYTHONSAFEPATH=1
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-False}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export NCCL_IB_SL="${NCCL_IB_SL:-1}" NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}"

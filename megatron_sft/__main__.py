@@ -1,15 +1,19 @@
-"""The command line beside training: `megatron-sft COMMAND [flags]`, or `python -m megatron_sft COMMAND [flags]`.
+"""The command line: `megatron-sft COMMAND [flags]`, or `python -m megatron_sft COMMAND [flags]`.
 
-Flags are a training run's, read by arguments.py. Not here: what a command does; each is one function elsewhere.
+A first word that is no flag is a conf for the commands that are scripts too (shell.py); flags are read by arguments.py.
+Not here: what a command does; each is one function elsewhere.
 """
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from megatron_sft import entry
+from megatron_sft import entry, shell
 from megatron_sft.config.arguments import parse
-from megatron_sft.config.run import GenerateConfig, MMLUConfig, PlanConfig, RunConfig, ViewConfig
+from megatron_sft.config.help import ASKS, help_of, overview
+from megatron_sft.config.options import GenerateConfig, MMLUConfig, PlanConfig, ViewConfig
+from megatron_sft.config.run import RunConfig
 from megatron_sft.core_compat import leave_out_compiler, wants_colour
 from megatron_sft.errors import ConfigError
 from megatron_sft.output import output_problems, write_output
@@ -130,9 +134,9 @@ def conf(argv: Sequence[str], world_size: int) -> int:
     """Prints a conf/<org>/<model>.sh for an HF folder: FOLDER."""
     named = ["--load"] if argv and not argv[0].startswith("-") else []
     run, _ = _model_run([*named, *argv], world_size, "load")
-    from megatron_sft.conversion import conf as text
+    from megatron_sft.hf.conf import conf_of_folder  # without torch: conf/arguments.sh waits for it
 
-    print(text(str(run.checkpoint.load)), end="")
+    print(conf_of_folder(str(run.checkpoint.load)), end="")
     return 0
 
 
@@ -163,29 +167,34 @@ def _model_run(argv: Sequence[str], world_size: int, *needed: str) -> tuple[RunC
     return run, explicit
 
 
+def by_script(name: str, argv: Sequence[str], world_size: int) -> int:
+    """A command whose first word is a conf or an HF folder."""
+    if world_size > 1:
+        raise ConfigError(
+            [
+                f"megatron-sft {name} {argv[0]} starts its processes itself, as many as TP, PP, CP and DP say; expected no "
+                "launcher around it. Start it alone, or give torchrun the flags without a conf."
+            ]
+        )
+    shell.run(name, argv)
+
+
 COMMANDS: Mapping[str, Callable[[Sequence[str], int], int]] = {
-    "finetune": finetune,
-    "prepare": prepare,
-    "preview": preview,
-    "report": report,
-    "generate": generate,
-    "mmlu": mmlu,
-    "convert": convert,
-    "export": export,
-    "verify": verify,
-    "conf": conf,
-    "plan": plan,
+    function.__name__: function
+    for function in (finetune, prepare, preview, report, generate, mmlu, convert, export, verify, conf, plan)
 }
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command; returns the exit status."""
-    command = COMMANDS.get(argv[0]) if argv else None
+    name, words = (argv[0], argv[1:]) if argv else ("", [])
+    command = COMMANDS.get(name)
     if command is None:
-        lines = [f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()]
-        print("\n".join(["usage: megatron-sft COMMAND [flags]", *lines]))
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
-    return entry.run(command, argv[1:])
+        asked = name in ("-h", *ASKS)
+        print(overview("" if asked else name, argv), file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else ConfigError.exit_status
+    names_conf = name in shell.NAMES and bool(words) and not words[0].startswith("-") and not help_of(name, words)
+    return entry.run(functools.partial(by_script, name) if names_conf else command, words)
 
 
 def run() -> None:

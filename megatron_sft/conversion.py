@@ -1,4 +1,4 @@
-"""What `megatron-sft convert`, `export`, `verify` and `conf` do, as functions of a resolved run. No flags here."""
+"""What `megatron-sft convert`, `export` and `verify` do, as functions of a resolved run. No flags here."""
 
 import dataclasses
 from pathlib import Path
@@ -10,8 +10,6 @@ from megatron_sft.checkpoint.tracker import RELEASE, is_megatron_checkpoint, ite
 from megatron_sft.config.folders import folder_problems
 from megatron_sft.config.run import CheckpointConfig, RunConfig
 from megatron_sft.errors import CheckpointError, ConfigError
-from megatron_sft.hf.conf import conf_text
-from megatron_sft.hf.config import model_config_from_hf, read_hf_config
 from megatron_sft.hf.exporter import save_hf, try_places
 from megatron_sft.hf.verify import changed_tensors, first_difference
 from megatron_sft.hf.weights import require_finite
@@ -120,8 +118,3 @@ def verify(hf_folder: str, megatron_checkpoint: str | None = None) -> bool:
         logger.info("%s: sha256 %s here, %s in the folder", name, ours, theirs)
     logger.info("tensors: %d differ", len(changed))
     return place is None and not changed
-
-
-def conf(hf_folder: str | Path) -> str:
-    """The text of a conf/<org>/<model>.sh with the values of an HF folder's config.json."""
-    return conf_text(model_config_from_hf(read_hf_config(hf_folder)), str(hf_folder))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from megatron_sft import log
+from megatron_sft.config.help import help_of
 from megatron_sft.core_compat import allow_open_files, process_environment
 from megatron_sft.errors import UserError
 
@@ -18,7 +19,7 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
     """Runs a command of one or several processes. What all of them find wrong, rank 0 says once.
 
     Args:
-        command: (argv, processes) -> exit status.
+        command: (argv, processes) -> exit status; its name is one of options.COMMANDS.
         argv: without the program's name.
         to_stderr: standard output is the command's own; messages go to standard error.
 
@@ -35,6 +36,10 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
         allow_open_files()
         rank, world_size, _ = process_environment()
         log.configure(rank, to_stderr)
+        if text := help_of(getattr(command, "__name__", ""), argv):
+            if rank == 0:
+                print(text)
+            return 0
         return command(argv, world_size)
     except KeyboardInterrupt:
         if rank == 0:

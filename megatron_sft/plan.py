@@ -28,18 +28,19 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_sft.config.options import PlanConfig
 from megatron_sft.config.problems import problems
-from megatron_sft.config.run import ModelConfig, PlanConfig, RunConfig
-from megatron_sft.conversion import conf as conf_of_folder
+from megatron_sft.config.run import ModelConfig, RunConfig
 from megatron_sft.errors import ConfigError
+from megatron_sft.hf.conf import conf_of_folder
 from megatron_sft.model.activations import Activations
 from megatron_sft.model.build import build_model, transformer_config
 from megatron_sft.model.flops import computed_flops
 from megatron_sft.model.pattern import layer_kinds
 from megatron_sft.parallel import imagined
+from megatron_sft.shell import confs
 from megatron_sft.weights import padded
 
-CONFS = Path(__file__).resolve().parents[1] / "conf"
 OWN_CONF = re.compile(r"\.{0,2}/.*\.sh", re.DOTALL)
 """A conf of the user's own, which stands elsewhere."""
 RESERVED_GB = 2.0
@@ -97,15 +98,15 @@ class Row:
 def conf_flags(name: str) -> list[str]:
     """MODEL_ARGS of a conf, which bash sources: Qwen/Qwen3-8B, or a file of one's own (conf/arguments.sh has the same rule:
     ./my.sh, /path/to/my.sh); or of an HF folder, whose conf `megatron-sft conf` would write."""
-    text, own = "", OWN_CONF.fullmatch(name)
+    text, own, folder = "", OWN_CONF.fullmatch(name), confs()
     if (Path(name) / "config.json").is_file():
         source, text = "/dev/stdin", conf_of_folder(name)
     elif own and Path(name).is_file():
         source = name
-    elif not own and (CONFS / f"{name}.sh").resolve().is_relative_to(CONFS) and (CONFS / f"{name}.sh").is_file():
-        source = str(CONFS / f"{name}.sh")
+    elif not own and (folder / f"{name}.sh").resolve().is_relative_to(folder) and (folder / f"{name}.sh").is_file():
+        source = str(folder / f"{name}.sh")
     else:
-        known = sorted(str(path.relative_to(CONFS))[:-3] for path in CONFS.glob("*/*.sh"))
+        known = sorted(str(path.relative_to(folder))[:-3] for path in folder.glob("*/*.sh"))
         near = difflib.get_close_matches(name, known, n=3) or known
         expected = f"one such as {', '.join(near[:3])}, ./NAME.sh or /PATH/NAME.sh, or an HF folder with a config.json"
         raise ConfigError([f"{name}: no such conf; expected {expected}."])
@@ -393,7 +394,8 @@ def _conf_name(conf: str) -> str:
     path = Path(conf).resolve()
     if not OWN_CONF.fullmatch(conf):
         return conf
-    return str(path.relative_to(CONFS)).removesuffix(".sh") if path.is_relative_to(CONFS) else shlex.quote(str(path))
+    folder = confs()
+    return str(path.relative_to(folder)).removesuffix(".sh") if path.is_relative_to(folder) else shlex.quote(str(path))
 
 
 def as_table(rows: Sequence[Row], options: PlanConfig) -> str:

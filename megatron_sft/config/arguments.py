@@ -1,4 +1,4 @@
-"""Flags -> RunConfig. The only module that knows how flags are spelled; imports no torch, so that --help is quick.
+"""Flags -> RunConfig. The only module that knows how flags are spelled; imports no torch, so that it is quick.
 
 A flag has one of three outcomes: it sets a field of run.py, it is a known flag without effect here (flags.NO_EFFECT,
 one printed line), or it is an error. All problems are reported at once.
@@ -10,7 +10,6 @@ one printed line), or it is an error. All problems are reported at once.
 What a value may be stands with the field (fields.py), what fields may be together in problems.py.
 """
 
-import argparse
 import ast
 import dataclasses
 import functools
@@ -25,8 +24,9 @@ from megatron_sft.config.core_fields import RECORDS, CoreArchitecture, CoreTrain
 from megatron_sft.config.derived_flags import DERIVED, Values, integers
 from megatron_sft.config.fields import Kind, Words, flag_of, kinds
 from megatron_sft.config.hints import hint, nearest
+from megatron_sft.config.options import PlanConfig, ViewConfig
 from megatron_sft.config.problems import data_problems, idle_problems, problems
-from megatron_sft.config.run import ParallelConfig, PlanConfig, RunConfig, ViewConfig
+from megatron_sft.config.run import ParallelConfig, RunConfig
 from megatron_sft.errors import ConfigError
 from megatron_sft.log import logger
 
@@ -52,6 +52,8 @@ class Flag:
     help: str = ""
     hidden: bool = False
     """Not in --help."""
+    described: type | None = None
+    """The class of options.py whose field it is."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +133,12 @@ def read_flags(argv: Sequence[str], options: type | None = None) -> tuple[Values
 
 
 def split_flags(argv: Sequence[str], table: Mapping[str, Flag]) -> tuple[list[Given], list[str]]:
-    """(flags with their words, in the order of the command line; problems). Prints --help and exits where it is asked for."""
+    """(flags with their words, in the order of the command line; problems)."""
     given: list[Given] = []
     found: list[str] = []
     words = list(argv)
     while words:
         name, has_value, value = words.pop(0).partition("=")
-        if name in ("-h", "--help"):
-            print(help_text(table), end="")
-            raise SystemExit(0)
         if not name.startswith("--"):
             found.append(f"{name}: unknown value; no flag takes it. See --help.")
             continue
@@ -212,14 +211,14 @@ def _last_length_wins(given: Sequence[Given], found: list[str]) -> Iterator[Give
 
 @functools.cache
 def flag_table(options: type | None = None) -> dict[str, Flag]:
-    """{name: flag}, in the order of --help.
+    """{name: flag}, in an order that --help keeps.
 
     Args:
         options: as read_flags.
     """
     fields = [flag for part in (*RECORDS.values(), CoreArchitecture, CoreTraining) for flag in _field_flags("core", part)]
     fields += [item for name, section in SECTIONS.items() for item in _field_flags(name, section)]
-    fields += _field_flags("own", options) if options else []
+    fields += [dataclasses.replace(item, described=options) for item in _field_flags("own", options)] if options else []
     by_path = {item.path: item for item in fields}
     spelled = [
         dataclasses.replace(by_path[path], name=name, help=f"the same as {by_path[path].name}")
@@ -274,16 +273,6 @@ def _switch_help(sets: Sequence[tuple[str, Any]]) -> str:
     return ", ".join(f"{path.split('.')[1]} = {value}" for path, value in sets) or (
         "another flag says it; accepted because every conf has it"
     )
-
-
-def help_text(table: Mapping[str, Flag]) -> str:
-    """What --help prints."""
-    parser = argparse.ArgumentParser(prog="megatron-sft", usage="%(prog)s [flags]", description=__doc__.split("\n\n")[0])
-    for item in table.values():
-        if not item.hidden:
-            kind: dict[str, Any] = {"nargs": "+" if item.words == "+" else None} if item.words else {"action": "store_true"}
-            parser.add_argument(item.name, help=item.help.replace("%", "%%") or None, **kind)
-    return parser.format_help()
 
 
 def _run(values: Values) -> RunConfig:

@@ -34,12 +34,15 @@ class MoEConfig:
     moe_router_topk: Count = 2
     """Experts a token."""
     moe_router_score_function: Annotated[str, Words("softmax", "sigmoid")] = "softmax"
+    """Of the experts' scores."""
     moe_router_pre_softmax: bool = False
     """Softmax over all experts, before the best are chosen."""
     moe_router_num_groups: Count | None = None
     """Groups of experts, of which moe_router_group_topk are chosen first."""
     moe_router_group_topk: Count | None = None
+    """Groups a token."""
     moe_router_topk_scaling_factor: Annotated[float, Number(1e-6, 1e6)] | None = None
+    """The chosen experts' weights are multiplied by it."""
     moe_router_enable_expert_bias: bool = False
     """A bias that is added when experts are chosen, and moved towards balance."""
     moe_shared_expert_intermediate_size: Count | None = None
@@ -57,19 +60,27 @@ class MLAConfig:
     q_lora_rank: Count | None = None
     """Width of the queries' latent vector; not given: queries are not compressed."""
     kv_lora_rank: Count = 512
+    """Width of the latent vector of keys and values."""
     qk_head_dim: Count = 128
     """Width of a head's queries and keys that RoPE does not turn."""
     qk_pos_emb_head_dim: Count = 64
     """Width of what it turns."""
     v_head_dim: Count = 128
+    """Width of a head's values."""
     rope_type: Annotated[str, Words("rope", "yarn")] = "yarn"
     """Of latent attention."""
     rotary_scaling_factor: Annotated[float, Number(1, 1e6)] = 40.0
+    """YaRN: by how much longer contexts are."""
     original_max_position_embeddings: Count = 4096
+    """YaRN: longest position before."""
     beta_fast: Annotated[float, Number(1e-3, 1e6)] = 32.0
+    """YaRN: turns above which a frequency stays."""
     beta_slow: Annotated[float, Number(1e-3, 1e6)] = 1.0
+    """YaRN: turns below which a frequency is divided."""
     mscale: Annotated[float, Number(0, 1000)] = 1.0
+    """YaRN: of the attention scores' scale."""
     mscale_all_dim: Annotated[float, Number(0, 1000)] = 0.0
+    """YaRN: the same for all widths."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +90,13 @@ class MambaConfig:
     hybrid_layer_pattern: str | None = None
     """One letter a layer: M Mamba, * attention, - MLP, E experts (Nemotron-H)."""
     mamba_num_heads: Count | None = None
+    """Heads of a Mamba layer."""
     mamba_head_dim: Count = 64
+    """Width of one."""
     mamba_num_groups: Count = 8
+    """Groups of B and C."""
     mamba_state_dim: Count = 128
+    """Width of the state."""
 
 
 class CoreArchitecture:
@@ -101,6 +116,7 @@ class CoreTraining:
     """What a run may choose for itself; in ModelConfig.core."""
 
     moe_router_load_balancing_type: Balance | list[Balance]
+    """Balancing losses of the router."""
     moe_aux_loss_coeff: Coefficient | list[Coefficient]
     """Weight of the balancing losses, one a type."""
     moe_z_loss_coeff: Coefficient | None
@@ -110,6 +126,7 @@ class CoreTraining:
     moe_router_dtype: Annotated[str, Words("fp32", "fp64")] | None
     """Of the router's scores; not given: that of the weights."""
     moe_token_dispatcher_type: Annotated[str, Words("alltoall")]
+    """Only alltoall."""
     disable_bf16_reduced_precision_matmul: bool
     """On CUDA: products of bf16 matrices are added up in fp32 alone."""
     attention_dropout: Annotated[float, Number(0, 0)]

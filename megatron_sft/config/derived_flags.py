@@ -225,29 +225,53 @@ class Derived:
     words: int | str = 1
     help: str = ""
     """Empty: the flag stands in another table too."""
+    group: str = ""
+    """Section that it stands with in --help."""
+    unit: str = ""
+    default: str = "none"
 
 
 DERIVED: Mapping[str, Derived] = {
-    "--finetune-hf-dataset": Derived(_train_data, help="what to train on: file, folder or hub name"),
-    "--finetune-data-files": Derived(_train_data, words="+", help="files to train on"),
-    "--train-data": Derived(_train_data, words="+", help="files, folders or hub names to train on"),
-    "--prompt-data": Derived(_train_data, words="+", help="one path, or NAME PATH pairs: a mixture"),
-    "--split": Derived(_split, help="shares of rows for training, validation and test"),
-    "--use-rope-scaling": Derived(_rope_scaling, "model.rope_scaling", 0, "RoPE scaling of Llama 3"),
-    "--rope-scaling-factor": Derived(_rope_scaling_factor, help="its factor"),
+    "--finetune-hf-dataset": Derived(_train_data, help="what to train on: file, folder or hub name", group="data", unit="place"),
+    "--finetune-data-files": Derived(_train_data, words="+", help="files to train on", group="data", unit="file"),
+    "--train-data": Derived(_train_data, words="+", help="files, folders or hub names to train on", group="data", unit="place"),
+    "--prompt-data": Derived(_train_data, words="+", help="one path, or NAME PATH pairs: a mixture", group="data", unit="place"),
+    "--split": Derived(_split, help="rows for training, validation and test", group="data", unit="shares", default="100,0,0"),
+    "--use-rope-scaling": Derived(
+        _rope_scaling, "model.rope_scaling", 0, "RoPE scaling of Llama 3", group="model", default="off"
+    ),
+    "--rope-scaling-factor": Derived(_rope_scaling_factor, help="its factor", group="model", unit="number", default="8"),
     "--rope-scaling": Derived(
-        _any_rope_scaling, "model.rope_scaling", help="RoPE scaling of any kind: config.json's mapping as JSON"
+        _any_rope_scaling,
+        "model.rope_scaling",
+        help="RoPE scaling of any kind: config.json's mapping as JSON",
+        group="model",
+        unit="JSON",
     ),
     "--multi-latent-attention": Derived(_latent),
     "--hybrid-layer-pattern": Derived(_hybrid),
     "--hybrid-override-pattern": Derived(_hybrid),
-    "--window-size": Derived(_window, "model.window_size", help="LEFT,0: sliding window attention"),
-    "--window-attn-skip-freq": Derived(_window_layers, "model.window_layers", help="which layers have the window"),
-    "--num-layers-per-virtual-pipeline-stage": Derived(_virtual_layers, help="layers a model chunk"),
-    "--hf-checkpoint": Derived(_hf_checkpoint, help="HF folder of tokenizer and weights"),
-    "--ref-load": Derived(_ref_load, help="weights to start from"),
-    "--use-wandb": Derived(_use_wandb, words=0, help="Weights & Biases, with --wandb-project"),
-    "--use-dynamic-batch-size": Derived(_dynamic_batch, words=0, help="micro-batches are filled to --max-tokens-per-gpu"),
-    "--tokenizer-type": Derived(_tokenizer_type, help="HuggingFaceTokenizer or SentencePieceTokenizer"),
+    "--window-size": Derived(
+        _window, "model.window_size", help="sliding window attention over LEFT earlier tokens", group="model", unit="LEFT,0"
+    ),
+    "--window-attn-skip-freq": Derived(
+        _window_layers, "model.window_layers", help="which layers have the window", group="model", unit="layers"
+    ),
+    "--num-layers-per-virtual-pipeline-stage": Derived(
+        _virtual_layers, help="layers a model chunk", group="parallel", unit="layers"
+    ),
+    "--hf-checkpoint": Derived(_hf_checkpoint, help="HF folder of tokenizer and weights", group="checkpoint", unit="folder"),
+    "--ref-load": Derived(_ref_load, help="weights to start from", group="checkpoint", unit="place"),
+    "--use-wandb": Derived(_use_wandb, words=0, help="Weights & Biases, with --wandb-project", group="log", default="off"),
+    "--use-dynamic-batch-size": Derived(
+        _dynamic_batch, words=0, help="micro-batches are filled to --max-tokens-per-gpu", group="train", default="off"
+    ),
+    "--tokenizer-type": Derived(
+        _tokenizer_type,
+        help="HuggingFaceTokenizer or SentencePieceTokenizer",
+        group="data",
+        unit="name",
+        default="what the folder has",
+    ),
 }
 """In this order, after all flags that are fields."""

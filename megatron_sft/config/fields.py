@@ -83,6 +83,8 @@ class Kind:
     """one; several: a tuple or list; either: a value or a list of them; pairs: a mapping."""
     optional: bool = False
     """None is a value."""
+    unit: str = ""
+    """What a number counts, or what a text names: Annotated[Count, "tokens"], for --help."""
 
     def has(self, value: Any) -> bool:
         """Whether a field may hold the value."""
@@ -140,7 +142,9 @@ def kind_of(hint: Any) -> Kind:
         shape = "either" if len(kinds) > 1 else kinds[0].shape
         return dataclasses.replace(kinds[0], shape=shape, optional=type(None) in arguments)
     if origin is Annotated:
-        return dataclasses.replace(kind_of(arguments[0]), rule=arguments[1])
+        kind = kind_of(arguments[0])
+        rule = next((said for said in arguments[1:] if not isinstance(said, str)), kind.rule)
+        return dataclasses.replace(kind, rule=rule, unit=next((said for said in arguments if isinstance(said, str)), kind.unit))
     if origin in (tuple, list):
         return dataclasses.replace(kind_of(arguments[0]), shape="several")
     if origin is not None and issubclass(origin, Mapping):

@@ -48,11 +48,11 @@ class ModelConfig:
     """Width of one head."""
     vocab_size: Count = 0
     """Rows of the embedding table of the HF checkpoint; the table here may be padded beyond it (padded_vocab_size)."""
-    padded_vocab_size: Amount = 0
+    padded_vocab_size: Annotated[Amount, "rows"] = 0
     """Rows of the embedding table here, over all tensor-parallel ranks. 0: the smallest that TP divides."""
     make_vocab_size_divisible_by: Annotated[int, Number(1, 2**20)] = 1
     """padded_vocab_size, where it is not given, is the smallest multiple of this times TP."""
-    max_position_embeddings: Count = 0
+    max_position_embeddings: Annotated[Count, "tokens"] = 0
     """Longest position that the model was made for."""
     normalization: Annotated[str, Words("RMSNorm", "LayerNorm")] = "RMSNorm"
     """RMSNorm or LayerNorm."""
@@ -80,13 +80,13 @@ class ModelConfig:
     """Share of each head that RoPE turns."""
     rope_scaling: Mapping[str, Any] | None = None
     """HF's rope_scaling ({"rope_type": "llama3" | "linear" | "yarn", "factor": ...}); None without scaling."""
-    window_size: Count | None = None
+    window_size: Annotated[Count, "tokens"] | None = None
     """Sliding attention window in tokens, this one included; None: full attention."""
     window_layers: tuple[bool, ...] = ()
     """Per layer: uses window_size. Empty: every layer does when window_size is set."""
     rotary_base_local: Annotated[float, Number(1, 1e12)] | None = None
     """RoPE theta, unscaled, of the layers with a window (Gemma 3); None: rotary_base for all."""
-    attention_chunk_size: Count | None = None
+    attention_chunk_size: Annotated[Count, "tokens"] | None = None
     """Tokens see only their own chunk of this many in layers with RoPE (Llama 4)."""
     no_rope_freq: Layers | list[Layers] | None = None
     """Every n-th layer has no RoPE, or a list with 1 where one has none."""
@@ -94,7 +94,7 @@ class ModelConfig:
     """RoPE turns neighbours, not halves (Llama 4)."""
     attn_temperature_scale: Annotated[float, Number(0, 1000)] | None = None
     """In layers without RoPE queries are multiplied by 1 + scale x log(1 + floor((position + 1) / floor)) (Llama 4)."""
-    attn_temperature_floor: Count = 8192
+    attn_temperature_floor: Annotated[Count, "tokens"] = 8192
     """Positions of one step of it."""
     norm_placement: Annotated[str, Words("pre", "pre_post", "post")] = "pre"
     """pre; pre_post: also over the outputs of attention and MLP before they are added (Gemma); post: only there (OLMo-2)."""
@@ -169,28 +169,38 @@ def model_config_from_json(values: Mapping[str, Any]) -> ModelConfig:
 class ParallelConfig:
     """How the model and the data are cut over processes. Data parallel is what remains of the world size."""
 
-    tensor_model_parallel_size: Count = 1
-    pipeline_model_parallel_size: Count = 1
-    virtual_pipeline_model_parallel_size: Count | None = None
+    tensor_model_parallel_size: Annotated[Count, "processes"] = 1
+    """Each layer is cut over so many (TP)."""
+    pipeline_model_parallel_size: Annotated[Count, "processes"] = 1
+    """The layers are dealt to so many stages (PP)."""
+    virtual_pipeline_model_parallel_size: Annotated[Count, "chunks"] | None = None
     """Model chunks a pipeline rank."""
-    context_parallel_size: Count = 1
-    expert_model_parallel_size: Count = 1
-    expert_tensor_parallel_size: Count = 1
-    """On a command line without it: the tensor-parallel size."""
+    context_parallel_size: Annotated[Count, "processes"] = 1
+    """Each pack is cut over so many (CP)."""
+    expert_model_parallel_size: Annotated[Count, "processes"] = 1
+    """The experts are dealt to so many (EP)."""
+    expert_tensor_parallel_size: Annotated[Count, "processes"] = 1
+    """Each expert is cut over so many (ETP). On a command line without it: the tensor-parallel size."""
     sequence_parallel: bool = False
     """Activations between tensor-parallel regions are cut along the sequence."""
     cp_comm_type: Annotated[str, Words("a2a", "allgather", "p2p")] = "a2a"
     """a2a or allgather (ours); p2p needs TransformerEngine."""
     use_distributed_optimizer: bool = False
+    """Optimizer states are dealt over the data-parallel processes."""
     overlap_grad_reduce: bool = False
+    """Gradients are reduced while the backward pass goes on."""
     overlap_param_gather: bool = False
-    distributed_timeout_minutes: Annotated[int, Number(1, 10**6)] = 30
-    stall_timeout_s: Annotated[float, Number(1, 1e6, also=(0,))] = 20.0
-    """Seconds of silence after which a rank counts as stalled and every rank ends; work of any length is no silence. 0: never."""
+    """Parameters are gathered while the forward pass goes on."""
+    distributed_timeout_minutes: Annotated[int, Number(1, 10**6), "minutes"] = 30
+    """An operation between processes may take so long."""
+    stall_timeout_s: Annotated[float, Number(1, 1e6, also=(0,)), "seconds"] = 20.0
+    """Silence after which a rank counts as stalled and every rank ends; work of any length is no silence. 0: never."""
     distributed_backend: Annotated[str, Words("nccl", "gloo")] | None = None
     """nccl or gloo; None: nccl on CUDA, gloo elsewhere."""
-    decoder_first_pipeline_num_layers: Count | None = None
-    decoder_last_pipeline_num_layers: Count | None = None
+    decoder_first_pipeline_num_layers: Annotated[Count, "layers"] | None = None
+    """Of the first stage, where the stages are not equal."""
+    decoder_last_pipeline_num_layers: Annotated[Count, "layers"] | None = None
+    """Of the last stage."""
 
     @property
     def model_parallel_size(self) -> int:
@@ -210,19 +220,20 @@ class DataConfig:
     """Passes over each source in one epoch of the mixture (--prompt-data-epochs); empty: 1 each."""
     train_weights: tuple[Weight, ...] = ()
     """Shares of the sources' documents in one epoch, instead of train_epochs (--prompt-data-weights)."""
-    valid_data: tuple[str, ...] = ()
+    valid_data: tuple[Annotated[str, "place"], ...] = ()
     """Held-out sources, in place of the validation share of split. What is trained on does not depend on them."""
     split: tuple[Weight, Weight, Weight] = (100.0, 0.0, 0.0)
     """Shares of the rows for training, validation and test; only the first is trained on, test rows are not read."""
     data_split: str = "train"
     """Split that is read of a hub data set, or of a folder whose files are named for splits (--finetune-data-split)."""
-    tokenizer_model: str = ""
+    tokenizer_model: Annotated[str, "place"] = ""
     """Folder or hub name of the Hugging Face tokenizer, or a sentencepiece tokenizer.model file."""
     chat_template: str | None = None
     """Jinja text or file that replaces the tokenizer's own template."""
     trust_remote_code: bool = False
-    seq_length: Annotated[int, Number(2, 2**24)] = 4096
-    """Tokens a pack."""
+    """A tokenizer or data set may bring code of its own, which is run."""
+    seq_length: Annotated[int, Number(2, 2**24), "tokens"] = 4096
+    """Of a pack."""
     packing: Annotated[str, Words("best-fit", "sequential", "none")] = "best-fit"
     """best-fit, sequential or none."""
     truncation: Annotated[str, Words("error", "right", "left", "drop", "split")] = "right"
@@ -230,21 +241,28 @@ class DataConfig:
     train_on: Annotated[str, Words("assistant", "last-turn", "all")] = "assistant"
     """assistant, last-turn or all."""
     train_on_tool_calls: bool = True
+    """Tool calls of the assistant are trained."""
     history_thinking: Annotated[str, Words("keep", "drop", "mask", "expand")] = "keep"
     """keep, drop, mask or expand."""
     role_map: Mapping[str, str] = field(default_factory=dict)
+    """Roles of the rows as ours: bot=assistant human=user."""
     data_schema: Annotated[str, Words("messages", "alpaca", "pair", "text")] | None = None
     """messages (also ShareGPT's), alpaca, pair or text; None: detected row by row and reported."""
     input_key: str | None = None
     """Column that holds the messages; None: detected."""
     tool_key: str = "tools"
+    """Column that holds the tools."""
     prompt_key: str | None = None
+    """Column of the prompt, in rows without messages; None: detected."""
     response_key: str | None = None
+    """Column of the response; None: detected."""
     prompt_dict_keys: tuple[str, ...] = ()
+    """Keys within the prompt column, where that holds a mapping."""
     response_dict_keys: tuple[str, ...] = ()
+    """Keys within the response column."""
     custom_dataset: str | None = None
     """FILE.py:CLASS of a row source of the user's own."""
-    max_bad_rows: Amount = 0
+    max_bad_rows: Annotated[Amount, "rows"] = 0
     """Bad rows that may be set aside (quarantined in a file) before the run is refused."""
     reset_position_ids: bool = True
     """Position ids restart at every conversation."""
@@ -253,13 +271,15 @@ class DataConfig:
     eod_mask_loss: bool = True
     """No loss on the step from one conversation to the next."""
     shuffle: bool = True
+    """Packs are shuffled anew every epoch."""
     seed: Seed = 1234
-    data_cache_path: str | None = None
+    """Of order, packs and --split; not given: the same as --seed of training."""
+    data_cache_path: Annotated[str, "folder"] | None = None
     """Folder of the token store; None: a folder below the user's cache."""
-    num_workers: Annotated[int, Number(0, 1024)] = 0
-    """Tokenising processes; 0: one a core."""
-    prefetch: Annotated[int, Number(0, 1024)] = 2
-    """Steps prepared ahead by the loader thread; 0: none."""
+    num_workers: Annotated[int, Number(0, 1024), "processes"] = 0
+    """Of tokenising; 0: one a core."""
+    prefetch: Annotated[int, Number(0, 1024), "steps"] = 2
+    """Prepared ahead by the loader thread; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -267,24 +287,41 @@ class OptimConfig:
     """Optimizer and learning-rate schedule. Exactly one of *_iters and *_samples may be given for decay and warm-up."""
 
     optimizer: Annotated[str, Words("adam")] = "adam"
+    """Only adam (AdamW)."""
     lr: Annotated[float, Number(0, 1)] = 5e-5
+    """Highest learning rate."""
     min_lr: Annotated[float, Number(0, 1)] = 0.0
+    """Learning rate at the end of the schedule."""
     lr_decay_style: Annotated[str, Words("constant", "linear", "cosine", "inverse-square-root", "WSD")] = "cosine"
     """constant, linear, cosine, inverse-square-root or WSD."""
-    lr_decay_iters: Length | None = None
-    lr_decay_samples: Length | None = None
-    lr_warmup_iters: Annotated[int, Number(0, 10**12)] = 0
-    lr_warmup_samples: Annotated[int, Number(0, 10**12)] = 0
-    lr_warmup_fraction: Annotated[float, Number(0, 0.999)] | None = None
+    lr_decay_iters: Annotated[Length, "iterations"] | None = None
+    """From start to min_lr; None: the whole run."""
+    lr_decay_samples: Annotated[Length, "packs"] | None = None
+    """The same in packs."""
+    lr_warmup_iters: Annotated[int, Number(0, 10**12), "iterations"] = 0
+    """From lr_warmup_init to lr."""
+    lr_warmup_samples: Annotated[int, Number(0, 10**12), "packs"] = 0
+    """The same in packs."""
+    lr_warmup_fraction: Annotated[float, Number(0, 0.999), "share"] | None = None
+    """The same as a share of the schedule."""
     lr_warmup_init: Annotated[float, Number(0, 1)] = 0.0
+    """Learning rate that the warm-up begins with."""
     lr_wsd_decay_style: Annotated[str, Words("exponential", "linear", "cosine", "minus_sqrt")] = "exponential"
-    lr_wsd_decay_iters: Length | None = None
-    lr_wsd_decay_samples: Length | None = None
+    """How WSD decays at its end."""
+    lr_wsd_decay_iters: Annotated[Length, "iterations"] | None = None
+    """Length of WSD's decay."""
+    lr_wsd_decay_samples: Annotated[Length, "packs"] | None = None
+    """The same in packs."""
     weight_decay: Annotated[float, Number(0, 1)] = 0.0
+    """Of matrices; norms and biases have none."""
     adam_beta1: Annotated[float, Number(0, 0.999999)] = 0.9
+    """Share of the first moment that a step keeps."""
     adam_beta2: Annotated[float, Number(0, 0.999999)] = 0.95
+    """Share of the second moment that a step keeps."""
     adam_eps: Annotated[float, Number(1e-20, 1)] = 1e-8
-    clip_grad: Annotated[float, Number(0, 1e6)] = 1.0
+    """Added to the root of the second moment."""
+    clip_grad: Annotated[float, Number(0, 1e6), "norm"] = 1.0
+    """The gradient is scaled down to it; 0: never."""
     use_precision_aware_optimizer: bool = False
     """The dtypes below count: with bf16 gradients and moments 12 bytes a parameter in place of 18. Master weights stay fp32."""
     main_grads_dtype: Precision = "fp32"
@@ -299,39 +336,48 @@ class OptimConfig:
 class TrainConfig:
     """Length, batch and numerics of the run. Exactly one of train_iters, train_samples and num_epoch is set."""
 
-    micro_batch_size: Count = 1
-    """Packs in one forward pass of one data-parallel rank."""
-    global_batch_size: Count | None = None
-    """Packs in one optimizer step; None: micro_batch_size x data-parallel size where a run begins, then the checkpoint's."""
-    max_tokens_per_gpu: Count | None = None
-    """Micro-batches are filled to this many tokens in place of micro_batch_size packs."""
-    train_iters: Length | None = None
-    train_samples: Length | None = None
-    """Packs to train on."""
-    num_epoch: Annotated[float, Number(1e-6, 1e6)] | None = None
+    micro_batch_size: Annotated[Count, "packs"] = 1
+    """In one forward pass of one data-parallel rank."""
+    global_batch_size: Annotated[Count, "packs"] | None = None
+    """In one optimizer step; None: micro_batch_size x data-parallel size where a run begins, then the checkpoint's."""
+    max_tokens_per_gpu: Annotated[Count, "tokens"] | None = None
+    """Micro-batches are filled to so many, in place of micro_batch_size packs."""
+    train_iters: Annotated[Length, "iterations"] | None = None
+    """Length of the run in optimizer steps."""
+    train_samples: Annotated[Length, "packs"] | None = None
+    """Length of the run in packs."""
+    num_epoch: Annotated[float, Number(1e-6, 1e6), "epochs"] | None = None
+    """Length of the run in passes over the data; 1 where no length is given."""
     params_dtype: Precision = "fp32"
     """fp32 or bf16 (--bf16); optimizer states stay fp32."""
     recompute_granularity: Annotated[str, Words("selective", "full")] | None = None
     """selective or full."""
     recompute_method: Annotated[str, Words("uniform", "block")] | None = None
-    recompute_num_layers: Count | None = None
+    """uniform or block: which layers full recomputes."""
+    recompute_num_layers: Annotated[Count, "layers"] | None = None
+    """Recomputed together (uniform), or of each stage (block)."""
     recompute_modules: tuple[RecomputedModule, ...] = ()
     """What selective recomputes; none: core_attn."""
     seed: Seed = 1234
+    """Of whatever is drawn."""
     skip_train: bool = False
     """Validate only."""
     check_for_nan: bool = True
+    """NaN or Inf in loss or gradient ends the run."""
     loss_spike_factor: Annotated[float, Number(1.01, 1e6)] | None = None
     """A step whose loss exceeds this times the running mean of the loss is not applied; None: every step is."""
     loss_spike_action: Annotated[str, Words("skip", "stop")] = "skip"
     """What such a step does: skip (training goes on with the next) or stop (saves a checkpoint of the step before it)."""
-    eval_iters: Annotated[int, Number(-1, 10**12)] = 0
-    """Global batches a validation; 0: no validation, -1: the whole held-out set."""
-    eval_interval: Length = 1000
-    exit_interval: Length | None = None
+    eval_iters: Annotated[int, Number(-1, 10**12), "global-batches"] = 0
+    """Of a validation; 0: no validation, -1: the whole held-out set."""
+    eval_interval: Annotated[Length, "iterations"] = 1000
+    """Between two validations."""
+    exit_interval: Annotated[Length, "iterations"] | None = None
     """The run saves and ends after an iteration that this divides."""
-    exit_duration_in_mins: Annotated[int, Number(1, 10**6)] | None = None
+    exit_duration_in_mins: Annotated[int, Number(1, 10**6), "minutes"] | None = None
+    """The run saves and ends after so long."""
     exit_signal_handler: bool = True
+    """SIGTERM and Ctrl-C save before they end the run."""
     deterministic_mode: bool = False
     """On CUDA: torch's and megatron-core's repeatable kernels; a resumed run is then bit-identical, as on a CPU."""
 
@@ -340,24 +386,32 @@ class TrainConfig:
 class CheckpointConfig:
     """Where weights come from and where results go."""
 
-    load: str | None = None
+    load: Annotated[str, "place"] | None = None
     """HF folder or Megatron checkpoint."""
-    save: str | None = None
-    save_hf: str | None = None
+    save: Annotated[str, "folder"] | None = None
+    """Checkpoints and metrics.jsonl go there; a run that finds its checkpoint there goes on from it."""
+    save_hf: Annotated[str, "folder"] | None = None
     """HF folder written at the end of training; with {iteration} in its name also with every checkpoint, one folder each."""
-    save_interval: Length | None = None
-    save_retain: Count | None = None
+    save_interval: Annotated[Length, "iterations"] | None = None
+    """Between two checkpoints; None: one at the end."""
+    save_retain: Annotated[Count, "checkpoints"] | None = None
     """Newest checkpoints kept, and the one with the least held-out loss (best_checkpoint.json); None: all."""
     async_save: bool = False
+    """Checkpoints are written while training goes on."""
     finetune: bool = False
     """Weights only: iteration, optimizer, rng and data order start afresh."""
     load_optim: bool = True
+    """A resumed run takes the optimizer states."""
     load_rng: bool = True
+    """A resumed run takes the random states."""
     save_optim: bool = True
+    """Checkpoints have the optimizer states."""
     save_rng: bool = True
+    """Checkpoints have the random states."""
     verify_integrity: bool = True
     """Every file of a checkpoint is checksummed before it is loaded."""
     verify_conversion: bool = True
+    """Converted weights are compared with transformers, first layers."""
     importer: Annotated[str, Words("builtin", "modelopt")] = "builtin"
     """builtin, or modelopt: for quantised weights, and for a model_type that builtin lacks, as the flags describe it."""
     allow_changed: tuple[str, ...] = ()
@@ -366,12 +420,16 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    log_interval: Length = 1
-    """Iterations a console line; metrics.jsonl has one a iteration all the same."""
-    tensorboard_dir: str | None = None
+    log_interval: Annotated[Length, "iterations"] = 1
+    """Of a console line; metrics.jsonl has one an iteration all the same."""
+    tensorboard_dir: Annotated[str, "folder"] | None = None
+    """Where TensorBoard files go; None: none."""
     wandb_project: str | None = None
+    """Weights & Biases project; None: none."""
     wandb_exp_name: str | None = None
+    """Name of the run there."""
     wandb_group: str | None = None
+    """Group of the run there."""
     wandb_mode: Annotated[str, Words("online", "offline", "disabled")] | None = None
     """None: as WANDB_MODE says."""
 
@@ -391,73 +449,3 @@ class RunConfig:
     def to_json(self) -> str:
         """The resolved configuration as indented JSON, sorted, so that two runs can be compared with diff."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, default=str)
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """What generate.py writes, to which prompts."""
-
-    prompts_path: str | None = None
-    """JSONL of messages, or text with one prompt a line; None: `prompt`, else standard input."""
-    prompt: tuple[str, ...] = ()
-    """Prompts of the command line."""
-    osl: Count = 128
-    """New tokens a prompt at most."""
-    temperature: Annotated[float, Number(1e-3, 100, also=(0,))] = 0.0
-    """0: greedy."""
-    top_p: Share = 1.0
-    top_k: Amount = 0
-    """0: all tokens."""
-    seed: Seed = 1234
-    batch_size: Count = 8
-    """Prompts generated together on one data-parallel rank."""
-    output: str | None = None
-    """JSONL file, one object a prompt."""
-    fraction: Share = 1.0
-    """Share of the prompts, from the first."""
-    no_chat_template: bool = False
-    """Prompts are continued as they are."""
-    draft_length: Annotated[int, Number(0, 0)] = 0
-    """Only 0: there is no speculative decoding here."""
-
-
-@dataclass(frozen=True)
-class ViewConfig:
-    """What `megatron-sft preview` and `report` write."""
-
-    rows: Amount = 2
-    """Rows of each source that preview shows."""
-    html: str | None = None
-    """File of the page, which needs no other."""
-    json: str | None = None
-    """File of report's figures."""
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """What `megatron-sft plan` plans for."""
-
-    gpus: Annotated[int, Number(1, 2**20)] = 1
-    """GPUs, one process each."""
-    gpu_memory: Annotated[float, Number(1e-3, 1e6)] = 80.0
-    """GB (10^9 bytes) of one GPU."""
-    json: str | None = None
-    """File of all layouts."""
-
-
-@dataclass(frozen=True)
-class MMLUConfig:
-    """How MMLU is scored."""
-
-    mmlu_dataset: str = "cais/mmlu"
-    """Folder, file or hub name."""
-    fraction: Share = 1.0
-    """Share of each subject's questions."""
-    few_shots: Annotated[int, Number(0, 5)] = 0
-    """Examples before each question, from the dev split (0 to 5)."""
-    lower_bound: Annotated[float, Number(0, 1)] | None = None
-    """Average below which the exit status is not 0."""
-    mmlu_batch_size: Count = 8
-    """Questions scored together on one data-parallel rank."""
-    output: str | None = None
-    """JSON file of the scores."""

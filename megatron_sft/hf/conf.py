@@ -9,11 +9,13 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_sft.config.core_fields import MLAConfig
 from megatron_sft.config.flags import SWITCHES
 from megatron_sft.config.run import ModelConfig
+from megatron_sft.hf.config import model_config_from_hf, read_hf_config
 from megatron_sft.model.pattern import layers_with_experts
 
 LINE = 118
@@ -57,6 +59,11 @@ def conf_text(model: ModelConfig, name: str) -> str:
         ")",
     ]
     return "\n".join(lines) + "\n"
+
+
+def conf_of_folder(folder: str | Path) -> str:
+    """The same of an HF folder's config.json."""
+    return conf_text(model_config_from_hf(read_hf_config(folder)), str(folder))
 
 
 def _groups(model: ModelConfig) -> Iterator[list[str]]:

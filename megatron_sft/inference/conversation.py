@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sft.config.run import GenerateConfig
+from megatron_sft.config.options import GenerateConfig
 from megatron_sft.core_compat import device, wants_colour
 from megatron_sft.data.preview import printable
 from megatron_sft.data.schema import Message

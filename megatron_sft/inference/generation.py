@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_sft.config.run import GenerateConfig
+from megatron_sft.config.options import GenerateConfig
 from megatron_sft.core_compat import device
 from megatron_sft.errors import DataError
 from megatron_sft.log import logger

@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_sft import parallel
 from megatron_sft.config.fields import range_problems
-from megatron_sft.config.run import DataConfig, GenerateConfig, RunConfig
+from megatron_sft.config.options import GenerateConfig
+from megatron_sft.config.run import DataConfig, RunConfig
 from megatron_sft.data.schema import Message
 from megatron_sft.data.sources import ENDINGS, open_source
 from megatron_sft.errors import ConfigError, DataError

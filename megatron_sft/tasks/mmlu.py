@@ -18,7 +18,8 @@ import torch
 
 from megatron_sft import parallel
 from megatron_sft.config.fields import range_problems
-from megatron_sft.config.run import DataConfig, MMLUConfig, RunConfig
+from megatron_sft.config.options import MMLUConfig
+from megatron_sft.config.run import DataConfig, RunConfig
 from megatron_sft.core_compat import device
 from megatron_sft.data.sources import open_source, read_file
 from megatron_sft.errors import ConfigError, DataError

@@ -14,7 +14,8 @@ def _answers(folder: str, tp: int, pp: int) -> tuple:
     from megatron_sft.core_compat import install_cpu_mode
 
     install_cpu_mode()
-    from megatron_sft.config.run import CheckpointConfig, DataConfig, GenerateConfig, ParallelConfig, RunConfig
+    from megatron_sft.config.options import GenerateConfig
+    from megatron_sft.config.run import CheckpointConfig, DataConfig, ParallelConfig, RunConfig
     from megatron_sft.inference.generation import generate
     from megatron_sft.inference.load import load_for_inference
     from megatron_sft.tasks.mmlu import predictions

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sft.__main__ import COMMANDS
 from megatron_sft.config.arguments import parse
-from megatron_sft.config.run import GenerateConfig, MMLUConfig
+from megatron_sft.config.options import GenerateConfig, MMLUConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

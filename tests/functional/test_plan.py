@@ -12,12 +12,14 @@ import torch
 
 from megatron_sft.__main__ import main
 from megatron_sft.config.arguments import parse
-from megatron_sft.config.run import ModelConfig, ParallelConfig, PlanConfig, RunConfig, TrainConfig
+from megatron_sft.config.options import PlanConfig
+from megatron_sft.config.run import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.activations import Activations
 from megatron_sft.model.pattern import layer_kinds
 from megatron_sft.parallel import finalize, imagined, initialize
-from megatron_sft.plan import CONFS, conf_flags, plan, rank_parameters
+from megatron_sft.plan import conf_flags, plan, rank_parameters
+from megatron_sft.shell import confs
 
 TINY = ModelConfig(
     num_layers=4,
@@ -205,7 +207,7 @@ def test_only_a_conf_or_a_named_script_is_sourced(name: str, tmp_path: Path, mon
     with pytest.raises(
         ConfigError, match=r"no such conf; expected one such as .*, \./NAME\.sh or /PATH/NAME\.sh, or an HF folder"
     ):
-        conf_flags(name.format(way=os.path.relpath(tmp_path, CONFS), folder=tmp_path))
+        conf_flags(name.format(way=os.path.relpath(tmp_path, confs()), folder=tmp_path))
     assert not (tmp_path / "marker").exists()
     assert conf_flags("./evil.sh") == ["--bf16"] and (tmp_path / "marker").exists()
 

@@ -17,6 +17,7 @@ from megatron_sft import conversion, parallel
 from megatron_sft.__main__ import main
 from megatron_sft.config.run import ModelConfig, ParallelConfig
 from megatron_sft.errors import CheckpointError, ConfigError
+from megatron_sft.hf.conf import conf_of_folder
 from tests.unit.checkpoint.test_lock import taken
 from tests.unit.checkpoint.test_tracker import put
 from tests.unit.hf.tiny_models import conversion_run, tiny_folder
@@ -46,7 +47,7 @@ def test_commands_of_the_convert_page_run(tmp_path, capsys):
     tiny_folder("qwen3", tmp_path / "Qwen3-0.6B", torch.bfloat16)
     script = tmp_path / "conf" / "model" / f"{NAME}.sh"
     script.parent.mkdir(parents=True)
-    script.write_text(conversion.conf(tmp_path / "Qwen3-0.6B"))
+    script.write_text(conf_of_folder(tmp_path / "Qwen3-0.6B"))
     shown = commands("convert.md", tmp_path)
     assert [words[0] for words in shown] == ["convert", "export", "verify", "conf"]
     for words in shown:
@@ -60,7 +61,7 @@ def test_conf_command_of_the_models_page_runs(tmp_path, capsys):
     tiny_folder("gemma3_text", tmp_path / "model")
     ((command, folder, *_),) = [words for words in commands("models.md", tmp_path) if words[0] == "conf"]
     assert main([command, folder]) == 0
-    assert capsys.readouterr().out == conversion.conf(tmp_path / "model")
+    assert capsys.readouterr().out == conf_of_folder(tmp_path / "model")
 
 
 def test_there_and_back_through_a_megatron_checkpoint(tmp_path):
@@ -77,7 +78,7 @@ def test_there_and_back_through_a_megatron_checkpoint(tmp_path):
 
 def test_conf_takes_the_folder_for_its_default_checkpoint(tmp_path):
     tiny_folder("qwen3_moe", tmp_path / "tiny")
-    text = conversion.conf(tmp_path / "tiny")
+    text = conf_of_folder(tmp_path / "tiny")
     assert text.split("\n")[1:3] == [
         f"# {tmp_path / 'tiny'}: the values of its config.json.",
         f'HF_MODEL_CKPT="${{HF_MODEL_CKPT:-{tmp_path / "tiny"}}}"',

@@ -17,6 +17,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "lock": {"log"},
     "log": set(),
     "output": {"errors", "files", "log"},
+    "shell": {"errors"},
     "core_compat": {"errors", "log"},
     "entry": EVERY | {"parallel"},
     "launch": {"core_compat", "errors"},
@@ -31,11 +32,11 @@ ALLOWED: Mapping[str, set[str]] = {
     "inference": EVERY | {"parallel", "model", "hf", "checkpoint", "weights", "data", "output"},
     "tasks": EVERY | {"parallel", "data", "inference", "output"},
     "train": EVERY | {"parallel", "data", "model", "hf", "checkpoint", "weights"},
-    "plan": EVERY | {"parallel", "model", "hf", "weights", "conversion"},
+    "plan": EVERY | {"parallel", "model", "hf", "shell", "weights"},
     "__main__": EVERY
-    | {"checkpoint", "conversion", "data", "entry", "inference", "output", "parallel", "plan", "tasks", "train"},
+    | {"checkpoint", "conversion", "data", "entry", "hf", "inference", "output", "parallel", "plan", "shell", "tasks", "train"},
 }
-USES_CORE = set(ALLOWED) - {"errors", "files", "lock", "log", "config", "data", "entry", "launch", "output", "__main__"}
+USES_CORE = set(ALLOWED) - {"errors", "files", "lock", "log", "config", "data", "entry", "launch", "output", "shell", "__main__"}
 
 
 def imported_modules(tree: ast.AST, dotted: str) -> Iterator[str]:

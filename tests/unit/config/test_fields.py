@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sft.config import run as sections
+from megatron_sft.config import options
 from megatron_sft.config.arguments import Flag, flag_table, parse, read_flags
 from megatron_sft.config.core_fields import MoEConfig
 from megatron_sft.config.fields import MOST, Kind, Number, Words, kind_of, kinds, range_problems
@@ -16,7 +16,7 @@ from megatron_sft.config.problems import problems
 from megatron_sft.config.run import EFFECTIVE, Count, ModelConfig, RunConfig
 from megatron_sft.errors import ConfigError
 
-COMMANDS = [None, sections.GenerateConfig, sections.MMLUConfig, sections.PlanConfig, sections.ViewConfig]
+COMMANDS = [None, options.GenerateConfig, options.MMLUConfig, options.PlanConfig, options.ViewConfig]
 TEXTS = ["-1", "0", "nan", "inf", "-inf", "1e300", "1" * 5000, "0x10", "two", "", " "]
 NEEDED = ["--load", "model", "--finetune-hf-dataset", "rows.jsonl"]
 

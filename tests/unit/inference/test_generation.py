@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sft.config.run import CheckpointConfig, DataConfig, GenerateConfig, RunConfig
+from megatron_sft.config.options import GenerateConfig
+from megatron_sft.config.run import CheckpointConfig, DataConfig, RunConfig
 from megatron_sft.core_compat import install_cpu_mode
 from tests.text_models import byte_tokenizer, greedy, text_model
 

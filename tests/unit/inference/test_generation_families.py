@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_sft import parallel
-from megatron_sft.config.run import GenerateConfig, ParallelConfig, TrainConfig
+from megatron_sft.config.options import GenerateConfig
+from megatron_sft.config.run import ParallelConfig, TrainConfig
 from megatron_sft.hf.config import model_config_from_hf, read_hf_config
 from megatron_sft.hf.weights import load_hf_weights
 from megatron_sft.inference.generation import generate

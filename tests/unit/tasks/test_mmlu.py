@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sft.config.run import CheckpointConfig, DataConfig, MMLUConfig, RunConfig
+from megatron_sft.config.options import MMLUConfig
+from megatron_sft.config.run import CheckpointConfig, DataConfig, RunConfig
 from megatron_sft.core_compat import install_cpu_mode
 from tests.text_models import text_model
 
