@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -18,19 +19,22 @@ from megatron_sft.config.run import OptimConfig, ParallelConfig, RunConfig
 from megatron_sft.core_compat import fuse_gradient_norm, provide_adam
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.build import DTYPES
+from megatron_sft.parallel import gather
 from megatron_sft.train.adam import FusedAdam, NarrowGradientOptimizer
 
 SAMPLES, ITERATIONS, STEPS_OF_DATA = "samples", "iterations", "steps of data"
 
 
 def wrap_ddp(chunks: list[Any], parallel: ParallelConfig, grads_dtype: str = "fp32") -> list[DistributedDataParallel]:
-    """Wraps every model chunk in megatron-core's DDP.
+    """Collective: wraps every model chunk in megatron-core's DDP. A weight that the first and the last pipeline stage tie is
+    frozen in both where it is in one.
 
     Args:
         chunks: of this rank.
         parallel: the layout.
         grads_dtype: gradients are added up and reduced in it: fp32, or the parameters' own (bf16).
     """
+    _freeze_tied_copies(chunks)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=grads_dtype == "fp32",
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -48,6 +52,19 @@ def wrap_ddp(chunks: list[Any], parallel: ParallelConfig, grads_dtype: str = "fp
             hooks = [model.no_sync for model in wrapped]
             chunk.config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     return wrapped
+
+
+def _freeze_tied_copies(chunks: list[Any]) -> None:
+    """Makes the pipeline stages that hold a copy of tied embeddings agree that it is frozen.
+
+    megatron/core/distributed/finalize_model_grads.py:_allreduce_embedding_grad waits for the other copy unless both are.
+    """
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    ends = [chunk for chunk in chunks if getattr(chunk, "pre_process", False) or getattr(chunk, "post_process", False)]
+    copies = [end.shared_embedding_or_output_weight() for end in ends if end.share_embeddings_and_output_weights]
+    if copies and any(gather(any(not copy.requires_grad for copy in copies), group)):
+        for copy in copies:
+            copy.requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ CASES = {
     "dp2-distopt": frozen(SCATTERED, "qwen3", SHARDED),
     "tp2-sp": frozen(SCATTERED, "qwen3", TP2, SP),
     "pp2": frozen(BOTTOM, "qwen3", PP2),
+    "pp2-tied": frozen(BOTTOM, "llama-tied", PP2),
 }
 
 
