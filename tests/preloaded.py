@@ -10,4 +10,6 @@ silence_missing_kernels()
 leave_out_compiler()
 
 import megatron_sft.tasks.mmlu  # noqa: E402
-import megatron_sft.train.setup  # noqa: E402, F401
+import megatron_sft.train.setup  # noqa: E402
+
+megatron_sft.config.arguments.flag_table()

@@ -22,10 +22,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from megatron_sft.checkpoint.pickles import STORAGE, Name, Record, describe
+from megatron_sft.checkpoint.pickles import STORAGE, Name, Record, describe, is_key, quoted
 
 _MAX_PICKLE_BYTES = 1 << 24
 _MAX_DEPTH = 100
+_MAX_DIMENSIONS = 64
 _STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -40,6 +41,12 @@ _STORAGES = {
 }
 DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 """{"torch.float32": torch.float32, ...}"""
+TENSOR_TYPES = {
+    name: dtype
+    for name, dtype in DTYPES.items()
+    if re.fullmatch(r"torch\.(bool|u?int(8|16|32|64)|b?float(16|32|64)|float8_\w+)", name)
+}
+"""Those that torch converts into each other; not complex, quantised and packed ones."""
 _NUMBERS = re.compile(r"[biuf][1-8]")
 """numpy's names of types."""
 _SCALARS = (str, int, float, bool, bytes, type(None))
@@ -126,7 +133,7 @@ class Archive:
     def _place(self, name: str) -> tuple[int, int]:
         """(first byte, bytes) of a file of the archive."""
         if name not in self._files:
-            raise pickle.UnpicklingError(f"it has no {name}")
+            raise pickle.UnpicklingError(f"it has no {quoted(name)}")
         info = self._files[name]
         self._view.seek(max(0, info.header_offset))
         header = self._view.read(30)  # the local header of the zip format, which has lengths of its own
@@ -136,6 +143,12 @@ class Archive:
         if start + info.file_size > self._view.length:
             raise pickle.UnpicklingError(f"its {name} goes beyond its end")
         return start, info.file_size
+
+    def _charge(self, size: int) -> None:
+        """Counts `size` more elements or bytes: however often a pickle refers to a large part, it is made each time."""
+        self._left -= size
+        if self._left < 0:
+            raise pickle.UnpicklingError("it stands for far more than its size")
 
     def _made(self, value: Any, depth: int) -> Any:
         self._left -= 1
@@ -174,20 +187,26 @@ class Archive:
         if name == "torch.Size":
             return shape_of(record)
         if name.startswith("pathlib.") and all(type(part) is str for part in arguments):
+            self._charge(len(arguments) + sum(map(len, arguments)))
             return str(PurePosixPath(*arguments))
         if name == "builtins.set" and len(arguments) == 1 and type(arguments[0]) is list:
-            return {self._key(item) for item in arguments[0] if type(item) in _SCALARS}
+            self._charge(len(arguments[0]))
+            return set(arguments[0]) if all(type(item) in _SCALARS and is_key(item) for item in arguments[0]) else record
         if name in ("_codecs.encode", "builtins.bytes"):
-            return _latin(record)
+            text = _latin(record)
+            self._charge(len(text))
+            return text
         if name.endswith("multiarray._reconstruct"):
-            return _array(record)
+            array = _array(record)
+            self._charge(array.nbytes)
+            return array
         return record
 
     def _tensor(self, record: Record) -> torch.Tensor:
         """_rebuild_tensor_v2(storage, offset, size, stride, ...), _v3(the same, requires_grad, hooks, dtype, ...)."""
         try:
             storage, offset, size, stride = record.arguments[:4]
-            dtype = DTYPES[record.arguments[6].text] if record.name.endswith("_v3") else None
+            dtype = TENSOR_TYPES[record.arguments[6].text] if record.name.endswith("_v3") else None
         except (ValueError, LookupError, AttributeError):
             raise pickle.UnpicklingError("it has a tensor without storage, shape and type") from None
         elements, size, stride = self._storage(storage, dtype), shape_of(size), shape_of(stride)
@@ -230,6 +249,8 @@ def _listed(view: "_View") -> dict[str, zipfile.ZipInfo]:
         files = zipfile.ZipFile(view, "r").infolist()  # type: ignore[arg-type]  # seek, tell and read are all it uses
     except (zipfile.BadZipFile, RuntimeError, ValueError, struct.error, EOFError) as error:
         raise pickle.UnpicklingError(f"it is no archive of torch.save ({str(error)[:100]})") from None
+    if len({info.filename.partition("/")[2] for info in files}) != len(files):
+        raise pickle.UnpicklingError("it has two files of one name")
     if any(info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in files):
         raise pickle.UnpicklingError("it is compressed, which torch.save's archives are not")
     if sum(info.file_size for info in files) > view.length:
@@ -258,8 +279,11 @@ class _View(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         left = max(0, self.length - self._at)
-        self._file.seek(self._start + self._at)
-        data = self._file.read(left if size is None or size < 0 else min(size, left))
+        size = left if size is None or size < 0 else min(size, left)
+        if size > _MAX_PICKLE_BYTES:  # zipfile's, of a directory, which becomes ten times as large
+            raise pickle.UnpicklingError(f"its directory has {size} bytes; expected at most {_MAX_PICKLE_BYTES}")
+        self._file.seek(self._start + min(self._at, self.length))
+        data = self._file.read(size)
         self._at += len(data)
         return data
 
@@ -278,7 +302,7 @@ def shape_of(value: Any) -> torch.Size:
     """torch.Size of a described one, or of a tuple of its numbers."""
     if type(value) is Record and value.name == "torch.Size" and len(value.arguments) == 1:
         value = value.arguments[0]
-    if type(value) is not tuple or not all(type(size) is int and 0 <= size < 1 << 62 for size in value):
+    if type(value) is not tuple or len(value) > _MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
         raise pickle.UnpicklingError("it has a shape that is none")
     return torch.Size(value)
 

@@ -4,7 +4,9 @@ It is a pickle of torch.distributed.checkpoint's Metadata, read as a description
 objects of it, field by field, and takes a place in a file only where that file is one of the checkpoint's own.
 """
 
+import math
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_sft.checkpoint.archive import DTYPES, shape_of
-from megatron_sft.checkpoint.pickles import Name, Record, describe
+from megatron_sft.checkpoint.pickles import Name, Record, describe, quoted
 from megatron_sft.checkpoint.reading import is_plain_name, read_limited
 
 METADATA = ".metadata"
@@ -62,17 +64,19 @@ def read_metadata(folder: Path) -> Metadata:
         pickle.UnpicklingError: it is damaged, names anything but torch's metadata classes, or a file outside its folder.
         OSError: it cannot be read.
     """
-    described = describe(read_limited(folder / METADATA, _MAX_BYTES), _ALLOWED.__contains__)
+    data = read_limited(folder / METADATA, _MAX_BYTES)
+    described = describe(data, _ALLOWED.__contains__)
     if type(described) is not Record or described.name not in _METADATA_CLASSES:
         raise pickle.UnpicklingError(f"it holds a {type(described).__name__}, not torch's Metadata")
     fields = _fields(described, described.name)
     tensors, places = fields.get("state_dict_metadata"), fields.get("storage_data")
     if type(tensors) is not dict or type(places) is not dict or not all(type(name) is str for name in tensors):
         raise pickle.UnpicklingError("it lists no tensors and their places")
-    return Metadata(
-        {name: _stored(value) for name, value in tensors.items()},
-        storage_data={_index(index): _place(place) for index, place in places.items()},
-    )
+    lists = [value.state.get("chunks") for value in tensors.values() if type(value) is Record and type(value.state) is dict]
+    if sum(len(parts) for parts in lists if type(parts) is list) > len(data):
+        raise pickle.UnpicklingError("its tensors have more parts than it has bytes")
+    stored = {name: _stored(value) for name, value in tensors.items()}
+    return Metadata(stored, storage_data={_index(index, stored): _place(place) for index, place in places.items()})
 
 
 def _fields(value: Any, name: str) -> dict[str, Any]:
@@ -90,6 +94,8 @@ def _stored(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     dtype = properties.state[0] if type(properties) is Record and type(properties.state) is tuple and properties.state else None
     if type(chunks) is not list or type(dtype) is not Name or dtype.text not in DTYPES:
         raise pickle.UnpicklingError("it has a tensor without type and parts")
+    if math.prod(size) >= 1 << 62:
+        raise pickle.UnpicklingError(f"it has a tensor of shape {list(size)}")
     return TensorStorageMetadata(TensorProperties(dtype=DTYPES[dtype.text]), size, [_chunk(chunk, size) for chunk in chunks])
 
 
@@ -101,19 +107,25 @@ def _chunk(value: Any, size: torch.Size) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets, sizes)
 
 
-def _index(value: Any) -> MetadataIndex:
+def _index(value: Any, stored: Mapping[str, Any]) -> MetadataIndex:
+    """A part's name; its offsets lie inside its tensor, so that they cannot be chosen to have one hash."""
     fields = _fields(value, _TORCH + "metadata.MetadataIndex")
     name, offset, index = fields.get("fqn"), fields.get("offset"), fields.get("index")
     if type(name) is not str or type(index) not in (int, type(None)):
         raise pickle.UnpicklingError("it has a place of nothing that has a name")
-    return MetadataIndex(name, None if offset is None else shape_of(offset), index)
+    if offset is None:
+        return MetadataIndex(name, None, index)
+    offset, size = shape_of(offset), getattr(stored.get(name), "size", ())
+    if len(offset) != len(size) or any(start > length for start, length in zip(offset, size, strict=True)):
+        raise pickle.UnpicklingError(f"it has a place of a part of {quoted(name)} that is outside of it")
+    return MetadataIndex(name, offset, index)
 
 
 def _place(value: Any) -> _StorageInfo:
     fields = _fields(value, _TORCH + "filesystem._StorageInfo")
     path, offset, length = fields.get("relative_path"), fields.get("offset"), fields.get("length")
     if not is_plain_name(path):
-        raise pickle.UnpicklingError(f"it refers to a file outside the checkpoint: {str(path)[:100]!r}")
+        raise pickle.UnpicklingError(f"it refers to a file outside the checkpoint: {quoted(path)}")
     if type(offset) is not int or type(length) is not int or offset < 0 or length < 0 or offset + length >= 1 << 62:
         raise pickle.UnpicklingError(f"it has no place in {path}")
     if fields.get("transform_descriptors"):

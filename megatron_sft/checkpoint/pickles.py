@@ -35,9 +35,9 @@ _TAKEN = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 L
 BINUNICODE8 BINBYTES SHORT_BINBYTES EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS BINPUT
 LONG_BINPUT BINGET LONG_BINGET MEMOIZE GLOBAL STACK_GLOBAL""".split()
 """Instructions that only move data, which the standard library's machine carries out. It asks find_class for names."""
-_KEYS = (str, int, float, bool, bytes, type(None), Name, Record)
-"""What may be a key: nothing that takes long to hash (a tuple of tuples of tuples ...)."""
-_FAULTS = (pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, struct.error)
+_MAX_KEY = 1024
+_MAX_DEPTH = 1000
+_FAULTS = (pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, OverflowError, struct.error)
 """What the standard library's machine raises on a damaged pickle."""
 
 
@@ -60,23 +60,61 @@ def describe(data: bytes, is_allowed: Callable[[str], bool]) -> Any:
         raise pickle.UnpicklingError(reason[:300]) from None
 
 
+def is_key(value: Any) -> bool:
+    """Whether a value may be a key. A few megabytes of others keep a dict busy for hours.
+
+    Long tuples are hashed again each time, long texts are compared again, and numbers can be chosen to have one hash.
+    """
+    kind = type(value)
+    if kind is tuple:
+        return len(value) <= 4 and all(type(part) is not tuple and is_key(part) for part in value) and _are_small(value)
+    if kind is str or kind is bytes:
+        return len(value) <= _MAX_KEY
+    return abs(value) < 1 << 60 if kind is int else kind in (float, bool, type(None), Name, Record)
+
+
+def _are_small(parts: tuple[Any, ...]) -> bool:
+    return all(type(part) is not float and (type(part) is not int or abs(part) < 1 << 15) for part in parts)
+
+
+def quoted(text: Any) -> str:
+    """For messages: the beginning of what a stranger wrote, without what a terminal acts on. Only texts are shown."""
+    return ascii(text[:100]) if type(text) is str else f"a {type(text).__name__}"
+
+
 class _Machine(pickle._Unpickler):
     """The standard library's machine in Python, with instructions of ours in place of all that reach outside."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]]
     stack: list[Any]
+    metastack: list[list[Any]]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
 
     def __init__(self, data: bytes, is_allowed: Callable[[str], bool]):
         super().__init__(io.BytesIO(data), fix_imports=False)
         self._is_allowed = is_allowed
+        self._left = 10_000 + len(data) // 4
+        """Objects that may still be made. An empty list is one byte of a pickle and 64 of memory; data has one in 9 bytes."""
+
+    def count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise pickle.UnpicklingError("it makes more objects than data of its size has")
 
     def find_class(self, module: str, name: str) -> Name:
         module = "builtins" if module == "__builtin__" else module  # as protocol 2 calls it
         if not self._is_allowed(f"{module}.{name}"):
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint of tensors needs")
+            shown = f"{module}.{name}"
+            shown = shown if shown.isascii() and shown.isprintable() and len(shown) <= 100 else quoted(shown)
+            raise pickle.UnpicklingError(f"it refers to {shown}, which no checkpoint of tensors needs")
         return Name(f"{module}.{name}")
+
+    def mark(self) -> None:
+        """MARK: a list inside what is being made."""
+        if len(self.metastack) > _MAX_DEPTH:
+            raise pickle.UnpicklingError("it is nested without end")
+        _LIBRARYS["MARK"](self)
 
     def call(self) -> None:
         """REDUCE and NEWOBJ: name, arguments -> Record. An ordered dict becomes a dict, which its items can be set in."""
@@ -113,17 +151,28 @@ class _Machine(pickle._Unpickler):
         if type(target) is not dict:
             raise pickle.UnpicklingError(f"it sets items of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in _KEYS and not (type(key) is tuple and all(type(part) in _KEYS for part in key)):
-                raise pickle.UnpicklingError(f"it has a {type(key).__name__} as a key")
+            if not is_key(key):
+                raise pickle.UnpicklingError(f"it has a {type(key).__name__} as a key that no data has")
             target[key] = value
 
 
+def _counted(instruction: Callable[[Any], None]) -> Callable[[Any], None]:
+    def run(machine: _Machine) -> None:
+        machine.count()
+        instruction(machine)
+
+    return run
+
+
+_MAKING = ("EMPTY_DICT", "EMPTY_LIST", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+_LIBRARYS: dict[str, Callable[[Any], None]] = {name: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _TAKEN}
 _Machine.dispatch = {
-    **{code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in _TAKEN)},
-    pickle.REDUCE[0]: _Machine.call,
-    pickle.NEWOBJ[0]: _Machine.call,
+    **{getattr(pickle, name)[0]: _counted(run) if name in _MAKING else run for name, run in _LIBRARYS.items()},
+    pickle.MARK[0]: _Machine.mark,
+    pickle.REDUCE[0]: _counted(_Machine.call),
+    pickle.NEWOBJ[0]: _counted(_Machine.call),
     pickle.BUILD[0]: _Machine.build,
-    pickle.BINPERSID[0]: _Machine.refer_to_storage,
+    pickle.BINPERSID[0]: _counted(_Machine.refer_to_storage),
     pickle.SETITEM[0]: _Machine.set_item,
     pickle.SETITEMS[0]: _Machine.set_items,
 }

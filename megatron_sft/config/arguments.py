@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
@@ -258,10 +259,16 @@ def _field_flags(section: str, described: type) -> Iterator[Flag]:
             yield Flag(flag_of(name), path, kind, words=1 if kind.shape == "one" else "+", help=texts.get(name, ""))
 
 
+@functools.cache
+def _statements(module: str) -> list[ast.stmt]:
+    """Of a module's source, parsed once: inspect.getsource parses the whole module again for each class."""
+    return ast.parse(inspect.getsource(sys.modules[module])).body
+
+
 def _texts(described: type) -> dict[str, str]:
     """{field: the docstring under it} of a class, read from its source."""
-    tree = ast.parse(inspect.getsource(described)).body[0]
-    assert isinstance(tree, ast.ClassDef), f"{described} is no class"
+    statements = _statements(described.__module__)
+    tree = next(item for item in statements if isinstance(item, ast.ClassDef) and item.name == described.__name__)
     texts = {}
     for item, after in zip(tree.body, tree.body[1:], strict=False):
         if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):

@@ -1,10 +1,12 @@
 """Random damage to every file that a run reads; what the run makes of it.
 
-    python tests/soak/damage.py [--trials 300] [--seed 1]
+    python tests/soak/damage.py [--damages 300] [--seed 1] [--seconds 3600]
 
 A tiny model trains five steps and saves after each; its token store, checkpoints, companions and HF folder are the undamaged
-state. Each trial copies that state, set back to iteration 3 or (a fifth of the trials) to before the first step, damages one file
-(a byte, the end, the whole file, or its content exchanged with another's), and gives the same command again. Checked:
+state. Each run copies that state, set back to iteration 3 or to before the first step, damages files (a byte, the end, the whole
+file, or its content exchanged with another's), and gives the same command again. Damage that a run must survive is done to one
+file of the token store, of the newest checkpoint (and often of the one before it) and of the companions at once: status 0 with
+the undamaged run's numbers shows it for each. HF folders, where damage may be refused, are damaged alone. Checked:
 
     no traceback, no hang, and an exit status of 0, 2 or 3;
     status 0 means the undamaged run's losses, norms and final weights, bit for bit;
@@ -12,7 +14,7 @@ state. Each trial copies that state, set back to iteration 3 or (a fifth of the 
     built again serves.
 
 Weights and tokenizers of an HF folder carry no checksum: before the first step, other bytes there are other weights, which
-nobody can tell from the right ones. Such trials must end without a traceback and are counted apart ("unknowable").
+nobody can tell from the right ones. Such runs must end without a traceback and are counted apart ("unknowable").
 Exits with 1 if any of this fails.
 """
 
@@ -34,6 +36,7 @@ from tests.text_models import text_model
 
 STEPS, RESUMED = 5, 3
 KINDS = ("byte", "cut", "delete", "swap", "empty")
+RUNS = ("resume", "resume", "resume hf", "resume", "fresh store", "fresh hf")
 
 
 def write_rows(path: Path) -> None:
@@ -119,57 +122,77 @@ def damage(path: Path, kind: str, other: Path, chance: random.Random) -> str:
     return "emptied"
 
 
-def trial(state: Path, expected: tuple[list[tuple], str], chance: random.Random, fresh: bool) -> tuple[str, str]:
-    """(outcome, description); outcomes other than ok, refused and unknowable are failures."""
-    if fresh:
-        shutil.rmtree(state / "out")
-    area = chance.choice(["hf", "cache"] if fresh else ["hf", "cache", "out"])
-    inside = files_read(state / area)
-    path = chance.choice(inside)
-    alike = [file for file in inside if file != path and file.suffix == path.suffix] or [file for file in inside if file != path]
-    done = damage(path, chance.choice(KINDS), chance.choice(alike), chance)
+def places(state: Path, kind: str, chance: random.Random) -> list[list[Path]]:
+    """Groups of files; one file of each is damaged, and only exchanged with another of its group."""
+    store = files_read(state / "cache")
+    if kind != "resume":
+        if kind != "resume hf":
+            shutil.rmtree(state / "out")
+        return [store if kind == "fresh store" else files_read(state / "hf")]
+    files = files_read(state / "out")
+    newest, before = ([file for file in files if file.parent.name == f"iter_{RESUMED - back:07d}"] for back in (0, 1))
+    companions = [file for file in files if file.parent.name == "out"]
+    checkpoints = chance.choice([[newest], [newest, before], [newest + before]])
+    return [store, companions, *checkpoints]
+
+
+def trial(state: Path, expected: tuple[list[tuple], str], chance: random.Random, kind: str) -> tuple[str, int, str]:
+    """(outcome, damages, description); outcomes other than ok, refused and unknowable are failures."""
+    done = []
+    for group in places(state, kind, chance):
+        path = chance.choice(group)
+        alike = [file for file in group if file != path and file.suffix == path.suffix] or [
+            file for file in group if file != path
+        ]
+        done.append(f"{path.relative_to(state)}: {damage(path, chance.choice(KINDS), chance.choice(alike), chance)}")
     status, text = run(state)
-    what = f"{path.relative_to(state)}: {done}, status {status}"
+    what = f"{kind}: {'; '.join(done)}; status {status}"
+    return judged(state, expected, status, text, kind), len(done), f"{what}\n{text[-1500:]}"
+
+
+def judged(state: Path, expected: tuple[list[tuple], str], status: int, text: str, kind: str) -> str:
     if "Traceback" in text:
-        return "traceback", f"{what}\n{text[-1500:]}"
+        return "traceback"
     if status not in (0, 2, 3):
-        return "status", f"{what}\n{text[-1500:]}"
-    if status == 0:
-        try:
-            found = numbers(state)
-        except (ValueError, KeyError, OSError) as error:
-            return "history", f"{what}: {error}"
-        if found == expected:
-            return "ok", what
-        if fresh and area == "hf":
-            return "unknowable", what
-        return "other numbers", f"{what}: {found} expected {expected}\n{text[-1500:]}"
-    if area == "hf":
-        return "refused", what
-    return "no way back", f"{what}\n{text[-1500:]}"
+        return "status"
+    if status:
+        return "refused" if kind in ("resume hf", "fresh hf") else "no way back"
+    try:
+        found = numbers(state)
+    except (ValueError, KeyError, OSError):
+        return "history"
+    if found == expected:
+        return "ok"
+    return "unknowable" if kind == "fresh hf" else "other numbers"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=300)
+    parser.add_argument("--damages", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1e9, help="no run starts after them")
     options = parser.parse_args()
     outcomes: Counter[str] = Counter()
+    damages = runs = bad = 0
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         whole, expected = undamaged(Path(folder))
         keep, state = Path(folder, "keep"), Path(folder, "whole")  # the same path: it stands in the fingerprint of the data
         whole.rename(keep)
-        for number in range(options.trials):
-            chance = random.Random(f"{options.seed} {number}")
+        while damages < options.damages and time.monotonic() - started < options.seconds:
+            chance = random.Random(f"{options.seed} {runs}")
             shutil.rmtree(state, ignore_errors=True)
             shutil.copytree(keep, state)
-            outcome, what = trial(state, expected, chance, fresh=number % 5 == 4)
-            outcomes[outcome] += 1
+            kind = RUNS[runs % len(RUNS)]
+            outcome, number, what = trial(state, expected, chance, kind)
+            outcomes[f"{kind}: {outcome}"] += 1
             if outcome not in ("ok", "refused", "unknowable"):
-                print(f"trial {number}: {outcome}: {what}", flush=True)
-    bad = sum(count for outcome, count in outcomes.items() if outcome not in ("ok", "refused", "unknowable"))
-    print(f"{options.trials} trials: {dict(outcomes)}, {bad} bad, {time.monotonic() - started:.0f} s")
+                bad += 1
+                print(f"run {runs}: {outcome}: {what}", flush=True)
+            damages, runs = damages + number, runs + 1
+            if runs % 100 == 0:
+                print(f"{damages} damages in {runs} runs, {bad} bad, {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{damages} damages in {runs} runs: {dict(outcomes)}, {bad} bad, {time.monotonic() - started:.0f} s")
     return int(bad > 0)
 
 

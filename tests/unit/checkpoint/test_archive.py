@@ -1,12 +1,15 @@
 """torch.save's archives read without torch.load: the same values, and nothing larger than the file."""
 
+import codecs
 import io
 import pickle
 import random
+import re
 import struct
+import warnings
 import zipfile
 from argparse import Namespace
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy as np
@@ -14,10 +17,10 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_sft.checkpoint.archive import DTYPES, Archive
+from megatron_sft.checkpoint.archive import DTYPES, TENSOR_TYPES, Archive
 from megatron_sft.checkpoint.pickles import Record
 
-NUMBERS = [torch.int8, torch.int64, torch.bool, *(dtype for dtype in DTYPES.values() if dtype.is_floating_point)]
+NUMBERS = [torch.int8, torch.int64, torch.bool, *(dtype for dtype in TENSOR_TYPES.values() if dtype.is_floating_point)]
 
 
 def saved(value: Any) -> bytes:
@@ -168,6 +171,80 @@ def test_a_description_cannot_stand_for_billions() -> None:
     endless.append(endless)
     with pytest.raises(pickle.UnpicklingError, match="nested without end"):
         archive_of(endless, {}).read()
+
+
+def repeated(kind: str, times: int) -> list[Any]:
+    """A large part, to which something refers again and again."""
+    text = "a" * 10**5
+    if kind == "bytes":
+        return [Pickled(codecs.encode, (text, "latin1"))] * times  # pickled once, like every object that comes again
+    if kind == "bytes anew":
+        return [Pickled(codecs.encode, (text, "latin1")) for _ in range(times)]
+    if kind == "array":
+        return [np.zeros(10**5, np.uint8)] * times
+    if kind == "path":
+        return [Pickled(PosixPath, (text,)) for _ in range(times)]
+    numbers = list(range(10**5))
+    return [Pickled(set, (numbers,)) for _ in range(times)]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytes anew", "array", "path", "set"])
+def test_what_is_large_and_comes_again_is_counted_each_time(kind: str) -> None:
+    assert len(archive_of(repeated(kind, 2), {}).read()) == 2
+    with pytest.raises(pickle.UnpicklingError, match="it stands for far more than its size"):
+        archive_of(repeated(kind, 1000), {}).read()
+
+
+def test_numbers_of_one_hash_make_no_set() -> None:
+    [found] = archive_of([Pickled(set, ([i * (2**61 - 1) for i in range(1, 50_000)],))], {}).read()
+    assert type(found) is Record
+
+
+@pytest.mark.parametrize("name", [name for name in DTYPES if name not in TENSOR_TYPES])
+def test_tensors_of_types_that_nothing_converts_are_refused(name: str) -> None:
+    storage = ("storage", torch.storage.UntypedStorage, "0", "cpu", 16)
+    made = Pickled(torch._utils._rebuild_tensor_v3, (storage, 0, (1,), (1,), False, {}, DTYPES[name]))
+    with pytest.raises(pickle.UnpicklingError, match="without storage, shape and type"):
+        archive_of(made, {"data/0": bytes(16)}).read_tensor((1,))
+
+
+def test_a_tensor_has_as_many_dimensions_as_torch_computes_with() -> None:
+    with pytest.raises(pickle.UnpicklingError, match="a shape that is none"):
+        archive_of(tensor(0, (1,) * 65, (1,) * 65), {"data/0": bytes(4)}).read()
+
+
+def changed_directory(data: bytes, kind: str) -> bytes:
+    first, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
+    if kind == "many files":
+        entry = b"PK\x01\x02" + bytes(42)
+        return entry * 400_000 + b"PK\x05\x06" + bytes(4) + struct.pack("<HHIIH", 400_000 & 0xFFFF, 0, 400_000 * 46, 0, 0)
+    if kind == "two of a name":
+        with warnings.catch_warnings(), zipfile.ZipFile(buffer := io.BytesIO(data), "a") as file:
+            warnings.simplefilter("ignore")
+            file.writestr("other/data.pkl", b"\x80\x02K\x02.")
+        return buffer.getvalue()
+    extra = struct.pack("<HHQ", 1, 8, int(kind))  # zip64's place of the first file
+    name_length = int.from_bytes(data[first + 28 : first + 30], "little")
+    entry = data[first : first + 30] + struct.pack("<H", len(extra)) + data[first + 32 : first + 42] + b"\xff" * 4
+    entry += data[first + 46 : first + 46 + name_length] + extra + data[first + 46 + name_length : end]
+    return data[:first] + entry + data[end : end + 12] + struct.pack("<I", len(entry)) + data[end + 16 :]
+
+
+DIRECTORIES = {
+    "many files": "its directory has 18400000 bytes; expected at most 16777216",
+    "two of a name": "it has two files of one name",
+    **{str(place): "its data.pkl is not where its directory says" for place in (2**62, 2**63, 2**64 - 1)},
+}
+
+
+@pytest.mark.parametrize("kind", DIRECTORIES)
+def test_directories_that_lie(kind: str) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02K\x01.")
+    assert opened(buffer.getvalue()).read() == 1
+    with pytest.raises(pickle.UnpicklingError, match=re.escape(DIRECTORIES[kind])):
+        opened(changed_directory(buffer.getvalue(), kind)).read()
 
 
 def test_files_of_an_archive_are_not_larger_than_it() -> None:

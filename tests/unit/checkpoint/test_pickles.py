@@ -85,3 +85,38 @@ def test_every_prefix_of_a_pickle_is_one_kind_of_error() -> None:
     for end in range(len(data) - 1):
         with pytest.raises(pickle.UnpicklingError):
             describe(data[:end], lambda name: True)
+
+
+def number(value: int) -> bytes:
+    data = pickle.encode_long(value)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+LONG = b"X" + (10**6).to_bytes(4, "little") + b"a" * 10**6
+KEYS = {
+    "a long tuple, hashed each time": b"(" + b"K\x01" * 200_000 + b"tq\x00N" + b"h\x00N" * 200_000,
+    "long texts, compared each time": LONG + b"N" + LONG + b"q\x00N" + b"h\x00N" * 400_000,
+    "numbers of one hash": b"".join(number(i * (2**61 - 1)) + b"N" for i in range(1, 100_000)),
+    "pairs of numbers, which can be chosen to have one hash": number(2**40) * 2 + b"\x86N",
+}
+
+
+@pytest.mark.parametrize("items", KEYS.values(), ids=KEYS)
+def test_keys_that_keep_a_dict_busy_for_hours_are_refused(items: bytes) -> None:
+    with pytest.raises(pickle.UnpicklingError, match="as a key that no data has"):
+        describe(b"\x80\x02}(" + items + b"u.", lambda name: False)
+
+
+@pytest.mark.parametrize("made", [b"]", b"}", b")\x85"], ids=["list", "dict", "tuple"])
+def test_a_pickle_does_not_become_sixty_times_as_large(made: bytes) -> None:
+    with pytest.raises(pickle.UnpicklingError, match="more objects than data of its size has"):
+        describe(b"\x80\x02ctorch\nSize\nq\x00" + made * 60_000 + b".", lambda name: True)
+    with pytest.raises(pickle.UnpicklingError, match="nested without end"):
+        describe(b"\x80\x02" + b"(" * 2000 + b".", lambda name: True)
+
+
+def test_names_of_strangers_do_nothing_to_a_terminal() -> None:
+    data = b"\x80\x02X\x08\x00\x00\x00\xed\xa0\x80\x1b[31mX\x01\x00\x00\x00x\x93."
+    with pytest.raises(pickle.UnpicklingError) as caught:
+        describe(data, lambda name: False)
+    assert str(caught.value) == r"it refers to '\ud800\x1b[31m.x', which no checkpoint of tensors needs"
