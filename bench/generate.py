@@ -37,7 +37,7 @@ def main(folder: str, new_tokens: int) -> None:
         seconds = []
         for _ in range(2):
             begin = time.monotonic()
-            ours = generate(loaded.chunk, prompts, options, (), loaded.ranks)
+            ours = generate(loaded.chunks, prompts, options, (), loaded.ranks)
             middle = time.monotonic()
             with torch.no_grad():
                 theirs = reference.generate(**padded, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)

@@ -181,7 +181,7 @@ def _take(given: Given, values: Values, said: dict[str, Given], found: list[str]
         near = nearest(given.words[0], kind.rule.words) if isinstance(kind.rule, Words) else ""
         found.append(f"{given}: expected {kind.expected()}.{f' Did you mean {near}?' if near else ' Correct it.'}")
         return
-    if path == "own.prompt":
+    if path in ("own.prompt", "own.stop"):
         value = (*values.get(path, ()), *value)
     before = said.get(path)
     if before and before.flag.name != given.flag.name and values.get(path) != value:

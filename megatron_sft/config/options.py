@@ -36,6 +36,12 @@ class GenerateConfig:
     """Share of the prompts, from the first."""
     no_chat_template: bool = False
     """Prompts are continued as they are."""
+    num_samples: Annotated[Count, "answers"] = 1
+    """To each prompt."""
+    stop: tuple[Annotated[str, "text"], ...] = ()
+    """Each ends an answer, which is cut before it."""
+    logprobs: bool = False
+    """With each answer the logarithm of each new token's probability."""
     draft_length: Annotated[int, Number(0, 0)] = 0
     """Only 0: there is no speculative decoding here."""
 

@@ -25,7 +25,7 @@ from megatron_sft.core_compat import device, wants_colour
 from megatron_sft.data.preview import printable
 from megatron_sft.data.schema import Message
 from megatron_sft.errors import DataError
-from megatron_sft.inference.generation import Generation, generate
+from megatron_sft.inference.generation import Generation, answer_text, generate
 from megatron_sft.inference.load import Inference
 from megatron_sft.parallel import from_first
 
@@ -213,7 +213,7 @@ def converse(
             answer = _answer(loaded, turn, replace(options, seed=options.seed + len(turns)), end_token_ids, terminal)
             turns.append((turn, answer))
             if told:
-                told.take(turn, loaded.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+                told.take(turn, answer_text(loaded.tokenizer, answer))
     return turns
 
 
@@ -235,7 +235,7 @@ def _answer(
 
     maximum = loaded.model.max_position_embeddings or None
     with terminal.answering() if terminal else contextlib.nullcontext():
-        (answer,) = generate(loaded.chunk, [turn.prompt], options, end_token_ids, loaded.ranks, maximum, on_token)
+        (answer,) = generate(loaded.chunks, [turn.prompt], options, end_token_ids, loaded.ranks, maximum, on_token, loaded.decode)
     if terminal:
         print(stream.end())
         if answer.finish_reason != "stop":

@@ -1,29 +1,40 @@
-"""Text from a model, whole or cut over ranks: packed prefill, then one token a document and step from a KV cache.
+"""Text from a model in whatever layout it stands: packed prefill, then one token a document and step from a cache.
 
-1. prompts are dealt over data-parallel ranks;
-2. each batch is prefilled in one packed row, then decoded, and finished prompts leave it;
+1. answers that are wanted (a prompt, or several samples of it) are dealt in batches over data- and context-parallel ranks;
+2. the prompts of a batch are prefilled in one packed row, then all its answers are decoded; those that ended leave it;
 3. every rank returns every result.
 
-Not here: loading the model (load.py), reading prompts and writing answers (prompts.py).
+Not here: the pass through the stages (forward.py), loading the model (load.py), reading prompts and writing answers (prompts.py).
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_sft.config.options import GenerateConfig
 from megatron_sft.core_compat import device
 from megatron_sft.errors import DataError
+from megatron_sft.hf.weights import core_module
+from megatron_sft.inference.forward import (
+    dealt,
+    evaluating,
+    from_all_ranks,
+    from_last_stage,
+    idle,
+    is_needed,
+    last_logits,
+    packed_row,
+)
 from megatron_sft.log import logger
-from megatron_sft.model.cache import CachedSeqParams
-from megatron_sft.parallel import Ranks, gather
+from megatron_sft.parallel import Ranks
 
-T = TypeVar("T")
+OnToken = Callable[[int, int], bool]
+"""(number of the answer, its new token) -> whether it ends there; called on every rank, with one answer on all."""
+STOP_TOKENS = 8
+"""A stop string is looked for in as many of the last tokens as it has bytes, and so many more."""
 
 
 @dataclass(frozen=True)
@@ -31,83 +42,29 @@ class Generation:
     """What a model answered to one prompt."""
 
     tokens: list[int]
-    """New tokens, without the end token."""
+    """New tokens, without the end token, with those of a stop string."""
     finish_reason: str
-    """stop: an end token came; length: the limit of new tokens or of positions was reached; cut: on_token ended it."""
+    """stop: an end token or a stop string came; length: the limit of new tokens or of positions was reached; cut: on_token
+    ended it."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of each of the tokens, where asked for: natural logarithm of its probability, whatever temperature, top-k and top-p are."""
+    stop: str = ""
+    """The stop string that came."""
 
 
-OnToken = Callable[[int, int], bool]
-"""(number of the prompt, its new token) -> whether its answer ends there; called on every rank, with one answer on all."""
+@dataclass
+class _Answer:
+    """One that is being generated."""
 
-
-def prefill_params(lengths: Sequence[int], limits: Sequence[int] | None, where: torch.device) -> CachedSeqParams:
-    """The packed row of prompts of these lengths.
-
-    Args:
-        lengths: of the prompts.
-        limits: tokens that may follow each prompt; None: nothing is kept for decoding.
-        where: device of the row.
-    """
-    offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=where)
-    longest = max(lengths)
-    capacity = 0 if limits is None else max(length + limit for length, limit in zip(lengths, limits, strict=True))
-    return CachedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=offsets,
-        cu_seqlens_kv=offsets,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        lengths=torch.zeros(len(lengths), dtype=torch.int64, device=where),
-        capacity=capacity,
-        longest=longest,
-    )
-
-
-def last_logits(chunk: Any, tokens: torch.Tensor, position_ids: torch.Tensor, params: CachedSeqParams) -> torch.Tensor | None:
-    """One forward pass through all pipeline stages.
-
-    Args:
-        chunk: this rank's model chunk.
-        tokens: [1, T] int64.
-        position_ids: [1, T] int64.
-        params: where documents begin, and their cache.
-
-    Returns:
-        Logits of each document's last token, [documents, vocab_size] float32, on the last stage; None elsewhere.
-    """
-    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    config = chunk.config
-    if not first:
-        hidden = torch.empty(tokens.shape[1], 1, config.hidden_size, dtype=config.params_dtype, device=tokens.device)
-        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
-        chunk.set_input_tensor([hidden])
-    ends = params.cu_seqlens_q[1:].long() - 1
-    output = chunk(tokens, position_ids, packed_seq_params=params, output=lambda head, hidden: head.whole_logits(hidden[ends]))
-    if last:
-        return output
-    dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
-    return None
-
-
-def from_last_stage(values: torch.Tensor) -> torch.Tensor:
-    """The last pipeline stage's values, on every stage; all stages give a tensor of the same shape and dtype."""
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(values, last, parallel_state.get_pipeline_model_parallel_group())
-    return values
-
-
-def from_all_shards(mine: Mapping[int, T], shards: int) -> list[T]:
-    """Results of all data-parallel ranks, each by its index, in order: {0: a} and {1: b} -> [a, b]. Collective."""
-    parts = gather(mine, parallel_state.get_data_parallel_group()) if shards > 1 else [mine]
-    return [value for _, value in sorted((item for part in parts for item in part.items()), key=lambda item: item[0])]
-
-
-def packed_rows(sequences: Sequence[Sequence[int]], where: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and position ids of a packed row, each [1, T] int64: [[5, 6], [7]] -> [5, 6, 7] and [0, 1, 0]."""
-    tokens = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64, device=where)
-    positions = torch.cat([torch.arange(len(sequence), device=where) for sequence in sequences])
-    return tokens[None], positions[None]
+    number: int
+    prompt: list[int]
+    limit: int
+    """New tokens at most."""
+    random: np.random.Generator
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+    stop: str = ""
 
 
 def sample(logits: torch.Tensor, options: GenerateConfig, draws: Sequence[float]) -> torch.Tensor:
@@ -134,100 +91,165 @@ def sample(logits: torch.Tensor, options: GenerateConfig, draws: Sequence[float]
     return ids.gather(1, chosen)[:, 0]
 
 
-@torch.no_grad()
 def generate(
-    chunk: Any,
+    chunks: Sequence[Any],
     prompts: Sequence[Sequence[int]],
     options: GenerateConfig,
     end_token_ids: Collection[int],
     ranks: Ranks,
     max_positions: int | None = None,
     on_token: OnToken | None = None,
+    decode: Callable[[list[int]], str] | None = None,
 ) -> list[Generation]:
     """Continues prompts. Collective: all ranks call it with the same prompts, and all get all results.
 
     Args:
-        chunk: this rank's model chunk (no virtual pipeline, context or sequence parallelism).
-        prompts: token ids, at least one each. A prompt's sample depends on the seed and its index alone.
-        options: osl, temperature, top_k, top_p, seed, batch_size.
+        chunks: this rank's model, in any layout; also in the middle of training (within train/optim.py:whole_parameters),
+            whose random states it leaves alone.
+        prompts: token ids, at least one each. A sample depends on the seed, its prompt's index and its own number alone.
+        options: osl, temperature, top_k, top_p, seed, batch_size, num_samples, stop, logprobs.
         end_token_ids: each ends an answer.
         ranks: where this process stands.
         max_positions: prompt and answer together are at most that long; None: no limit.
         on_token: sees each token as it comes; every rank then generates every answer.
+        decode: token ids -> text with all special tokens; needed for options.stop.
+
+    Returns:
+        num_samples answers a prompt, those of the first prompt first.
+
+    Raises:
+        DataError: a prompt is empty or leaves no position for an answer.
     """
-    # with experts dealt over ranks, all of them must run the same number of steps
-    shards, shard = (1, 0) if ranks.ep_size > 1 or on_token else (ranks.dp_size, ranks.dp_rank)
-    mine = range(shard, len(prompts), shards)
+    assert decode is not None or not options.stop, "stop strings need decode"
+    wanted = _answers(prompts, options, max_positions)
+    size = options.batch_size
+    mine = [wanted[first : first + size] for first in range(0, len(wanted), size)] if on_token else dealt(wanted, size)
+    results: dict[int, Generation] = {}
+    with evaluating(chunks):
+        for number, batch in enumerate(mine, start=1):
+            decoder = _Decoder(chunks, batch, options, ranks)
+            while is_needed(bool(decoder.live), ranks):
+                decoder.step()
+                decoder.keep([_goes_on(answer, options, end_token_ids, on_token, decode) for answer in decoder.live])
+            results |= {a.number: Generation(a.tokens, a.finish_reason, a.logprobs, a.stop) for a in batch}
+            if on_token is None:
+                logger.info("generated %d of %d answers", number * len(wanted) // len(mine), len(wanted))
+    return from_all_ranks(results)
+
+
+def answer_text(tokenizer: Any, answer: Generation) -> str:
+    """The answer as text, without special tokens, up to its stop string."""
+    text = str(tokenizer.decode(answer.tokens, skip_special_tokens=True))
+    return text.partition(answer.stop)[0] if answer.stop else text
+
+
+def _answers(prompts: Sequence[Sequence[int]], options: GenerateConfig, max_positions: int | None) -> list[_Answer]:
+    wanted: list[_Answer] = []
     for index, prompt in enumerate(prompts):
         if not prompt or (max_positions is not None and len(prompt) >= max_positions):
             raise DataError(
                 f"prompt {index + 1} has {len(prompt)} tokens; expected 1 to {(max_positions or 0) - 1}. "
                 "Shorten it, or leave it out."
             )
-    training = chunk.training
-    chunk.eval()
-    results: dict[int, Generation] = {}
-    for start in range(0, len(mine), options.batch_size):
-        indices = mine[start : start + options.batch_size]
-        limits = [min(options.osl, (max_positions or 2**31) - len(prompts[i])) for i in indices]
-        ends = frozenset(end_token_ids)
-        answers = _generate_batch(chunk, [prompts[i] for i in indices], limits, indices, options, ends, on_token)
-        results.update(zip(indices, answers, strict=True))
-        if on_token is None:
-            logger.info("generated %d of %d answers", min(len(results) * shards, len(prompts)), len(prompts))
-    chunk.train(training)
-    return from_all_shards(results, shards)
+        limit = min(options.osl, (max_positions or 2**31) - len(prompt))
+        for sample_number in range(options.num_samples):
+            seed = [options.seed, index, sample_number] if sample_number else [options.seed, index]
+            wanted.append(_Answer(len(wanted), list(prompt), limit, np.random.default_rng(seed)))
+    return wanted
 
 
-def _generate_batch(
-    chunk: Any,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    indices: Sequence[int],
+def _goes_on(
+    answer: _Answer,
     options: GenerateConfig,
-    end_token_ids: frozenset[int],
+    end_token_ids: Collection[int],
     on_token: OnToken | None,
-) -> list[Generation]:
-    """Prefill and decode of prompts that fit in memory together; finished ones leave the batch."""
-    where = device()
-    answers: list[list[int]] = [[] for _ in prompts]
-    reasons = ["length"] * len(prompts)
-    generators = [np.random.default_rng([options.seed, index]) for index in indices]
-    params = prefill_params([len(prompt) for prompt in prompts], limits, where)
-    tokens, positions = packed_rows(prompts, where)
-    live = list(range(len(prompts)))
-    while live:
-        logits = last_logits(chunk, tokens, positions, params)
-        if logits is None:
-            chosen = torch.empty(len(live), dtype=torch.int64, device=where)
-        else:
-            chosen = sample(logits, options, [generators[row].random() if options.temperature else 0.0 for row in live])
-        new = from_last_stage(chosen).tolist()
-        stay = []
-        for place, (row, token) in enumerate(zip(live, new, strict=True)):
-            if token in end_token_ids:
-                reasons[row] = "stop"
-                continue
-            answers[row].append(token)
-            if on_token is not None and on_token(indices[row], token):
-                reasons[row] = "cut"
-            elif len(answers[row]) < limits[row]:
-                stay.append(place)
-        live, kept_all = [live[place] for place in stay], len(stay) == len(live)
-        lengths = [len(prompts[row]) + len(answers[row]) for row in live]
-        if _first_long(chunk) in lengths:  # cached keys were turned with other frequencies
-            params = prefill_params(lengths, [limits[row] - len(answers[row]) for row in live], where)
-            tokens, positions = packed_rows([[*prompts[row], *answers[row]] for row in live], where)
-        elif live:
-            params.advance(max(lengths))
-            if not kept_all:
-                params.keep(torch.tensor(stay, device=where))
-            tokens = torch.tensor([[answers[row][-1] for row in live]], device=where)
-            positions = params.lengths[None]
-    return [Generation(answer, reason) for answer, reason in zip(answers, reasons, strict=True)]
+    decode: Callable[[list[int]], str] | None,
+) -> bool:
+    """Whether more tokens follow the one that came last; else `finish_reason` says why not."""
+    token = answer.tokens[-1]
+    if token in end_token_ids:
+        del answer.tokens[-1], answer.logprobs[len(answer.tokens) :]
+        answer.finish_reason = "stop"
+    elif on_token is not None and on_token(answer.number, token):
+        answer.finish_reason = "cut"
+    elif decode is not None and options.stop and (found := _stop_string(answer.tokens, options.stop, decode)):
+        answer.finish_reason, answer.stop = "stop", found
+    elif len(answer.tokens) >= answer.limit:
+        answer.finish_reason = "length"
+    return not answer.finish_reason
 
 
-def _first_long(chunk: Any) -> int | None:
-    """Tokens of the shortest document that longrope turns with its long factors; None: all are turned alike."""
-    original = chunk.rotary_table.original_positions if chunk.rotary_table is not None else None
-    return None if original is None else original + 1
+def _stop_string(tokens: list[int], strings: Sequence[str], decode: Callable[[list[int]], str]) -> str:
+    """The stop string that ends first among the last tokens, "" where there is none."""
+    count = max(len(text.encode()) for text in strings) + STOP_TOKENS
+    text = decode(tokens[-count:])
+    found = [(text.index(stop) + len(stop), stop) for stop in strings if stop in text]
+    return min(found)[1] if found else ""
+
+
+class _Decoder:
+    """The answers of one batch with their cache.
+
+    Args:
+        chunks: as generate's.
+        answers: of the batch; none on a rank that only keeps others company.
+        options: how tokens are chosen.
+        ranks: where this process stands.
+    """
+
+    def __init__(self, chunks: Sequence[Any], answers: Sequence[_Answer], options: GenerateConfig, ranks: Ranks):
+        self._chunks, self._options, self._ranks = chunks, options, ranks
+        self.live = list(answers)
+        table = core_module(chunks[0]).rotary_table
+        original = table.original_positions if table is not None else None
+        self._first_long = None if original is None else original + 1  # longrope turns such documents with other frequencies
+        if self.live:
+            self._prefill()
+
+    def _prefill(self) -> None:
+        """The next row has all tokens of the live answers; what samples of a prompt share stands there once."""
+        texts = [(*answer.prompt, *answer.tokens) for answer in self.live]
+        once = list(dict.fromkeys(texts))
+        self._row = packed_row(once, keeps=True)
+        self._spread = [once.index(text) for text in texts] if len(once) < len(texts) else None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One pass, which gives each live answer one more token. Collective over ranks that share experts or stages."""
+        if not self.live:
+            idle(self._chunks)
+            return
+        options, where = self._options, device()
+        logits = last_logits(self._chunks, *self._row)
+        chosen = torch.empty(len(self.live), dtype=torch.int64, device=where)
+        logprobs = torch.zeros(len(self.live), device=where)
+        if logits is not None:
+            logits = logits if self._spread is None else logits[self._spread]
+            chosen = sample(logits, options, [answer.random.random() if options.temperature else 0.0 for answer in self.live])
+            if options.logprobs:
+                logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        tokens = from_last_stage(chosen).tolist()
+        values = from_last_stage(logprobs).tolist() if options.logprobs else []
+        for place, answer in enumerate(self.live):
+            answer.tokens.append(tokens[place])
+            answer.logprobs += values[place : place + 1]
+
+    def keep(self, stays: Sequence[bool]) -> None:
+        """Makes the next row, of the live answers that stay."""
+        places = [place for place, stay in enumerate(stays) if stay]
+        is_all = len(places) == len(self.live)
+        self.live = [self.live[place] for place in places]
+        if not self.live:
+            return
+        lengths = [len(answer.prompt) + len(answer.tokens) for answer in self.live]
+        if self._first_long in lengths:
+            self._prefill()
+            return
+        params = self._row[2]
+        params.advance(max(lengths))
+        if self._spread is not None or not is_all:
+            rows = places if self._spread is None else [self._spread[place] for place in places]
+            params.keep(torch.tensor(rows, device=device()))
+            self._spread = None
+        tokens = torch.tensor([[answer.tokens[-1] for answer in self.live]], device=device())
+        self._row = tokens, params.lengths[None], params

@@ -8,6 +8,7 @@ from megatron_sft import parallel
 from megatron_sft.config.run import DataConfig, ModelConfig, RunConfig
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.errors import ConfigError
+from megatron_sft.model.build import SFTModel
 from megatron_sft.parallel import Ranks
 from megatron_sft.weights import WeightSource, build, resolve
 
@@ -16,31 +17,32 @@ from megatron_sft.weights import WeightSource, build, resolve
 class Inference:
     """What generation and tasks need."""
 
-    chunk: Any
-    """This rank's SFTModel, in eval mode."""
+    chunks: list[SFTModel]
+    """This rank's, one or one a virtual pipeline stage, in eval mode."""
     model: ModelConfig
     tokenizer: Any
     tokenizer_folder: str
     ranks: Ranks
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text with all special tokens, in which stop strings are looked for."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
 
 def load_for_inference(run: RunConfig, explicit: frozenset[str]) -> Inference:
     """Joins the ranks and loads --load. Collective.
 
     Args:
-        run: flags; sequence, context and virtual pipeline parallelism, which do not pay here, are left out.
+        run: flags; any layout that trains also generates.
         explicit: ModelConfig fields that a flag set.
     """
-    layout = dataclasses.replace(
-        run.parallel, sequence_parallel=False, context_parallel_size=1, virtual_pipeline_model_parallel_size=None
-    )
     checkpoint = dataclasses.replace(run.checkpoint, verify_conversion=False)
-    run, source = resolve(dataclasses.replace(run, parallel=layout, checkpoint=checkpoint), explicit, training=False)
+    run, source = resolve(dataclasses.replace(run, checkpoint=checkpoint), explicit, training=False)
     data = _tokenizer_config(run.data, source)
     tokenizer = load_tokenizer(data)
-    ranks = parallel.initialize(layout, run.train.seed)
-    chunks = build(run, source, ranks)
-    return Inference(chunks[0].eval(), run.model, tokenizer, data.tokenizer_model, ranks)
+    ranks = parallel.initialize(run.parallel, run.train.seed)
+    chunks = [chunk.eval() for chunk in build(run, source, ranks)]
+    return Inference(chunks, run.model, tokenizer, data.tokenizer_model, ranks)
 
 
 def _tokenizer_config(data: DataConfig, source: WeightSource) -> DataConfig:

@@ -19,7 +19,7 @@ from megatron_sft.data.schema import Message
 from megatron_sft.data.sources import ENDINGS, open_source
 from megatron_sft.errors import ConfigError, DataError
 from megatron_sft.inference.conversation import converse
-from megatron_sft.inference.generation import Generation, generate
+from megatron_sft.inference.generation import Generation, answer_text, generate
 from megatron_sft.inference.load import Inference, load_for_inference
 from megatron_sft.log import logger
 from megatron_sft.output import output_problems, write_output
@@ -49,6 +49,8 @@ def answer_prompts(
     check_options(options)
     talks = first and prompts_place(options, run.data) is None and sys.stdin.isatty() and sys.stdout.isatty()
     prompts = read_prompts(options, run.data) if first and not talks else []  # a mistake shows before the weights are read
+    if talks and options.num_samples > 1:
+        raise ConfigError(["--num-samples: a conversation goes on from one answer; expected 1. Leave it out, or pass --prompt."])
     loaded = load_for_inference(run, explicit)
     if parallel.gather(talks)[0]:
         rows = _talk(loaded, options)
@@ -66,7 +68,8 @@ def _answer(loaded: Inference, options: GenerateConfig, prompts: Sequence[Prompt
     encoded = parallel.gather(parallel.agree(lambda: encode_prompts(loaded.tokenizer, prompts, not options.no_chat_template)))[0]
     ends = end_token_ids(loaded.tokenizer, loaded.tokenizer_folder, not options.no_chat_template)
     start = time.monotonic()
-    answers = generate(loaded.chunk, encoded, options, ends, loaded.ranks, loaded.model.max_position_embeddings or None)
+    limit = loaded.model.max_position_embeddings or None
+    answers = generate(loaded.chunks, encoded, options, ends, loaded.ranks, limit, decode=loaded.decode)
     seconds, total = time.monotonic() - start, sum(len(answer.tokens) for answer in answers)
     logger.info("%d prompts, %d tokens in %.1f s: %.1f tokens/s", len(answers), total, seconds, total / seconds)
     return answer_rows(loaded.tokenizer, prompts, encoded, answers) if loaded.ranks.rank == 0 else []
@@ -101,7 +104,10 @@ def write_answers(rows: Sequence[dict[str, Any]], options: GenerateConfig) -> No
 
 def check_options(options: GenerateConfig) -> None:
     """Raises ConfigError with every option that makes no sense."""
-    if found := range_problems(options) + output_problems("--output", options.output):
+    found = range_problems(options) + output_problems("--output", options.output)
+    if "" in options.stop:
+        found.append("--stop has an empty text; expected one that can come in an answer. Leave it out.")
+    if found:
         raise ConfigError(found)
 
 
@@ -221,14 +227,20 @@ def end_token_ids(tokenizer: Any, folder: str | Path, use_template: bool = True)
 def answer_rows(
     tokenizer: Any, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]], answers: Sequence[Generation]
 ) -> list[dict]:
-    """One JSON-able object a prompt: prompt (as the model saw it), messages, response, tokens, finish_reason."""
-    return [
-        {
-            "prompt": tokenizer.decode(ids, skip_special_tokens=False),
-            "messages": prompt.messages,
-            "response": tokenizer.decode(answer.tokens, skip_special_tokens=True),
+    """One JSON-able object an answer: prompt (as the model saw it), messages, response, tokens, finish_reason.
+
+    Where asked for also logprobs, and with several answers a prompt sample, which counts them from 0.
+    """
+    rows, samples = [], len(answers) // max(len(prompts), 1)
+    for number, answer in enumerate(answers):
+        index = number // samples
+        row = {
+            "prompt": tokenizer.decode(encoded[index], skip_special_tokens=False),
+            "messages": prompts[index].messages,
+            "response": answer_text(tokenizer, answer),
             "tokens": answer.tokens,
             "finish_reason": answer.finish_reason,
         }
-        for prompt, ids, answer in zip(prompts, encoded, answers, strict=True)
-    ]
+        row |= {"logprobs": answer.logprobs} if answer.logprobs else {}
+        rows.append(row | ({"sample": number % samples} if samples > 1 else {}))
+    return rows

@@ -140,9 +140,7 @@ class PackedAttention(torch.nn.Module):
         """
         assert packed_seq_params is not None, "PackedAttention needs packed_seq_params"
         if isinstance(packed_seq_params, CachedSeqParams):
-            if packed_seq_params.decodes:
-                return self._decode(query, key, value, packed_seq_params)
-            packed_seq_params.store(self.layer_number, key, value)
+            return self._with_cache(query, key, value, packed_seq_params)
         sinks, cp_size = self.softmax_offset, self.cp_group.size()
         if cp_size == 1:
             return self._attend(query, key, value, packed_seq_params, sinks).flatten(1)
@@ -156,6 +154,17 @@ class PackedAttention(torch.nn.Module):
         key, value = gather_keys(key, value, self.cp_group)
         spans = spans_of(_ends(packed_seq_params), self.chunk, first, first + query.shape[0])
         return self._by_span(query, key, value, spans, sinks).flatten(1)
+
+    def _with_cache(self, query: Any, key: Any, value: Any, cache: CachedSeqParams) -> torch.Tensor:
+        """Generation: a whole row, with zeros for what stands behind its documents."""
+        rows = query.shape[0]
+        query, key, value = (x[: cache.tokens] for x in (query, key, value))
+        if cache.decodes:
+            output = self._decode(query, key, value, cache)
+        else:
+            cache.store(self.layer_number, key, value)
+            output = self._attend(query, key, value, cache, self.softmax_offset).flatten(1)
+        return F.pad(output, (0, 0, 0, rows - cache.tokens)) if rows > cache.tokens else output
 
     def _decode(self, query: Any, key: Any, value: Any, cache: CachedSeqParams) -> torch.Tensor:
         """One new token a document over all tokens before it and itself -> [documents, heads * head_dim]."""

@@ -105,7 +105,9 @@ class SFTModel(GPTModel):
         sequence_parallel = self.config.sequence_parallel
         table = None
         if self.rotary_table is not None:
-            lengths = token_lengths(packed_seq_params) if self.rotary_table.original_positions is not None else None
+            lengths, count = None, position_ids.shape[1]
+            if self.rotary_table.original_positions is not None:
+                lengths = token_lengths(packed_seq_params, count)
             table = self.rotary_table.gather(position_ids, lengths, self.config.params_dtype)
         if padding_mask is not None and sequence_parallel:
             padding_mask = scatter_to_sequence_parallel_region(padding_mask.transpose(0, 1).contiguous()).transpose(0, 1)

@@ -1,46 +1,54 @@
-"""Keys and values of earlier tokens, for generation: what a decode step attends to besides its own tokens.
+"""What earlier tokens leave behind, for generation: keys and values of attention, states of Mamba layers.
 
-Prefill computes attention as training does and stores keys and values; decode adds one token a document.
+Prefill computes as training does and keeps them; decode adds one token a document.
 """
 
 import itertools
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+
+ROOM = 64
+"""The cache has places for so many more tokens, at least, when it grows."""
 
 
 @dataclass
 class CachedSeqParams(PackedSeqParams):
-    """A packed row whose documents have earlier tokens in a cache.
+    """A packed row whose documents have earlier tokens in a cache. It is whole on every context-parallel rank.
 
-    Prompts of lengths [3, 2] with capacity 8: prefill has cu_seqlens_q [0, 3, 5] and lengths [0, 0]; the first decode
-    step has cu_seqlens_q [0, 1, 2] and lengths [3, 2], the next one lengths [4, 3].
+    Prompts of lengths [3, 2]: prefill has cu_seqlens_q [0, 3, 5] and lengths [0, 0]; the first decode step has
+    cu_seqlens_q [0, 1, 2] and lengths [3, 2], the next one lengths [4, 3].
     """
 
     lengths: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """[documents] int64: tokens in the cache before this row."""
-    capacity: int = 0
-    """Tokens a document can have in the cache; 0: nothing is stored (prefill without decode)."""
+    tokens: int = 0
+    """Of the documents in this row; what stands behind them fills the row up for sequence parallelism."""
+    keeps: bool = False
+    """Something is kept for tokens that follow."""
     decodes: bool = False
     """The row has one new token a document."""
     longest: int = 0
     """Tokens of the longest document, this row's included."""
-    keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By layer number: [documents, groups, capacity, head_dim]."""
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
+    grown: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    """By layer number and name: keys and values, [documents, groups, places, head_dim]."""
+    states: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    """By layer number and name: what does not grow with the tokens, [documents, ...]."""
     masks: dict[tuple[int | None, int | None], torch.Tensor | None] = field(default_factory=dict)
     """By window and chunk: which cached tokens the new one sees, [documents, 1, 1, longest] bool; made once a step."""
 
     def store(self, layer_number: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Puts a prompt row's keys and values [tokens, groups, head_dim] into the cache."""
-        if not self.capacity:
+        if not self.keeps:
             return
         offsets = self.cu_seqlens_q.tolist()
-        for cache, new in ((self.keys, key), (self.values, value)):
-            cache[layer_number] = new.new_zeros(len(offsets) - 1, new.shape[1], self.capacity, new.shape[2])
+        for name, new in (("key", key), ("value", value)):
+            cache = new.new_zeros(len(offsets) - 1, new.shape[1], self.longest + ROOM, new.shape[2])
             for document, (first, last) in enumerate(itertools.pairwise(offsets)):
-                cache[layer_number][document, :, : last - first] = new[first:last].transpose(0, 1)
+                cache[document, :, : last - first] = new[first:last].transpose(0, 1)
+            self.grown[layer_number, name] = cache
 
     def extend(self, layer_number: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds one token a document.
@@ -54,9 +62,13 @@ class CachedSeqParams(PackedSeqParams):
             Keys and values up to the longest document, each [documents, groups, longest, head_dim].
         """
         rows = torch.arange(len(self.lengths), device=key.device)
-        for cache, new in ((self.keys, key), (self.values, value)):
-            cache[layer_number][rows, :, self.lengths] = new
-        return self.keys[layer_number][:, :, : self.longest], self.values[layer_number][:, :, : self.longest]
+        for name, new in (("key", key), ("value", value)):
+            cache = self.grown[layer_number, name]
+            if cache.shape[2] < self.longest:
+                cache = self.grown[layer_number, name] = F.pad(cache, (0, 0, 0, cache.shape[2] // 2 + ROOM))
+            cache[rows, :, self.lengths] = new
+        keys, values = self.grown[layer_number, "key"], self.grown[layer_number, "value"]
+        return keys[:, :, : self.longest], values[:, :, : self.longest]
 
     def advance(self, longest: int) -> None:
         """The next row has one more token a document; the longest document then has `longest` tokens."""
@@ -65,19 +77,20 @@ class CachedSeqParams(PackedSeqParams):
         offsets = torch.arange(documents + 1, dtype=torch.int32, device=where)
         self.cu_seqlens_q: torch.Tensor = offsets
         self.cu_seqlens_kv = offsets
-        self.decodes, self.longest, self.max_seqlen_q = True, longest, 1
+        self.decodes, self.tokens, self.longest, self.max_seqlen_q = True, documents, longest, 1
         self.masks.clear()
 
     def keep(self, documents: torch.Tensor) -> None:
-        """Forgets all documents but these (int64 indices)."""
+        """Forgets all documents but these (int64 indices), in their order; one that is named twice is there twice."""
         self.lengths = self.lengths[documents]
-        offsets = self.cu_seqlens_q[: len(documents) + 1]
+        offsets = torch.arange(len(documents) + 1, dtype=torch.int32, device=documents.device)
         self.cu_seqlens_q = offsets
         self.cu_seqlens_kv = offsets
+        self.tokens = len(documents)
         self.masks.clear()
-        for cache in (self.keys, self.values):
-            for layer in cache:
-                cache[layer] = cache[layer][documents]
+        for cache in (self.grown, self.states):
+            for name in cache:
+                cache[name] = cache[name][documents]
 
     def mask(self, window: int | None, chunk: int | None) -> torch.Tensor | None:
         """True where a new token sees a cached one; None: everywhere.

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.mappings import all_to_all
+
+from megatron_sft.model.cache import CachedSeqParams
 
 
 def shard_tokens(row: torch.Tensor) -> torch.Tensor:
@@ -23,11 +26,12 @@ def shard_tokens(row: torch.Tensor) -> torch.Tensor:
     return row if size == 1 else row.chunk(size, dim=1)[parallel_state.get_context_parallel_rank()]
 
 
-def token_lengths(packed: PackedSeqParams) -> torch.Tensor:
-    """Length of each token's document, cached tokens included: [T] of this rank's part."""
+def token_lengths(packed: PackedSeqParams, count: int) -> torch.Tensor:
+    """Length of each token's document, cached tokens included: [count] of this rank's part."""
     tokens = packed.cu_seqlens_q.diff()
-    lengths = tokens + getattr(packed, "lengths", 0)  # model/cache.py
-    return shard_tokens(lengths.repeat_interleave(tokens)[None])[0]
+    if isinstance(packed, CachedSeqParams):
+        return F.pad((tokens + packed.lengths).repeat_interleave(tokens), (0, count - packed.tokens))
+    return shard_tokens(tokens.repeat_interleave(tokens)[None])[0]
 
 
 @dataclass(frozen=True)

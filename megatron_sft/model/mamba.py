@@ -2,7 +2,7 @@
 
 Names of parameters, their cut over tensor-parallel ranks and their place in checkpoints are megatron-core's
 (megatron/core/ssm/mamba_mixer.py). State and convolution begin afresh with every document. The state is carried from
-chunk to chunk (arXiv 2405.21060, section 6). Not here: context parallelism, and a state cache for generation.
+chunk to chunk (arXiv 2405.21060, section 6); in generation from token to token. Not here: context parallelism.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class PackedMambaLayer(MambaLayer):
         super(MambaLayer, self).__init__(config)
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage)
         self.norm = norm(config, config.hidden_size, config.layernorm_epsilon)
-        self.mixer = MambaMixer(config, pg_collection)
+        self.mixer = MambaMixer(config, pg_collection, self.layer_number)
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, packed_seq_params: Any = None, **__: Any) -> Any:
         """[tokens, 1, hidden] -> (the same, None); tokens are cut over tensor-parallel ranks by sequence parallelism."""
@@ -92,10 +92,12 @@ class MambaMixer(MegatronModule):
     Args:
         config: the TransformerConfig; mamba_num_heads, mamba_head_dim, mamba_num_groups and mamba_state_dim count.
         pg_collection: has the groups `tp` and `cp`.
+        layer_number: 1 for the first layer of the whole model.
     """
 
-    def __init__(self, config: Any, pg_collection: Any):
+    def __init__(self, config: Any, pg_collection: Any, layer_number: int):
         super().__init__(config)
+        self.layer_number = layer_number
         size = pg_collection.tp.size()
         if config.mamba_num_groups % size or config.mamba_num_heads % size or pg_collection.cp.size() > 1:
             raise ConfigError(
@@ -122,31 +124,59 @@ class MambaMixer(MegatronModule):
 
     def forward(self, hidden: torch.Tensor, packed: PackedSeqParams) -> torch.Tensor:
         """[tokens, 1, hidden] -> the same."""
-        if isinstance(packed, CachedSeqParams):
-            raise ConfigError(
-                [
-                    "generation: Mamba layers have no state cache here; expected a model of attention layers. "
-                    "Write an HF folder (export.sh) and generate with transformers or vLLM."
-                ]
-            )
         projected, _ = self.in_proj(hidden)
         gate, convolved, step = projected[:, 0].split(
             [self.bands["z"], sum(self.bands[name] for name in "xBC"), self.heads], dim=-1
         )
-        documents = _documents(packed.cu_seqlens_q, convolved.shape[0])
         wait_for_parameters(self.conv1d)
-        convolved = F.silu(convolve(convolved, self.conv1d.weight[:, 0], self.conv1d.bias, documents))
-        x, b, c = convolved.split([self.bands[name] for name in "xBC"], dim=-1)
-        out = ssd_scan(
-            x.unflatten(-1, (self.heads, -1)),
-            F.softplus(step.float() + self.dt_bias.float()),
-            -torch.exp(self.A_log.float()),
-            b.unflatten(-1, (self.groups, -1)),
-            c.unflatten(-1, (self.groups, -1)),
-            self.D,
-            documents,
-        )
-        return self.out_proj(self.norm(out.flatten(-2), gate)[:, None])[0]
+        step = F.softplus(step.float() + self.dt_bias.float())
+        if isinstance(packed, CachedSeqParams):
+            out = self._with_cache(convolved[: packed.tokens], step[: packed.tokens], packed)
+            out = F.pad(out, (0, 0, 0, len(gate) - packed.tokens))  # behind the documents: sequence parallelism
+        else:
+            out = self._scanned(convolved, step, _documents(packed.cu_seqlens_q, len(gate)))[0].flatten(-2)
+        return self.out_proj(self.norm(out, gate)[:, None])[0]
+
+    def _scanned(self, convolved: torch.Tensor, step: torch.Tensor, documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Convolution and scan of packed documents.
+
+        Args:
+            convolved: what the convolution sees, [tokens, channels].
+            step: [tokens, heads] fp32.
+            documents: [tokens].
+
+        Returns:
+            As ssd_scan.
+        """
+        bands = F.silu(convolve(convolved, self.conv1d.weight[:, 0], self.conv1d.bias, documents))
+        return ssd_scan(*self._divided(bands, step), self.D, documents)
+
+    def _divided(self, bands: Any, step: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """x, step, decay, b and c of ssd_scan, of what the convolution gave."""
+        x, b, c = bands.split([self.bands[name] for name in "xBC"], dim=-1)
+        b, c = (value.unflatten(-1, (self.groups, -1)) for value in (b, c))
+        return x.unflatten(-1, (self.heads, -1)), step, -torch.exp(self.A_log.float()), b, c
+
+    def _with_cache(self, convolved: torch.Tensor, step: torch.Tensor, cache: CachedSeqParams) -> torch.Tensor:
+        """Generation: [tokens, heads * head_dim] fp32. Kept are the scan's state and what the next convolution looks back at."""
+        names = [(self.layer_number, "tail"), (self.layer_number, "state")]
+        if cache.decodes:
+            tail, state = (cache.states[name] for name in names)
+            seen = torch.cat((tail, convolved[:, None]), dim=1)  # [documents, KERNEL, channels]
+            summed = torch.einsum("dkc,ck->dc", seen, self.conv1d.weight[:, 0])
+            bands = F.silu(summed if self.conv1d.bias is None else summed + self.conv1d.bias)
+            out, state = ssd_step(state, *self._divided(bands, step), self.D)
+            new = [(seen[:, 1:], state)]
+        else:  # a document after the other, so that each has its last state
+            lengths, parts, new = cache.cu_seqlens_q.diff().tolist(), [], []
+            for columns, steps in zip(convolved.split(lengths), step.split(lengths), strict=True):
+                out, state = self._scanned(columns, steps, torch.zeros(len(columns), dtype=torch.int64, device=columns.device))
+                parts.append(out)
+                new.append((F.pad(columns[1 - KERNEL :], (0, 0, max(0, KERNEL - 1 - len(columns)), 0))[None], state[None]))
+            out = torch.cat(parts)
+        if cache.keeps:
+            cache.states.update(zip(names, (torch.cat(values) for values in zip(*new, strict=True)), strict=True))
+        return out.flatten(-2)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """As megatron-core's: in_proj and conv1d are cut band by band, each over the tensor-parallel ranks."""
@@ -210,7 +240,7 @@ def ssd_scan(
     c: torch.Tensor,
     skip: torch.Tensor,
     documents: torch.Tensor,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """state[t] = exp(step[t] decay) state[t - 1] + step[t] x[t] b[t]^T;  out[t] = state[t] c[t] + skip x[t], in fp32.
 
     Args:
@@ -223,13 +253,13 @@ def ssd_scan(
         documents: [tokens]; states do not pass from one to the next.
 
     Returns:
-        [tokens, heads, head_dim] fp32.
+        out, [tokens, heads, head_dim] fp32, and the state behind the row's last token, [heads, head_dim, state_dim] fp32.
     """
     tokens, heads, groups = x.shape[0], x.shape[1], b.shape[1]
     more = -tokens % CHUNK
     parts = [F.pad(value.float(), [0, 0] * (value.dim() - 1) + [0, more]).unflatten(0, (-1, CHUNK)) for value in (x, step, b, c)]
     values, steps, keys, queries = parts
-    owner = F.pad(documents, (0, more), value=-1).unflatten(0, (-1, CHUNK))  # [chunks, CHUNK]
+    owner = torch.cat((documents, documents[-1:].expand(more))).unflatten(0, (-1, CHUNK))  # [chunks, CHUNK]
     values = (values * steps[..., None]).unflatten(2, (groups, -1))  # [chunks, CHUNK, groups, heads a group, head_dim]
     total = (steps * decay).cumsum(1).unflatten(2, (groups, -1))  # log of the decay since the chunk's first token
     seen = (owner[:, :, None] == owner[:, None, :]).tril()[..., None, None]
@@ -239,11 +269,41 @@ def ssd_scan(
     ending = torch.where((owner == owner[:, -1:])[..., None, None], (total[:, -1:] - total).exp(), 0)
     states = torch.einsum("csgn,csgrp->cgrpn", keys, values * ending[..., None])
     carried = [torch.zeros_like(states[0])]
-    for number in range(1, states.shape[0]):
+    for number in range(1, states.shape[0] + 1):
         before = carried[-1] * total[number - 1, -1].exp()[..., None, None] if number > 1 else 0
         goes_on = owner[number - 2, -1] == owner[number - 1, -1] if number > 1 else True
         carried.append(states[number - 1] + before * goes_on)
     previous = F.pad(owner[:-1, -1:], (0, 0, 1, 0), value=-2)
     reach = torch.where((owner == previous)[..., None, None], total.exp(), 0)
-    out = out + torch.einsum("clgn,cgrpn->clgrp", queries, torch.stack(carried)) * reach[..., None]
-    return out.flatten(0, 1)[:tokens].reshape(tokens, heads, -1) + skip.float()[:, None] * x.float()
+    out = out + torch.einsum("clgn,cgrpn->clgrp", queries, torch.stack(carried[:-1])) * reach[..., None]
+    out = out.flatten(0, 1)[:tokens].reshape(tokens, heads, -1) + skip.float()[:, None] * x.float()
+    return out, carried[-1].flatten(0, 1)
+
+
+def ssd_step(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    step: torch.Tensor,
+    decay: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    skip: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token more of each document: ssd_scan's formula once.
+
+    Args:
+        state: [documents, heads, head_dim, state_dim] fp32.
+        x: as ssd_scan's, and so are the others, with documents in the place of tokens.
+        step: [documents, heads] fp32.
+        decay: [heads] fp32.
+        b: [documents, groups, state_dim].
+        c: as b.
+        skip: [heads].
+
+    Returns:
+        out, [documents, heads, head_dim] fp32, and the new state.
+    """
+    b, c = (value.float().repeat_interleave(x.shape[1] // value.shape[1], dim=1) for value in (b, c))
+    x = x.float()
+    state = state * torch.exp(step * decay)[..., None, None] + (step[..., None] * x)[..., None] * b[:, :, None]
+    return torch.einsum("dhpn,dhn->dhp", state, c) + skip.float()[:, None] * x, state

@@ -23,11 +23,10 @@ from megatron_sft.config.run import DataConfig, RunConfig
 from megatron_sft.core_compat import device
 from megatron_sft.data.sources import open_source, read_file
 from megatron_sft.errors import ConfigError, DataError
-from megatron_sft.inference.generation import from_all_shards, from_last_stage, last_logits, packed_rows, prefill_params
+from megatron_sft.inference.forward import dealt, evaluating, from_all_ranks, from_last_stage, idle, last_logits, packed_row
 from megatron_sft.inference.load import load_for_inference
 from megatron_sft.log import logger
 from megatron_sft.output import output_problems, write_output
-from megatron_sft.parallel import Ranks
 
 LETTERS = "ABCD"
 _SPLIT = re.compile(r"(?:^|[/_.-])(dev|test|val|validation|auxiliary_train|train)(?=[/_.-]|$)")
@@ -147,29 +146,28 @@ def choice_token_ids(tokenizer: Any) -> list[int]:
     return ids
 
 
-@torch.no_grad()
 def predictions(
-    chunk: Any, sequences: Sequence[Sequence[int]], choice_ids: Sequence[int], batch_size: int, ranks: Ranks
+    chunks: Sequence[Any], sequences: Sequence[Sequence[int]], choice_ids: Sequence[int], batch_size: int
 ) -> list[int]:
-    """Index of the likeliest choice after each sequence. Collective; every rank returns all.
+    """Index of the likeliest choice after each sequence. Collective, in any layout; every rank returns all.
 
-    Sequences of like length share a packed row; rows are dealt over data-parallel ranks.
+    Sequences of like length share a packed row; they are dealt over data- and context-parallel ranks.
     """
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    shards, shard = (1, 0) if ranks.ep_size > 1 else (ranks.dp_size, ranks.dp_rank)
     found: dict[int, int] = {}
-    where, training = device(), chunk.training
-    chunk.eval()
-    for number, batch in enumerate(batches[shard::shards]):
-        params = prefill_params([len(sequences[i]) for i in batch], None, where)
-        logits = last_logits(chunk, *packed_rows([sequences[i] for i in batch], where), params)
-        chosen = torch.empty(len(batch), dtype=torch.int64, device=where) if logits is None else logits[:, choice_ids].argmax(-1)
-        found.update(zip(batch, from_last_stage(chosen).tolist(), strict=True))
-        if number % 10 == 9:
-            logger.info("mmlu: %d of %d questions", min(len(found) * shards, len(sequences)), len(sequences))
-    chunk.train(training)
-    return from_all_shards(found, shards)
+    batches = dealt(order, batch_size)
+    with evaluating(chunks):
+        for number, batch in enumerate(batches, start=1):
+            if not batch:
+                idle(chunks)
+                continue
+            logits = last_logits(chunks, *packed_row([sequences[i] for i in batch], keeps=False))
+            chosen = torch.empty(len(batch), dtype=torch.int64, device=device())
+            chosen = chosen if logits is None else logits[:, choice_ids].argmax(-1)
+            found.update(zip(batch, from_last_stage(chosen).tolist(), strict=True))
+            if number % 10 == 0:
+                logger.info("mmlu: %d of %d questions", number * len(sequences) // len(batches), len(sequences))
+    return from_all_ranks(found)
 
 
 def score(questions: Sequence[Question], chosen: Sequence[int]) -> dict[str, Any]:
@@ -237,7 +235,7 @@ def mmlu(run: RunConfig, explicit: frozenset[str], options: MMLUConfig) -> int:
     if cut:
         logger.warning("%d prompts are longer than %s tokens: their beginning is left out", cut, limit)
         sequences = [ids[-limit:] if limit else ids for ids in sequences]
-    chosen = predictions(loaded.chunk, sequences, choice_token_ids(loaded.tokenizer), options.mmlu_batch_size, loaded.ranks)
+    chosen = predictions(loaded.chunks, sequences, choice_token_ids(loaded.tokenizer), options.mmlu_batch_size)
     scores = score(questions, chosen)
     logger.info("%s", table(scores))
     if options.output and loaded.ranks.rank == 0:

@@ -17,7 +17,8 @@ install_cpu_mode()
 from megatron_sft import parallel  # noqa: E402
 from megatron_sft.errors import ConfigError, DataError  # noqa: E402
 from megatron_sft.inference import prompts  # noqa: E402
-from megatron_sft.inference.generation import generate, last_logits, packed_rows, prefill_params, sample  # noqa: E402
+from megatron_sft.inference.forward import last_logits, packed_row  # noqa: E402
+from megatron_sft.inference.generation import answer_text, generate, sample  # noqa: E402
 from megatron_sft.inference.load import Inference, load_for_inference  # noqa: E402
 from megatron_sft.model.attention import packed_seq_params  # noqa: E402
 
@@ -39,7 +40,7 @@ def test_greedy_tokens_equal_transformers(models: tuple[Inference, Any]) -> None
     expected = [greedy(reference, prompt, 20, []) for prompt in PROMPTS]
     for batch_size in (1, 2, 8):
         options = GenerateConfig(osl=20, batch_size=batch_size)
-        answers = generate(loaded.chunk, PROMPTS, options, (), loaded.ranks)
+        answers = generate(loaded.chunks, PROMPTS, options, (), loaded.ranks)
         assert [answer.tokens for answer in answers] == expected
         assert {answer.finish_reason for answer in answers} == {"length"}
 
@@ -47,22 +48,20 @@ def test_greedy_tokens_equal_transformers(models: tuple[Inference, Any]) -> None
 def test_stops_at_any_end_token_and_keeps_the_others_going(models: tuple[Inference, Any]) -> None:
     loaded, reference = models
     ends = [greedy(reference, PROMPTS[0], 20, [])[3], greedy(reference, PROMPTS[1], 20, [])[5]]
-    answers = generate(loaded.chunk, PROMPTS, GenerateConfig(osl=20), ends, loaded.ranks)
+    answers = generate(loaded.chunks, PROMPTS, GenerateConfig(osl=20), ends, loaded.ranks)
     assert [answer.tokens for answer in answers] == [greedy(reference, prompt, 20, ends) for prompt in PROMPTS]
     assert answers[0].finish_reason == "stop" and len(answers[0].tokens) <= 3
 
 
 def test_logits_with_cache_equal_logits_without(models: tuple[Inference, Any]) -> None:
-    chunk = models[0].chunk
+    chunks = models[0].chunks
     sequences = [prompt + prompt for prompt in PROMPTS]
-    tokens, positions = packed_rows(sequences, torch.device("cpu"))
-    whole = prefill_params([len(s) for s in sequences], None, torch.device("cpu"))
+    tokens, positions, whole = packed_row(sequences, keeps=False)
     with torch.no_grad():
-        expected = chunk(tokens, positions, None, packed_seq_params=packed_seq_params(whole.cu_seqlens_q, 18))[0]
-        params = prefill_params([1] * 5, [17] * 5, torch.device("cpu"))
-        row, at = packed_rows([s[:1] for s in sequences], torch.device("cpu"))
+        expected = chunks[0](tokens, positions, packed_seq_params=packed_seq_params(whole.cu_seqlens_q, 18))[0]
+        row, at, params = packed_row([s[:1] for s in sequences], keeps=True)
         for step in range(1, 3):
-            logits = last_logits(chunk, row, at, params)
+            logits = last_logits(chunks, row, at, params)
             assert logits is not None
             rows = whole.cu_seqlens_q[:-1].long() + step - 1
             torch.testing.assert_close(logits, expected[rows], atol=2e-5, rtol=0)
@@ -70,21 +69,84 @@ def test_logits_with_cache_equal_logits_without(models: tuple[Inference, Any]) -
             row, at = torch.tensor([[s[min(step, len(s) - 1)] for s in sequences]]), params.lengths[None]
 
 
+def test_the_cache_grows(models: tuple[Inference, Any]) -> None:
+    loaded, reference = models
+    (answer,) = generate(loaded.chunks, PROMPTS[:1], GenerateConfig(osl=200), (), loaded.ranks)
+    assert answer.tokens == greedy(reference, PROMPTS[0], 200, [])
+
+
+def test_log_probabilities_are_those_of_the_model(models: tuple[Inference, Any]) -> None:
+    """Whatever temperature and top-k the tokens were drawn with."""
+    loaded, reference = models
+    options = GenerateConfig(osl=9, logprobs=True, temperature=0.7, top_k=40)
+    for prompt, answer in zip(PROMPTS, generate(loaded.chunks, PROMPTS, options, (), loaded.ranks), strict=True):
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
+        assert answer.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+    ends = [greedy(reference, PROMPTS[0], 20, [])[3]]
+    for answer in generate(loaded.chunks, PROMPTS, GenerateConfig(osl=20, logprobs=True), ends, loaded.ranks):
+        assert len(answer.logprobs) == len(answer.tokens)
+
+
+def test_samples_of_a_prompt_differ_and_the_first_is_the_one_alone(models: tuple[Inference, Any]) -> None:
+    loaded = models[0]
+    options = GenerateConfig(osl=12, temperature=1.5, seed=7)
+    alone = generate(loaded.chunks, PROMPTS, options, (), loaded.ranks)
+    options = dataclasses.replace(options, num_samples=3)
+    runs = [generate(loaded.chunks, PROMPTS, dataclasses.replace(options, batch_size=n), (), loaded.ranks) for n in (1, 4, 16)]
+    assert runs[0] == runs[1] == runs[2] and runs[0][::3] == alone
+    assert len({tuple(answer.tokens) for answer in runs[0]}) == 15
+
+
+def test_a_stop_string_ends_an_answer_inside_and_across_tokens(models: tuple[Inference, Any]) -> None:
+    loaded = models[0]
+    free = generate(loaded.chunks, PROMPTS, GenerateConfig(osl=20), (), loaded.ranks)
+    texts = [loaded.decode(answer.tokens) for answer in free]
+    stop = texts[0][5:8]
+    options = GenerateConfig(osl=20, stop=(stop, "never comes"))
+    answers = generate(loaded.chunks, PROMPTS, options, (), loaded.ranks, decode=loaded.decode)
+    for text, whole, answer in zip(texts, free, answers, strict=True):
+        assert answer.finish_reason == ("stop" if stop in text else "length")
+        assert answer.tokens == whole.tokens[: len(answer.tokens)]
+        assert stop not in loaded.decode(answer.tokens[:-1]) and loaded.decode(answer.tokens).count(stop) == (stop in text)
+        assert (
+            answer_text(loaded.tokenizer, answer)
+            == loaded.tokenizer.decode(answer.tokens, skip_special_tokens=True).partition(stop)[0]
+        )
+    assert answers[0].stop == stop
+
+
+def test_tokens_are_seen_as_they_come_and_may_end_the_answer(models: tuple[Inference, Any]) -> None:
+    loaded, reference = models
+    seen: list[tuple[int, int]] = []
+
+    def on_token(number: int, token: int) -> bool:
+        seen.append((number, token))
+        return number == 1 and sum(other == 1 for other, _ in seen) == 3
+
+    answers = generate(loaded.chunks, PROMPTS[:2], GenerateConfig(osl=5), (), loaded.ranks, on_token=on_token)
+    expected = [greedy(reference, PROMPTS[0], 5, []), greedy(reference, PROMPTS[1], 3, [])]
+    assert [answer.tokens for answer in answers] == expected
+    assert [answer.finish_reason for answer in answers] == ["length", "cut"]
+    assert [[token for other, token in seen if other == number] for number in range(2)] == expected
+
+
 def test_a_prompts_sample_does_not_depend_on_its_batch_mates(models: tuple[Inference, Any]) -> None:
     loaded = models[0]
     options = GenerateConfig(osl=12, temperature=1.5, top_k=50, top_p=0.95, seed=7)
-    runs = [generate(loaded.chunk, PROMPTS, dataclasses.replace(options, batch_size=n), (), loaded.ranks) for n in (1, 3, 8)]
+    runs = [generate(loaded.chunks, PROMPTS, dataclasses.replace(options, batch_size=n), (), loaded.ranks) for n in (1, 3, 8)]
     assert runs[0] == runs[1] == runs[2]
-    other = generate(loaded.chunk, PROMPTS, dataclasses.replace(options, seed=8), (), loaded.ranks)
+    other = generate(loaded.chunks, PROMPTS, dataclasses.replace(options, seed=8), (), loaded.ranks)
     assert other != runs[0]
 
 
 def test_answer_ends_at_the_last_position(models: tuple[Inference, Any]) -> None:
     loaded = models[0]
-    answers = generate(loaded.chunk, PROMPTS, GenerateConfig(osl=20), (), loaded.ranks, max_positions=12)
+    answers = generate(loaded.chunks, PROMPTS, GenerateConfig(osl=20), (), loaded.ranks, max_positions=12)
     assert [len(answer.tokens) for answer in answers] == [7, 10, 3, 11, 9]
     with pytest.raises(DataError, match="prompt 3 has 9 tokens; expected 1 to 8"):
-        generate(loaded.chunk, PROMPTS, GenerateConfig(osl=20), (), loaded.ranks, max_positions=9)
+        generate(loaded.chunks, PROMPTS, GenerateConfig(osl=20), (), loaded.ranks, max_positions=9)
 
 
 def test_sample_frequencies_follow_temperature_top_k_and_top_p() -> None:
@@ -144,8 +206,8 @@ def test_end_tokens_are_the_tokenizers_the_folders_and_the_templates(tmp_path: P
 
 def test_all_wrong_options_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        prompts.check_options(GenerateConfig(osl=0, top_p=0.0, fraction=2.0))
-    assert len(error.value.problems) == 3
+        prompts.check_options(GenerateConfig(osl=0, top_p=0.0, fraction=2.0, stop=("",)))
+    assert len(error.value.problems) == 4
 
 
 def test_a_tokenizer_without_template_asks_for_no_chat_template() -> None:

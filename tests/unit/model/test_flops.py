@@ -45,7 +45,7 @@ def recurrence(x, step, decay, b, c, skip, documents):
         before = state * (step[t] * decay).exp()[:, None, None] if goes_on else 0
         state = before + torch.bmm((step[t, :, None] * x[t])[..., None], keys.transpose(1, 2))
         rows.append(torch.bmm(state, queries)[..., 0] + skip[:, None] * x[t])
-    return torch.stack(rows)
+    return torch.stack(rows), state
 
 
 @pytest.mark.parametrize("name", KEYS)

@@ -3,7 +3,7 @@
 import torch
 from transformers.models.nemotron_h.modeling_nemotron_h import causal_conv1d_fn, mamba2_chunk_scan
 
-from megatron_sft.model.mamba import CHUNK, convolve, ssd_scan
+from megatron_sft.model.mamba import CHUNK, convolve, ssd_scan, ssd_step
 
 LENGTHS = [CHUNK + 6, 1, 3, CHUNK, 2 * CHUNK + 2, 9]  # ends inside, at and beyond the ends of chunks
 HEADS, HEAD_DIM, GROUPS, STATE = 8, 6, 2, 5
@@ -21,7 +21,7 @@ def inputs():
 
 def test_packed_scan_and_its_gradients_equal_transformers():
     x, step, decay, b, c, skip = values = inputs()
-    found = ssd_scan(*values, DOCUMENTS)
+    found, _ = ssd_scan(*values, DOCUMENTS)
     documents = zip(*(value.split(LENGTHS) for value in (x, step, b, c)), strict=True)
     expected = torch.cat(
         [
@@ -38,9 +38,23 @@ def test_packed_scan_and_its_gradients_equal_transformers():
 
 def test_a_document_does_not_see_the_one_before():
     x, step, decay, b, c, skip = (value.detach() for value in inputs())
-    found = ssd_scan(x, step, decay, b, c, skip, DOCUMENTS)
+    found = ssd_scan(x, step, decay, b, c, skip, DOCUMENTS)[0]
     x[: LENGTHS[0]] = torch.nan_to_num(x[: LENGTHS[0]] * 1e30)
-    torch.testing.assert_close(ssd_scan(x, step, decay, b, c, skip, DOCUMENTS)[LENGTHS[0] :], found[LENGTHS[0] :])
+    torch.testing.assert_close(ssd_scan(x, step, decay, b, c, skip, DOCUMENTS)[0][LENGTHS[0] :], found[LENGTHS[0] :])
+
+
+def test_token_by_token_equals_the_scan():
+    x, step, decay, b, c, skip = (value.detach() for value in inputs())
+    found, last = ssd_scan(x, step, decay, b, c, skip, DOCUMENTS)
+    first = sum(LENGTHS[:-1])
+    state, rows = torch.zeros(2, HEADS, HEAD_DIM, STATE), []  # two documents alike
+    for place in range(first, sum(LENGTHS)):
+        columns = [value[place].expand(2, *value.shape[1:]) for value in (x, step, b, c)]
+        out, state = ssd_step(state, *columns[:2], decay, *columns[2:], skip)
+        rows.append(out)
+    for document in range(2):
+        torch.testing.assert_close(torch.stack(rows)[:, document], found[first:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(state[document], last, rtol=1e-5, atol=1e-5)
 
 
 def test_packed_convolution_equals_transformers():
