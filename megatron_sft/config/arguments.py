@@ -33,7 +33,7 @@ from megatron_sft.log import logger
 
 SECTIONS = {field.name: type(getattr(RunConfig(), field.name)) for field in dataclasses.fields(RunConfig)}
 LENGTHS = ("train.train_iters", "train.train_samples", "train.num_epoch")
-NO_FLAG = frozenset("moe mla mamba core rope_scaling window_size window_layers split train_data train_names".split())
+NO_FLAG = frozenset("moe mla mamba core rope_scaling window_size window_layers split train_data train_names loss_type".split())
 """Fields that have no flag of their name."""
 Options = TypeVar("Options")
 

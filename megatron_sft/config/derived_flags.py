@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_sft.config.core_fields import MLAConfig
 from megatron_sft.config.fields import Factor, kind_of, kinds
-from megatron_sft.config.run import DataConfig
+from megatron_sft.config.run import DataConfig, TrainConfig
 
 Values = dict[str, Any]
 """Field path ("train.lr") -> value, of the flags that were given."""
@@ -214,6 +214,21 @@ def _dynamic_batch(raw: Values, values: Values, found: list[str]) -> None:
         found.append("--use-dynamic-batch-size needs --max-tokens-per-gpu. Add it, or leave it out.")
 
 
+def _loss_type(raw: Values, values: Values, found: list[str]) -> None:
+    """--loss-type, with slime's word for cross-entropy."""
+    word, kind = raw["--loss-type"], kinds(TrainConfig)["loss_type"]
+    word = "sft" if word == "sft_loss" else word
+    if word == "asft":
+        found.append(
+            "--loss-type asft: it anchors to a second, frozen copy of the weights, which this project does not hold beside the "
+            "model. Use dft, which is asft without the anchor, with fewer steps or a lower --lr."
+        )
+    elif not kind.has(word):
+        found.append(f"--loss-type {word}: expected {kind.expected()}. Correct it.")
+    else:
+        values["train.loss_type"] = word
+
+
 @dataclass(frozen=True)
 class Derived:
     """A flag that sets fields together with others, or that checks what they say."""
@@ -272,6 +287,14 @@ DERIVED: Mapping[str, Derived] = {
         group="data",
         unit="name",
         default="what the folder has",
+    ),
+    "--loss-type": Derived(
+        _loss_type,
+        "train.loss_type",
+        help="what a trained token costs: sft (or sft_loss), dft or eaft",
+        group="train",
+        unit="word",
+        default="sft",
     ),
 }
 """In this order, after all flags that are fields."""

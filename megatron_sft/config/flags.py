@@ -42,6 +42,7 @@ SPELLINGS: Mapping[str, str] = {
     "--tensorboard-logdir": "log.tensorboard_dir",
     "--prompt-data-epochs": "data.train_epochs",
     "--prompt-data-weights": "data.train_weights",
+    "--label-smoothing-factor": "train.label_smoothing",
     "--data": "own.prompts_path",
 }
 """Flag with a value -> the one field it is another name of."""
@@ -115,7 +116,6 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
     "--num-dataset-builder-threads": (1, "see --num-workers"),
     "--tiktoken-pattern": (1, "tokenizers are Hugging Face or sentencepiece ones"),
     "--trust-local-cache": (0, _TRUE),
-    "--loss-type": (1, "cross-entropy over trained tokens is the only loss"),
     "--disable-compute-advantages-and-returns": (0, _RL),
     "--debug-train-only": (0, _RL),
     "--rollout-function-path": (1, _RL),

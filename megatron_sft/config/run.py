@@ -358,6 +358,14 @@ class TrainConfig:
     """Recomputed together (uniform), or of each stage (block)."""
     recompute_modules: tuple[RecomputedModule, ...] = ()
     """What selective recomputes; none: core_attn."""
+    loss_type: Annotated[str, Words("sft", "dft", "eaft")] = "sft"
+    """What a trained token costs: sft (cross-entropy), dft (times its probability) or eaft (times the entropy of its top 20)."""
+    label_smoothing: Annotated[float, Number(0, 0.999)] = 0.0
+    """Share of the target that is spread evenly over the vocabulary."""
+    z_loss_coeff: Annotated[float, Number(0, 1)] = 0.0
+    """Adds this times the square of the log of the softmax's denominator."""
+    neftune_noise_alpha: Annotated[float, Number(0, 1000)] = 0.0
+    """Training embeddings get noise of up to alpha / sqrt(L d), L the document's tokens, d the hidden size; 5 is usual."""
     seed: Seed = 1234
     """Of whatever is drawn."""
     skip_train: bool = False

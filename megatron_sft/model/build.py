@@ -28,6 +28,8 @@ from megatron_sft.model.attention import PackedAttention
 from megatron_sft.model.context import token_lengths
 from megatron_sft.model.head import Head, Output
 from megatron_sft.model.layers import HeadsNorm, WholeLinear, wait_for_parameters
+from megatron_sft.model.loss import CROSS_ENTROPY, TokenLoss
+from megatron_sft.model.noise import add_noise
 from megatron_sft.model.rope import RotaryTable, rotate
 from megatron_sft.model.specs import block_spec
 
@@ -65,6 +67,8 @@ class SFTModel(GPTModel):
         )
         self.vocab_rows, self.final_softcap = model.vocab_size, model.final_logit_softcapping
         self.embedding_scale = model.embedding_scale
+        self.token_loss = CROSS_ENTROPY
+        """What a token costs in training; one that is held out costs its cross-entropy."""
         latent_dim = config.qk_pos_emb_head_dim if config.multi_latent_attention else None
         self.rotary_table = RotaryTable(model, latent_dim) if model.position_embedding_type != "none" else None
 
@@ -84,6 +88,7 @@ class SFTModel(GPTModel):
         loss_mask: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
         packed_seq_params: Any = None,
+        noise: tuple[torch.Tensor, torch.Tensor] | None = None,
         output: Output | None = None,
     ) -> torch.Tensor:
         """One pass over a packed row; T counts this context-parallel rank's tokens.
@@ -96,6 +101,7 @@ class SFTModel(GPTModel):
             loss_mask: [1, T] float32; None: every token counts.
             padding_mask: [1, T] bool, True where experts need no balance.
             packed_seq_params: where documents begin in the whole row.
+            noise: (keys [1, T] int64, bounds [1, T] float32) of noise.py; None: embeddings as they are.
             output: what the last stage gives; None: with labels losses [1, T] float32, 0 where loss_mask is 0, else
                 logits [1, T, padded_vocab_size / tp_size].
 
@@ -112,7 +118,7 @@ class SFTModel(GPTModel):
         if padding_mask is not None and sequence_parallel:
             padding_mask = scatter_to_sequence_parallel_region(padding_mask.transpose(0, 1).contiguous()).transpose(0, 1)
         hidden = self.decoder(
-            hidden_states=self._embedded(tokens, position_ids) if self.pre_process else None,
+            hidden_states=self._embedded(tokens, position_ids, noise) if self.pre_process else None,
             attention_mask=None,
             rotary_pos_emb=table,
             packed_seq_params=packed_seq_params,
@@ -126,13 +132,21 @@ class SFTModel(GPTModel):
             return output(head, states)
         if labels is None:
             return head.logits(states)[None]
-        return head.losses(states, labels[0], torch.ones_like(labels[0]).float() if loss_mask is None else loss_mask[0])[None]
+        mask = torch.ones_like(labels[0]).float() if loss_mask is None else loss_mask[0]
+        return head.losses(states, labels[0], mask, self.token_loss if self.training else CROSS_ENTROPY)[None]
 
-    def _embedded(self, tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def _embedded(
+        self, tokens: torch.Tensor, position_ids: torch.Tensor, noise: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
         hidden = self.embedding(input_ids=tokens, position_ids=position_ids)
-        if self.embedding_scale is None:
+        if self.embedding_scale is not None:  # rounded, as transformers does
+            hidden = hidden * torch.full((), self.embedding_scale, dtype=hidden.dtype, device=hidden.device)
+        if noise is None:
             return hidden
-        return hidden * torch.full((), self.embedding_scale, dtype=hidden.dtype, device=hidden.device)  # rounded, as transformers
+        keys, bounds = (part[0] for part in noise)
+        if self.config.sequence_parallel:
+            keys, bounds = scatter_to_sequence_parallel_region(keys), scatter_to_sequence_parallel_region(bounds)
+        return add_noise(hidden, keys, bounds)
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> TransformerConfig:
@@ -243,7 +257,10 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
     provide_latent_projections(WholeLinear)
     config = transformer_config(model, parallel, train)
     stages = parallel.virtual_pipeline_model_parallel_size
-    return [_chunk(model, config, stage) for stage in (range(stages) if stages else [None])]
+    chunks = [_chunk(model, config, stage) for stage in (range(stages) if stages else [None])]
+    for chunk in chunks:
+        chunk.token_loss = TokenLoss(train.loss_type, train.label_smoothing, train.z_loss_coeff)
+    return chunks
 
 
 def _chunk(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> SFTModel:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from megatron_sft.model.loss import linear_cross_entropy
+from megatron_sft.model.loss import CROSS_ENTROPY, TokenLoss, linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,21 @@ class Head:
     group: dist.ProcessGroup
     """Tensor-parallel ranks, which have the other rows."""
 
-    def losses(self, hidden: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-        """Per-token cross-entropy, by chunks of the vocabulary: full logits never exist.
+    def losses(
+        self, hidden: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor, token_loss: TokenLoss = CROSS_ENTROPY
+    ) -> torch.Tensor:
+        """Per-token costs, by chunks of the vocabulary: full logits never exist.
 
         Args:
             hidden: [tokens, hidden], the same on every tensor-parallel rank.
             labels: [tokens] int64.
             loss_mask: [tokens] float32; tokens at 0 cost nothing.
+            token_loss: what the others cost.
 
         Returns:
             [tokens] float32; 0 where loss_mask is 0. Not multiplied by the mask's weights.
         """
-        return linear_cross_entropy(hidden, self.weight, labels, loss_mask, self.vocab_size, self.group, self.softcap)
+        return linear_cross_entropy(hidden, self.weight, labels, loss_mask, self.vocab_size, self.group, self.softcap, token_loss)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, rows] in the activations' dtype: those of this rank's rows, padding included."""

@@ -25,7 +25,7 @@ from megatron_sft.train.loss import LossTotals
 from megatron_sft.train.metrics import metrics_writer
 from megatron_sft.train.optim import ScheduleLengths, whole_parameters
 from megatron_sft.train.state import TrainState
-from megatron_sft.train.step import StepResult, train_step
+from megatron_sft.train.step import Noise, StepResult, train_step
 
 SAME_SIGNAL_S = 2.0
 """Ctrl-C comes from the terminal and from the launcher, a time limit's SIGTERM from Slurm and from the launcher."""
@@ -99,6 +99,7 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
         for step in job.loader:
             lr = job.optimizer.param_groups[0]["lr"]
             limit = state.loss_limit(run.train.loss_spike_factor)
+            alpha = run.train.neftune_noise_alpha
             result = train_step(
                 job.chunks,
                 job.optimizer,
@@ -108,6 +109,7 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
                 run.train.check_for_nan,
                 state.iteration + 1,
                 limit,
+                Noise(alpha, run.train.seed, state.iteration) if alpha else None,
             )
             if result.spike:
                 _meet_spike(job, state, result.spike)

@@ -26,6 +26,7 @@ from megatron_sft.errors import TrainingError
 from megatron_sft.log import logger
 from megatron_sft.model.attention import packed_seq_params
 from megatron_sft.model.context import shard_tokens
+from megatron_sft.model.noise import neftune_bounds, noise_keys
 from megatron_sft.parallel import gather
 from megatron_sft.train.loss import LossTotals, document_losses, reduce_totals, step_loss
 
@@ -41,13 +42,23 @@ class StepResult:
     """Not empty where the loss was above the limit and nothing was updated: says so, with the worst rows."""
 
 
-def run_schedule(chunks: list[Any], batches: list[Batch], forward_only: bool) -> list[dict]:
+@dataclass(frozen=True)
+class Noise:
+    """NEFTune's, of one step."""
+
+    alpha: float
+    seed: int
+    iteration: int
+
+
+def run_schedule(chunks: list[Any], batches: list[Batch], forward_only: bool, noise: Noise | None = None) -> list[dict]:
     """Runs micro-batches forward (and backward) through every chunk of this rank.
 
     Args:
         chunks: one model, or one a virtual pipeline stage.
         batches: this rank's micro-batches; every data-parallel rank has the same number.
         forward_only: no gradient.
+        noise: on the embeddings; None: none.
 
     Returns:
         One report a micro-batch on the last pipeline stage, nothing on the others.
@@ -58,7 +69,7 @@ def run_schedule(chunks: list[Any], batches: list[Batch], forward_only: bool) ->
         batches = [lengthened(batch, longest) for batch in batches] + [padding_batch(longest)] * missing
     iterators = [iter(batches) for _ in chunks]
     return get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, noise=noise),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
         num_microbatches=len(batches),
@@ -77,6 +88,7 @@ def train_step(
     check_for_nan: bool = True,
     iteration: int = 0,
     loss_limit: float = float("inf"),
+    noise: Noise | None = None,
 ) -> StepResult:
     """One optimizer step.
 
@@ -89,6 +101,7 @@ def train_step(
         check_for_nan: stop on a loss or gradient that is not finite.
         iteration: number of this step, for errors.
         loss_limit: a loss above it is a spike: nothing is updated. Rank 0 decides for all.
+        noise: on the embeddings; None: none.
 
     Raises:
         TrainingError: a loss or a gradient is NaN or infinite; nothing was updated.
@@ -96,7 +109,7 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    reports = run_schedule(chunks, batches, forward_only=False)
+    reports = run_schedule(chunks, batches, forward_only=False, noise=noise)
     totals = reduce_totals(reports, batches, num_sources, device())
     if check_for_nan:
         _require_finite(chunks, reports, batches, totals, name_document, iteration)
@@ -192,7 +205,7 @@ def _bad_gradients(chunks: list[Any], batches: list[Batch], name_document: Any) 
     return "; ".join(named[:4]) or "every micro-batch alone is, their sum is not"
 
 
-def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+def forward_step(batches: Iterator[Batch], model: Any, noise: Noise | None = None) -> tuple[torch.Tensor, Any]:
     """megatron-core's forward_step_func: one micro-batch through one model chunk.
 
     Returns:
@@ -214,8 +227,17 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, An
         loss_mask=loss_mask,
         padding_mask=_padding_mask(batch) if model.config.num_moe_experts else None,
         packed_seq_params=packed_seq_params(batch.cu_seqlens, batch.max_seqlen, here),
+        noise=_embedding_noise(batch, model.config.hidden_size, noise) if noise else None,
     )
     return output, partial(_loss, loss_mask, documents[0], len(counts))
+
+
+def _embedding_noise(batch: Batch, hidden_size: int, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
+    """([1, tokens / cp_size] int64, the same float32): the model's `noise`."""
+    ids, lengths = torch.tensor(batch.document_ids), batch.document_offsets.long().diff()
+    keys = noise_keys(noise.seed, noise.iteration, ids, lengths)
+    bounds = neftune_bounds(noise.alpha, lengths, hidden_size, ids >= 0)
+    return shard_tokens(keys[None]).to(device()), shard_tokens(bounds[None]).to(device())
 
 
 def _padding_mask(batch: Batch) -> torch.Tensor:

@@ -45,6 +45,10 @@ class Case:
     micro_batch_size: int = 1
     frozen: str = ""
     """Parameters that are not trained: a regular expression for their names, layers counted over the whole model."""
+    train: tuple[tuple[str, Any], ...] = ()
+    """Other fields of TrainConfig."""
+    optim: tuple[tuple[str, Any], ...] = ()
+    """Other fields of OptimConfig."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +130,16 @@ def train(case: Case, ranks: Any, folder: str) -> Outcome:
     from megatron_sft.model.build import build_model
     from megatron_sft.model.context import shard_tokens
     from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
-    from megatron_sft.train.step import train_step
+    from megatron_sft.train.step import Noise, train_step
 
     model, parallel = model_of(case.model, folder), case.parallel
     run = RunConfig(
         model=model,
         parallel=parallel,
-        train=TrainConfig(micro_batch_size=case.micro_batch_size, global_batch_size=STEP_PACKS, train_iters=STEPS),
-        optim=OptimConfig(lr=1e-4, min_lr=1e-5, lr_warmup_iters=2, clip_grad=1.0),
+        train=TrainConfig(
+            micro_batch_size=case.micro_batch_size, global_batch_size=STEP_PACKS, train_iters=STEPS, **dict(case.train)
+        ),
+        optim=OptimConfig(**{"lr": 1e-4, "min_lr": 1e-5, "lr_warmup_iters": 2, "clip_grad": 1.0, **dict(case.optim)}),
     )
     loader = loader_of(run, ranks)
     chunks = build_model(model, parallel, run.train)
@@ -143,8 +149,10 @@ def train(case: Case, ranks: Any, folder: str) -> Outcome:
     optimizer = build_optimizer(wrapped, run)
     scheduler = build_scheduler(optimizer, run.optim, schedule_lengths(run, len(loader), loader.num_samples))
     outcome = Outcome([], [], None, [], 0)
-    for step in loader:
-        result = train_step(wrapped, optimizer, step.micro_batches, 1, str)
+    alpha = run.train.neftune_noise_alpha
+    for number, step in enumerate(loader):
+        noise = Noise(alpha, 1, number) if alpha else None
+        result = train_step(wrapped, optimizer, step.micro_batches, 1, str, noise=noise)
         scheduler.step(1)
         outcome.losses.append(result.totals.loss)
         outcome.norms.append(result.grad_norm)

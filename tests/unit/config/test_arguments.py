@@ -91,6 +91,22 @@ def test_names_of_other_projects():
     assert (run.checkpoint.load, run.data.tokenizer_model, run.train.global_batch_size) == ("hf", "hf", 8)
 
 
+def test_kinds_of_losses_and_their_names_elsewhere():
+    wanted = {"sft_loss": "sft", "sft": "sft", "dft": "dft", "eaft": "eaft"}
+    assert {word: parse([*NEEDED, "--loss-type", word], 1)[0].train.loss_type for word in wanted} == wanted
+    argv = "--label-smoothing-factor 0.1 --z-loss-coeff 1e-4 --neftune-noise-alpha 5".split()
+    train = parse([*NEEDED, *argv], 1)[0].train
+    assert (train.label_smoothing, train.z_loss_coeff, train.neftune_noise_alpha) == (0.1, 1e-4, 5.0)
+    _, found = read_flags(["--loss-type", "asft"])
+    assert found == [
+        "--loss-type asft: it anchors to a second, frozen copy of the weights, which this project does not hold beside the "
+        "model. Use dft, which is asft without the anchor, with fewer steps or a lower --lr."
+    ]
+    assert read_flags(["--loss-type", "policy_loss"])[1] == [
+        "--loss-type policy_loss: expected one of sft, dft, eaft. Correct it."
+    ]
+
+
 def test_a_file_is_no_name_of_a_source(tmp_path):
     plain = tmp_path / "rows"
     plain.touch()
