@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_sft import entry
+from megatron_sft import entry, hub
 from megatron_sft.core_compat import leave_out_compiler
 
 
@@ -19,6 +19,7 @@ def generate(argv: Sequence[str], world_size: int) -> int:
     from megatron_sft.config.options import GenerateConfig
 
     run, explicit, options = parse(argv, world_size, options=GenerateConfig)
+    run = hub.fetched(run)
     leave_out_compiler()
     from megatron_sft.inference.prompts import answer_prompts
 

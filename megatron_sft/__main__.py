@@ -9,7 +9,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from megatron_sft import entry, shell
+from megatron_sft import entry, hub, shell
 from megatron_sft.config.arguments import parse
 from megatron_sft.config.help import ASKS, help_of, overview
 from megatron_sft.config.options import GenerateConfig, MMLUConfig, PlanConfig, ViewConfig
@@ -22,6 +22,7 @@ from megatron_sft.output import output_problems, write_output
 def finetune(argv: Sequence[str], world_size: int) -> int:
     """Trains: the flags of finetune.py."""
     run, explicit = parse(argv, world_size)
+    run = hub.fetched(run)
     leave_out_compiler()
     from megatron_sft.train.setup import finetune as train
 
@@ -31,6 +32,7 @@ def finetune(argv: Sequence[str], world_size: int) -> int:
 def prepare(argv: Sequence[str], world_size: int) -> int:
     """Tokenises, masks and caches the data of a run ahead of time, without a GPU: the flags of finetune.py."""
     run, _, _ = parse(argv, world_size, options=ViewConfig)
+    run = hub.fetched(run, weights=False)
     from megatron_sft.data.prepare import VALID_SPLITS, open_store, training_set
     from megatron_sft.data.report import as_table, data_report
 
@@ -46,6 +48,7 @@ def preview(argv: Sequence[str], world_size: int) -> int:
     """Shows tokens, masks and packs as they are trained: the flags of finetune.py [--rows N --html FILE]."""
     run, _, options = parse(argv, world_size, options=ViewConfig)
     _check_outputs(html=options.html)
+    run = hub.fetched(run, weights=False)
     from megatron_sft.data.chat import load_tokenizer
     from megatron_sft.data.prepare import training_set
     from megatron_sft.data.preview import as_html, as_text, decoder, shown_documents
@@ -62,6 +65,7 @@ def report(argv: Sequence[str], world_size: int) -> int:
     """Counts rows, tokens, masks and packs by source: the flags of finetune.py [--json FILE --html FILE]."""
     run, _, options = parse(argv, world_size, options=ViewConfig)
     _check_outputs(html=options.html, json=options.json)
+    run = hub.fetched(run, weights=False)
     from megatron_sft.data.prepare import training_set
     from megatron_sft.data.report import as_html, as_json, as_table, data_report
 
@@ -83,6 +87,7 @@ def _check_outputs(**outputs: str | None) -> None:
 def generate(argv: Sequence[str], world_size: int) -> int:
     """Answers prompts into --output FILE.jsonl."""
     run, explicit, options = parse(argv, world_size, options=GenerateConfig)
+    run = hub.fetched(run)
     leave_out_compiler()
     from megatron_sft.inference.prompts import answer_prompts
 
@@ -93,6 +98,7 @@ def generate(argv: Sequence[str], world_size: int) -> int:
 def mmlu(argv: Sequence[str], world_size: int) -> int:
     """Scores MMLU: --load MODEL [--mmlu-dataset FOLDER --fraction F --few-shots N --lower-bound X --output JSON]."""
     run, explicit, options = parse(argv, world_size, options=MMLUConfig)
+    run = hub.fetched(run)
     leave_out_compiler()
     from megatron_sft.tasks.mmlu import mmlu as score
 
@@ -104,7 +110,7 @@ def convert(argv: Sequence[str], world_size: int) -> int:
     run, explicit = _model_run(argv, world_size, "load", "save")
     from megatron_sft.conversion import convert as write
 
-    write(run, explicit)
+    write(hub.fetched(run), explicit)
     return 0
 
 
@@ -113,7 +119,7 @@ def export(argv: Sequence[str], world_size: int) -> int:
     run, explicit = _model_run(argv, world_size, "load", "save_hf")
     from megatron_sft.conversion import export as write
 
-    write(run, explicit)
+    write(hub.fetched(run), explicit)
     return 0
 
 
@@ -127,16 +133,18 @@ def verify(argv: Sequence[str], world_size: int) -> int:
         raise ConfigError([f"verify: {len(places)} places; expected HF_FOLDER and perhaps MEGATRON_CHECKPOINT. See --help."])
     from megatron_sft.conversion import verify as same
 
+    folder = hub.folder("verify", folder, weights=True)
     return 0 if same(folder, checkpoint if checkpoint != folder else None) else 1
 
 
 def conf(argv: Sequence[str], world_size: int) -> int:
-    """Prints a conf/<org>/<model>.sh for an HF folder: FOLDER."""
+    """Prints a conf/<org>/<model>.sh for an HF folder or a model of the hub: FOLDER or NAME."""
     named = ["--load"] if argv and not argv[0].startswith("-") else []
     run, _ = _model_run([*named, *argv], world_size, "load")
     from megatron_sft.hf.conf import conf_of_folder  # without torch: conf/arguments.sh waits for it
 
-    print(conf_of_folder(str(run.checkpoint.load)), end="")
+    name = str(run.checkpoint.load)
+    print(conf_of_folder(hub.folder("--load", name, weights=False), name), end="")
     return 0
 
 

@@ -28,6 +28,7 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_sft import hub
 from megatron_sft.config.options import PlanConfig
 from megatron_sft.config.problems import problems
 from megatron_sft.config.run import ModelConfig, RunConfig
@@ -106,15 +107,26 @@ def conf_flags(name: str) -> list[str]:
     elif not own and (folder / f"{name}.sh").resolve().is_relative_to(folder) and (folder / f"{name}.sh").is_file():
         source = str(folder / f"{name}.sh")
     else:
-        known = sorted(str(path.relative_to(folder))[:-3] for path in folder.glob("*/*.sh"))
-        near = difflib.get_close_matches(name, known, n=3) or known
-        expected = f"one such as {', '.join(near[:3])}, ./NAME.sh or /PATH/NAME.sh, or an HF folder with a config.json"
-        raise ConfigError([f"{name}: no such conf; expected {expected}."])
+        source, text = "/dev/stdin", conf_of_folder(_folder_of(name, folder), name)
     command = ["bash", "-euc", 'source "$1"; printf "%s\\0" "${MODEL_ARGS[@]}"', "_", source]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError([f"{name}: bash cannot read it: {done.stderr.strip()}. Expected a conf that sets MODEL_ARGS=( ... )."])
     return done.stdout.split("\0")[:-1]
+
+
+def _folder_of(name: str, confs: Path) -> str:
+    """The folder of a model of the hub. Raises ConfigError: it is none, and no conf either."""
+    known = sorted(str(path.relative_to(confs))[:-3] for path in confs.glob("*/*.sh"))
+    near = difflib.get_close_matches(name, known, n=3) or known
+    expected = f"one such as {', '.join(near[:3])}, ./NAME.sh or /PATH/NAME.sh, or an HF folder with a config.json"
+    try:
+        folder = hub.folder("plan", name, weights=False)
+    except ConfigError as error:
+        raise ConfigError([f"{name}: no such conf; expected {expected}.", *error.problems]) from None
+    if folder == name:
+        raise ConfigError([f"{name}: no such conf; expected {expected}."])
+    return folder
 
 
 def run_flags(argv: Sequence[str]) -> list[str]:

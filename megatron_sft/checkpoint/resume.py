@@ -48,6 +48,7 @@ BY_DATA: Mapping[str, tuple[str, ...]] = {
         "train_names",
         "split",
         "data_split",
+        "data_config",
         "tokenizer_model",
         "chat_template",
         "trust_remote_code",

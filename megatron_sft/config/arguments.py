@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -299,5 +300,8 @@ def _run(values: Values) -> RunConfig:
         logger.info("--sequence-parallel has no effect: --tensor-model-parallel-size is 1.")
     if "tokenizer_model" not in sections["data"] and sections["checkpoint"].get("load"):
         sections["data"]["tokenizer_model"] = sections["checkpoint"]["load"]
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(cache):  # XDG Base Directory Specification 0.8: any other value is to be ignored
+        sections["data"].setdefault("data_cache_path", os.path.join(cache, "megatron_sft"))
     run = RunConfig(**{name: SECTIONS[name](**given) for name, given in sections.items()})
     return dataclasses.replace(run, model=run.model.with_core(core))

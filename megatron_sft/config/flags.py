@@ -33,6 +33,7 @@ SPELLINGS: Mapping[str, str] = {
     "--num-iterations": "train.train_iters",
     "--num-virtual-stages-per-pipeline-rank": "parallel.virtual_pipeline_model_parallel_size",
     "--finetune-data-split": "data.data_split",
+    "--finetune-data-config": "data.data_config",
     "--chat-template-path": "data.chat_template",
     "--num-train-epochs": "train.num_epoch",
     "--total-epochs": "train.num_epoch",

@@ -75,7 +75,7 @@ class MMLUConfig:
     """How MMLU is scored."""
 
     mmlu_dataset: Annotated[str, "place"] = "cais/mmlu"
-    """Folder, file or hub name."""
+    """Folder, file or hub name (NAME:CONFIG; of cais/mmlu it is all)."""
     fraction: Share = 1.0
     """Share of each subject's questions."""
     few_shots: Annotated[int, Number(0, 5), "examples"] = 0
@@ -193,7 +193,7 @@ COMMANDS: Mapping[str, Command] = {
         examples=("megatron-sft verify /path/to/hf-folder OUT",),
     ),
     "conf": Command(
-        "Prints a conf/<org>/<model>.sh for an HF folder.",
+        "Prints a conf/<org>/<model>.sh for an HF folder, or a model of the hub.",
         "FOLDER",
         groups=(),
         examples=("megatron-sft conf /path/to/hf-folder > conf/my-org/my-model.sh",),

@@ -226,8 +226,10 @@ class DataConfig:
     """Shares of the rows for training, validation and test; only the first is trained on, test rows are not read."""
     data_split: str = "train"
     """Split that is read of a hub data set, or of a folder whose files are named for splits (--finetune-data-split)."""
+    data_config: str | None = None
+    """Configuration of hub data sets that have several (--finetune-data-config); NAME:CONFIG says it of one of them."""
     tokenizer_model: Annotated[str, "place"] = ""
-    """Folder or hub name of the Hugging Face tokenizer, or a sentencepiece tokenizer.model file."""
+    """Folder or hub name (see --load) of the Hugging Face tokenizer, or a sentencepiece tokenizer.model file."""
     chat_template: str | None = None
     """Jinja text or file that replaces the tokenizer's own template."""
     trust_remote_code: bool = False
@@ -275,7 +277,7 @@ class DataConfig:
     seed: Seed = 1234
     """Of order, packs and --split; not given: the same as --seed of training."""
     data_cache_path: Annotated[str, "folder"] | None = None
-    """Folder of the token store; None: a folder below the user's cache."""
+    """Folder of the token store; None: megatron_sft below the user's cache (XDG_CACHE_HOME, ~/.cache)."""
     num_workers: Annotated[int, Number(0, 1024), "processes"] = 0
     """Of tokenising; 0: one a core."""
     prefetch: Annotated[int, Number(0, 1024), "steps"] = 2
@@ -395,7 +397,7 @@ class CheckpointConfig:
     """Where weights come from and where results go."""
 
     load: Annotated[str, "place"] | None = None
-    """HF folder or Megatron checkpoint."""
+    """HF folder, hub name (ORG/MODEL or ORG/MODEL@REVISION) or Megatron checkpoint."""
     save: Annotated[str, "folder"] | None = None
     """Checkpoints and metrics.jsonl go there; a run that finds its checkpoint there goes on from it."""
     save_hf: Annotated[str, "folder"] | None = None

@@ -22,6 +22,7 @@ from megatron_sft.lock import only_one
 
 POLICY_FIELDS = (
     "data_split",
+    "data_config",
     "trust_remote_code",
     "seq_length",
     "truncation",

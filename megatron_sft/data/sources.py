@@ -27,10 +27,14 @@ from megatron_sft.data.limits import MAX_ROW_BYTES, TOO_DEEP, TOO_LONG, NotStric
 from megatron_sft.data.schema import RowError
 from megatron_sft.data.splits import files_of_split
 from megatron_sft.errors import DataError
+from megatron_sft.log import logger
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 BATCH_ROWS = 512
 BATCH_BYTES = 2**26
+_HUB = re.compile(
+    r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?)(:(?P<config>[A-Za-z0-9_][A-Za-z0-9_.+-]*))?"
+)
 _SLICE = re.compile(r"^(?P<path>.+)@(?:\[(?P<start>\d*):(?P<stop>\d*)\]|(?P<percent>\d+(?:\.\d+)?)%)$")
 
 
@@ -53,6 +57,8 @@ class Source:
         self.name = name or _stem(self._base)
         self.files = _local_files(self._base, self.splits)
         self.num_rows: int | None = None
+        if self.files and config.data_config:
+            logger.info("--finetune-data-config has no effect on %s, which is on this machine.", path)
         if found and float(found["percent"] or 0) > 100:
             raise DataError(f"{path}: the slice is above 100 %; expected at most all rows. See --prompt-data-epochs for more.")
 
@@ -83,7 +89,7 @@ class Source:
 
     def _all(self) -> Iterator[Item]:
         if not self.files:
-            yield from _hub_rows(self._base, self.splits)
+            yield from _hub_rows(self._base, self.splits, self.config.data_config)
         for file in self.files:
             yield from read_file(file)
 
@@ -319,26 +325,32 @@ def _checked(batch: Any) -> Any:
     return batch
 
 
-def _hub_rows(name: str, splits: Sequence[str]) -> Iterator[Item]:
+def _hub_rows(place: str, splits: Sequence[str], config: str | None) -> Iterator[Item]:
+    """Rows of a data set of the hub: NAME, or NAME:CONFIG, which counts before `config`."""
     try:
         import datasets
+        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
-        raise DataError(f"{name}: no such file; a hub name needs the datasets package. pip install datasets") from None
+        raise DataError(f"{place}: no such file; a hub name needs the datasets package. pip install datasets") from None
+    spelled = _HUB.fullmatch(place)
+    name, config = (spelled["name"], spelled["config"] or config) if spelled else (place, config)
     reason = ""
     for split in splits:
         try:
-            rows = datasets.load_dataset(name, split=split)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            reason = reason or (str(error).strip() or type(error).__name__).splitlines()[0]
+            rows = datasets.load_dataset(name, config, split=split)
+        except (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = reason or " ".join(str(error).split())[:600] or type(error).__name__
             if isinstance(error, ValueError):  # such as an unknown split
                 continue
             break
         for index, record in enumerate(rows, start=1):
-            yield _item(record, f"{name}:{index}")
+            yield _item(record, f"{place}:{index}")
         return
     raise DataError(
-        f"{name}: neither a local file nor a data set that the hub gave ({reason}); expected a path or a "
-        f"hub name with split {' or '.join(splits)}. Correct the name, or --finetune-data-split."
+        f"{place}: neither a local file nor a data set that the hub gave ({reason}); expected a path or a hub name with split "
+        f"{' or '.join(splits)}, as NAME:CONFIG where it has several configurations. Correct the name, --finetune-data-config or "
+        "--finetune-data-split. Without a network download it elsewhere (hf download NAME --repo-type dataset --local-dir "
+        "FOLDER), copy the folder here and name that."
     )
 
 

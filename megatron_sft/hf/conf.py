@@ -61,9 +61,9 @@ def conf_text(model: ModelConfig, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def conf_of_folder(folder: str | Path) -> str:
-    """The same of an HF folder's config.json."""
-    return conf_text(model_config_from_hf(read_hf_config(folder)), str(folder))
+def conf_of_folder(folder: str | Path, name: str | None = None) -> str:
+    """The same of an HF folder's config.json; None: the folder is its name."""
+    return conf_text(model_config_from_hf(read_hf_config(folder)), name or str(folder))
 
 
 def _groups(model: ModelConfig) -> Iterator[list[str]]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from megatron_sft.config.run import ModelConfig
 from megatron_sft.core_compat import device
+from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.config import family_of, hf_config_from_model, model_config_from_hf, read_hf_config, same_architecture
 from megatron_sft.hf.families import Family
 from megatron_sft.hf.folder import INDEX, StoredTensor, TensorWriter, one_thread, stored_tensors
@@ -197,14 +198,21 @@ def _natural(name: str, part: tuple[int, int]) -> tuple[Any, ...]:
 
 
 def _config_like(model: ModelConfig, source_folder: str | Path | None) -> tuple[dict[str, Any], Path | None]:
-    """config.json for the model, and the source folder if that holds weights of the same architecture."""
-    if source_folder is not None and is_hf_folder(source_folder):
-        like = read_hf_config(source_folder)
-        if like.pop("quantization_config", None):  # imported with modelopt
-            return hf_config_from_model(model, like), None
-        config = hf_config_from_model(model, like)
-        if same_architecture(model, model_config_from_hf(config)):
-            return config, Path(source_folder)
+    """config.json for the model, like the source's where that is of the same architecture; and the source folder if that
+    holds weights too."""
+    folder = _folder(source_folder)
+    if folder is not None and (folder / "config.json").is_file():
+        like, is_whole = read_hf_config(folder), is_hf_folder(folder)
+        is_quantised = bool(like.pop("quantization_config", None))
+        try:
+            config = hf_config_from_model(model, like)
+            is_same = same_architecture(model, model_config_from_hf(config))
+        except CheckpointError:
+            if is_whole:
+                raise
+            is_same = False  # the config.json beside a tokenizer may be anything's
+        if is_same or (is_whole and is_quantised):  # imported with modelopt
+            return config, folder if is_whole and not is_quantised else None
     return hf_config_from_model(model, None), None
 
 

@@ -87,13 +87,16 @@ def _indexed_files(folder: Path, index: Path) -> dict[Path, list[str] | None]:
 def _inside(folder: Path, name: str) -> Path:
     """The file of that name in the folder. Raises CheckpointError when the name leads out of it.
 
-    A link is followed: the hub's cache keeps its files as links to ../../blobs, so links are accepted to files below
-    the models--* folder of the cache and refused to any other place.
+    A link is followed: the hub's cache keeps its files as links to ../../blobs, and those perhaps as links to the blobs that
+    all its models share (huggingface_hub 2). So links are accepted to files below the models--* folder of the cache and below
+    blobs/ beside it, and refused to any other place.
     """
     plain = Path(name).name == name and "\0" not in name
     path = folder / (name if plain else ".")
     root = folder.resolve()
-    allowed = [root, *(root.parents[1:2] if root.parent.name == "snapshots" else [])]
+    allowed = [root]
+    if root.parent.name == "snapshots" and len(root.parents) > 2:
+        allowed += [root.parents[1], root.parents[2] / "blobs"]
     target = path.resolve()
     if not plain or not any(target.is_relative_to(place) for place in allowed):
         raise CheckpointError(

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sft import parallel
+from megatron_sft import hub, parallel
 from megatron_sft.config.run import DataConfig, ModelConfig, RunConfig
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.errors import ConfigError
@@ -58,4 +58,5 @@ def _tokenizer_config(data: DataConfig, source: WeightSource) -> DataConfig:
             ]
         )
     template = data.chat_template or stored.get("chat_template")
-    return dataclasses.replace(data, tokenizer_model=stored["tokenizer_model"], chat_template=template)
+    tokenizer = hub.folder("--tokenizer-model", stored["tokenizer_model"], weights=False)
+    return dataclasses.replace(data, tokenizer_model=tokenizer, chat_template=template)

@@ -29,6 +29,8 @@ from megatron_sft.log import logger
 from megatron_sft.output import output_problems, write_output
 
 LETTERS = "ABCD"
+CONFIGS = {"cais/mmlu": "all"}
+"""Configuration of a data set of the hub, where the user names none: all subjects in one."""
 _SPLIT = re.compile(r"(?:^|[/_.-])(dev|test|val|validation|auxiliary_train|train)(?=[/_.-]|$)")
 _DATA_FILE = re.compile(r"\.(csv|jsonl|ndjson|json|parquet|arrow)(\.gz|\.zst)?$")
 
@@ -79,7 +81,7 @@ def _questions(path: str) -> Iterator[tuple[str, Question]]:
                 yield split, _question(row, where, subject)
     else:
         for split in ("dev", "test"):
-            for where, row in open_source(path, DataConfig(data_split=split)):
+            for where, row in open_source(path, DataConfig(data_split=split, data_config=CONFIGS.get(path))):
                 yield split, _question(row, where, "")
 
 

@@ -21,6 +21,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "core_compat": {"errors", "log"},
     "entry": EVERY | {"parallel"},
     "launch": {"core_compat", "errors"},
+    "hub": EVERY | {"checkpoint"},  # which run goes on from --save and needs no other weights
     "config": {"errors", "log", "core_compat"},
     "parallel": EVERY,
     "data": {"config", "errors", "files", "lock", "log"},
@@ -29,14 +30,13 @@ ALLOWED: Mapping[str, set[str]] = {
     "checkpoint": EVERY | {"parallel"},
     "weights": EVERY | {"parallel", "model", "hf", "checkpoint"},
     "conversion": EVERY | {"parallel", "model", "hf", "checkpoint", "weights"},
-    "inference": EVERY | {"parallel", "model", "hf", "checkpoint", "weights", "data", "output"},
+    "inference": EVERY | {"hub", "parallel", "model", "hf", "checkpoint", "weights", "data", "output"},
     "tasks": EVERY | {"parallel", "data", "inference", "output"},
     "train": EVERY | {"parallel", "data", "model", "hf", "checkpoint", "weights"},
-    "plan": EVERY | {"parallel", "model", "hf", "shell", "weights"},
-    "__main__": EVERY
-    | {"checkpoint", "conversion", "data", "entry", "hf", "inference", "output", "parallel", "plan", "shell", "tasks", "train"},
+    "plan": EVERY | {"hub", "parallel", "model", "hf", "shell", "weights"},
+    "__main__": EVERY | set("checkpoint conversion data entry hf hub inference output parallel plan shell tasks train".split()),
 }
-USES_CORE = set(ALLOWED) - {"errors", "files", "lock", "log", "config", "data", "entry", "launch", "output", "shell", "__main__"}
+USES_CORE = set(ALLOWED) - set("errors files lock log config data entry hub launch output shell __main__".split())
 
 
 def imported_modules(tree: ast.AST, dotted: str) -> Iterator[str]:

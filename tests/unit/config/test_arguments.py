@@ -184,3 +184,11 @@ def test_a2a_needs_heads_for_every_context_parallel_rank() -> None:
 def test_a_flag_that_would_do_nothing_is_refused(given: list[str]) -> None:
     with pytest.raises(ConfigError, match=given[0]):
         parse([*NEEDED, *given], 1)
+
+
+@pytest.mark.parametrize(("named", "expected"), [("/there", "/there/megatron_sft"), ("not/absolute", None), ("", None)])
+def test_the_token_store_is_below_xdg_cache_home(monkeypatch: pytest.MonkeyPatch, named: str, expected: str | None) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", named)
+    flags = ["--load", "x", "--train-data", "a.jsonl"]
+    assert parse(flags, 1)[0].data.data_cache_path == expected
+    assert parse([*flags, "--data-cache-path", "/own"], 1)[0].data.data_cache_path == "/own"

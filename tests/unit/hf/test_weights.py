@@ -64,6 +64,20 @@ def test_round_trip_is_bit_identical(name, tmp_path, ranks, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
+def test_a_source_without_weights_gives_its_config_and_an_unknown_one_only_its_tokenizer(tmp_path, ranks):
+    """As the hub's cache has it where only --tokenizer-model names the model."""
+    tiny_folder("llama-tied", tmp_path / "in")
+    chunks, model = loaded(tmp_path / "in", ranks)
+    (tmp_path / "in" / "model.safetensors").unlink()
+    config = json.loads((tmp_path / "in" / "config.json").read_text()) | {"of_its_own": 1}
+    for name, keys in (("same", {}), ("unknown", {"model_type": "other"})):
+        (tmp_path / "in" / "config.json").write_text(json.dumps(config | keys))
+        (tmp_path / "in" / "tokenizer_config.json").write_text("{}")
+        save_hf(chunks, model, tmp_path / name, ranks, tmp_path / "in")
+        assert (tmp_path / name / "tokenizer_config.json").exists()
+        assert json.loads((tmp_path / name / "config.json").read_text()).get("of_its_own") == (1 if name == "same" else None)
+
+
 def test_tied_output_that_is_stored_too_is_kept(tmp_path, ranks):
     tiny_folder("llama-tied", tmp_path / "in")
     weights = load_file(tmp_path / "in" / "model.safetensors")
