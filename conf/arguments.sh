@@ -135,6 +135,9 @@ elif ((PROCESSES == 1)); then
 else
   LAUNCH=("${PYTHON}" -m megatron_sft.launch --standalone "--nproc_per_node=${PROCESSES}")
 fi
+if [[ -n ${MLM_DOCTOR:-} ]]; then # megatron-sft doctor CONF: the flags are looked at, nothing is started
+  LAUNCH=("${PYTHON}" -m megatron_sft doctor --processes "${PROCESSES}")
+fi
 PARALLEL_ARGS=(
   --tensor-model-parallel-size "${TP}" --pipeline-model-parallel-size "${PP}" --context-parallel-size "${CP}"
   --expert-model-parallel-size "${EP}" --expert-tensor-parallel-size "${ETP}"

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_sft import entry, hub, shell
-from megatron_sft.config.arguments import parse
+from megatron_sft.config.arguments import parse, read_flags
 from megatron_sft.config.help import ASKS, help_of, overview
-from megatron_sft.config.options import GenerateConfig, MMLUConfig, PlanConfig, ViewConfig
+from megatron_sft.config.options import DoctorConfig, GenerateConfig, MMLUConfig, PlanConfig, ViewConfig
 from megatron_sft.config.run import RunConfig
 from megatron_sft.core_compat import leave_out_compiler, wants_colour
 from megatron_sft.errors import ConfigError
@@ -134,7 +134,7 @@ def verify(argv: Sequence[str], world_size: int) -> int:
     from megatron_sft.conversion import verify as same
 
     folder = hub.folder("verify", folder, weights=True)
-    return 0 if same(folder, checkpoint if checkpoint != folder else None) else 1
+    return 0 if same(folder, checkpoint if checkpoint != folder else None, run.checkpoint.ckpt_step) else 1
 
 
 def conf(argv: Sequence[str], world_size: int) -> int:
@@ -165,6 +165,20 @@ def plan(argv: Sequence[str], world_size: int) -> int:
     return 0
 
 
+def doctor(argv: Sequence[str], world_size: int) -> int:
+    """Looks for what would go wrong: [CONF] [flags of finetune.py]."""
+    words = [word for word in argv if not word.endswith("finetune.py")]  # conf/arguments.sh has it behind the launcher
+    processes = read_flags(words, DoctorConfig)[0].get("own.processes", 1)
+    leave_out_compiler()
+    from megatron_sft.doctor import examine
+
+    def read() -> tuple[RunConfig, frozenset[str], DoctorConfig]:
+        run, explicit, options = parse(words, processes, options=DoctorConfig)
+        return hub.fetched(run), explicit, options
+
+    return examine(read)
+
+
 def _model_run(argv: Sequence[str], world_size: int, *needed: str) -> tuple[RunConfig, frozenset[str]]:
     """The configuration of a command that trains nothing; `needed` fields of its checkpoint section must be given."""
     run, explicit = parse(argv, world_size, training=False)
@@ -189,7 +203,7 @@ def by_script(name: str, argv: Sequence[str], world_size: int) -> int:
 
 COMMANDS: Mapping[str, Callable[[Sequence[str], int], int]] = {
     function.__name__: function
-    for function in (finetune, prepare, preview, report, generate, mmlu, convert, export, verify, conf, plan)
+    for function in (finetune, prepare, preview, report, generate, mmlu, convert, export, verify, conf, plan, doctor)
 }
 
 
@@ -201,7 +215,7 @@ def main(argv: Sequence[str]) -> int:
         asked = name in ("-h", *ASKS)
         print(overview("" if asked else name, argv), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else ConfigError.exit_status
-    names_conf = name in shell.NAMES and bool(words) and not words[0].startswith("-") and not help_of(name, words)
+    names_conf = name in shell.SCRIPTS and bool(words) and not words[0].startswith("-") and not help_of(name, words)
     return entry.run(functools.partial(by_script, name) if names_conf else command, words)
 
 

@@ -96,7 +96,7 @@ def _like(run: RunConfig) -> str | None:
     return run.data.tokenizer_model if run.data.tokenizer_model not in ("", run.checkpoint.load) else None
 
 
-def verify(hf_folder: str, megatron_checkpoint: str | None = None) -> bool:
+def verify(hf_folder: str, megatron_checkpoint: str | None = None, iteration: int | None = None) -> bool:
     """Compares a Megatron checkpoint, or a conversion in memory, with the HF folder. One process, fp32.
 
     Returns:
@@ -105,7 +105,7 @@ def verify(hf_folder: str, megatron_checkpoint: str | None = None) -> bool:
     places = CheckpointConfig(load=hf_folder, verify_conversion=False)
     run, source = resolve(RunConfig(checkpoint=places), NOTHING, training=False)
     if megatron_checkpoint is not None:
-        source = dataclasses.replace(source, path=megatron_checkpoint, is_hf=False)
+        source = dataclasses.replace(source, path=megatron_checkpoint, is_hf=False, iteration=iteration)
     ranks = parallel.initialize(run.parallel, run.train.seed)
     chunks = build(run, source, ranks)
     place, difference = first_difference(chunks[0], hf_folder)

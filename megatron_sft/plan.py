@@ -151,7 +151,7 @@ def plan(run: RunConfig, given: frozenset[str], options: PlanConfig, conf: str, 
         conf: as the user named it, for the commands.
         extra: flags beside it, for the commands.
     """
-    rows = [_row(layout, options, conf, extra) for layout in layouts(run, given, options.gpus)]
+    rows = [row_of(layout, options, conf, extra) for layout in layouts(run, given, options.gpus)]
     if not rows:
         kept = {name: getattr(run.parallel, field) for name, field in SIZES.items() if field in given}
         problem = problems(run, options.gpus)
@@ -275,7 +275,8 @@ def state_bytes(run: RunConfig) -> tuple[int, int, int]:
     return weights, size[optim.main_grads_dtype], moments + (4 if weights == 2 else 0)
 
 
-def _row(run: RunConfig, options: PlanConfig, conf: str, extra: Sequence[str]) -> Row:
+def row_of(run: RunConfig, options: PlanConfig, conf: str, extra: Sequence[str]) -> Row:
+    """The layout that the run has; arguments as plan's."""
     layout, train = run.parallel, run.train
     shares = _Shares(run, options.gpus)
     stages, counts = stages_of(run), rank_parameters(run, options.gpus)

@@ -7,7 +7,7 @@ Not here: what the scripts make of their environment variables (conf/arguments.s
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +15,11 @@ from megatron_sft.errors import ConfigError
 
 NAMES = ("finetune", "generate", "mmlu", "convert", "export")
 """Commands that are scripts too."""
+SCRIPTS: Mapping[str, tuple[str, Sequence[str]]] = {
+    **{name: (name, ()) for name in NAMES},
+    "doctor": ("finetune", ("MLM_DOCTOR=1",)),  # finetune.sh with another launcher: the same flags
+}
+"""Command -> (its script, NAME=VALUE beside the environment's)."""
 
 
 def scripts() -> Path:
@@ -29,22 +34,20 @@ def confs() -> Path:
     return (scripts() / "conf").resolve()
 
 
-def run(name: str, argv: Sequence[str], variables: Sequence[str] = ()) -> NoReturn:
+def run(name: str, argv: Sequence[str]) -> NoReturn:
     """Becomes the script: the process goes on as bash, with this Python interpreter unless PYTHON names another.
 
     Args:
-        name: one of NAMES.
+        name: one of SCRIPTS.
         argv: a conf or an HF folder, then flags.
-        variables: NAME=VALUE, beside those of the environment.
 
     Raises:
         ConfigError: there is no bash.
     """
+    script, variables = SCRIPTS[name]
     start = 'export PYTHON="${PYTHON:-$0}"; exec bash "$@"'
-    words = ["env", *variables, "bash", "-c", start, sys.executable, str(scripts() / f"{name}.sh"), *argv]
+    words = ["env", *variables, "bash", "-c", start, sys.executable, str(scripts() / f"{script}.sh"), *argv]
     try:
         os.execvp("env", words)
     except OSError as error:
-        raise ConfigError(
-            [f"{name}: bash cannot be started ({error.strerror}). Install it, or give flags alone: --help."]
-        ) from None
+        raise ConfigError([f"{name}: bash cannot be started ({error.strerror}). Install it, or give flags alone."]) from None

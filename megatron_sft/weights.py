@@ -44,6 +44,8 @@ class WeightSource:
     """Optimizer, rng, iteration and data position are taken too."""
     run_config: Mapping[str, Any]
     """The configuration that the checkpoint was written with; empty for HF folders and Megatron-LM's checkpoints."""
+    iteration: int | None = None
+    """Which checkpoint of the folder (--ckpt-step); None: the newest that is whole."""
 
 
 def resolve(
@@ -88,7 +90,7 @@ def build(run: RunConfig, source: WeightSource, ranks: Ranks) -> list[SFTModel]:
             quick_check(chunks, run.model, source.path, ranks)
     elif not source.resumes:
         verify = run.checkpoint.verify_integrity
-        load_checkpoint(source.path, chunks, None, None, ranks, weights_only=True, verify=verify)
+        load_checkpoint(source.path, chunks, None, None, ranks, source.iteration, weights_only=True, verify=verify)
     return chunks
 
 
@@ -112,7 +114,8 @@ def restore(run: RunConfig, source: WeightSource, ranks: Ranks, chunks: list[Any
         return {}
     wanted = run.checkpoint
     loaded = optimizer if wanted.load_optim else None
-    state = load_checkpoint(source.path, chunks, loaded, None, ranks, load_rng=wanted.load_rng, verify=wanted.verify_integrity)
+    rng, verify = wanted.load_rng, wanted.verify_integrity
+    state = load_checkpoint(source.path, chunks, loaded, None, ranks, source.iteration, load_rng=rng, verify=verify)
     if loaded is None:
         optimizer.reload_model_params()  # its fp32 weights are those that the model was built with
     return state
@@ -127,17 +130,22 @@ def find_source(run: RunConfig, training: bool = True) -> WeightSource:
 
     Raises:
         ConfigError: there is no --load.
-        CheckpointError: --load is neither an HF folder nor a Megatron checkpoint.
+        CheckpointError: --load is neither an HF folder nor a Megatron checkpoint, or has none of --ckpt-step.
     """
-    save, load = run.checkpoint.save, run.checkpoint.load
+    save, load, step = run.checkpoint.save, run.checkpoint.load, run.checkpoint.ckpt_step
     if training and save and is_megatron_checkpoint(save) and latest_iteration(save) is not None:
-        return _megatron_source(save, resumes=True)
+        is_load = bool(load) and os.path.realpath(str(load)) == os.path.realpath(save)
+        if step is not None and not is_load:
+            logger.info("--ckpt-step %d has no effect: it is about --load, and the run goes on from --save %s.", step, save)
+        return _megatron_source(save, True, step if is_load else None)
     if not load:
         raise ConfigError(
             ["--load is missing: expected an HF folder or a Megatron checkpoint. Set HF_MODEL_CKPT or MLM_MODEL_CKPT."]
         )
     if is_megatron_checkpoint(load):
-        return _megatron_source(load, resumes=training and not run.checkpoint.finetune)
+        return _megatron_source(load, training and not run.checkpoint.finetune, step)
+    if step is not None:
+        raise ConfigError([f"--ckpt-step {step}: {load} has no checkpoints; expected a Megatron checkpoint. Leave it out."])
     if os.path.isfile(os.path.join(load, "config.json")):
         return hf_source(run, load)
     raise CheckpointError(
@@ -146,9 +154,10 @@ def find_source(run: RunConfig, training: bool = True) -> WeightSource:
     )
 
 
-def _megatron_source(root: str, resumes: bool) -> WeightSource:
+def _megatron_source(root: str, resumes: bool, iteration: int | None) -> WeightSource:
     """A release holds weights alone (megatron-sft convert): there is no training to go on with."""
-    return WeightSource(root, False, resumes and latest_iteration(root) != RELEASE, read_run_config(root))
+    resumes = resumes and latest_iteration(root, iteration) != RELEASE
+    return WeightSource(root, False, resumes, read_run_config(root, iteration), iteration)
 
 
 def hf_source(run: RunConfig, folder: str) -> WeightSource:

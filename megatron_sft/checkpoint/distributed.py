@@ -44,10 +44,12 @@ class CheckpointSaver:
         run: its `checkpoint` says what is kept; all of it is written beside every checkpoint.
         ranks: of this process.
         lock: of the root; nothing is written when it is lost. None: nobody else writes there.
+        went_on_from: iteration of the root that the run resumed; None: of none.
     """
 
-    def __init__(self, root: str | Path, run: RunConfig, ranks: Ranks, lock: Lock | None = None):
+    def __init__(self, root: str | Path, run: RunConfig, ranks: Ranks, lock: Lock | None = None, went_on_from: int | None = None):
         self.root = Path(root)
+        self._went_on_from = went_on_from
         self._lock = lock or Lock(None)
         self._run = run
         self._ranks = ranks
@@ -185,7 +187,8 @@ class CheckpointSaver:
         records.append(manifest.write_file(folder / manifest.RUN_CONFIG, config))
         manifest.write_manifest(folder, [*records, *(record for _, files in written for record in files)])
         self._lock.require()
-        tracker.publish(self.root, iteration)
+        tracker.publish(self.root, iteration, self._went_on_from)
+        self._went_on_from = None
         tracker.retain(self.root, self._run.checkpoint.save_retain)
 
 
@@ -423,14 +426,24 @@ def _restore_rng(folder: Path, states: Any) -> None:
         ) from error
 
 
-def latest_iteration(root: str | Path) -> tracker.Iteration | None:
+def latest_iteration(root: str | Path, wanted: int | None = None) -> tracker.Iteration | None:
     """The checkpoint that load_checkpoint tries first and that looks whole; None when there is none at all.
 
+    Args:
+        root: folder of the checkpoints.
+        wanted: the iteration that it must be (--ckpt-step); None: any.
+
     Raises:
-        CheckpointError: there are checkpoints and every one is damaged.
+        CheckpointError: there are checkpoints and every one is damaged, or `wanted` is not there.
     """
     root = Path(root)
     listed = tracker.candidates(root)
+    if wanted is not None and wanted not in listed:
+        there = ", ".join(map(str, listed)) or "none"
+        raise CheckpointError(
+            f"{root}: no checkpoint of iteration {wanted}; there: {there}. Change --ckpt-step, or leave it out."
+        )
+    listed = listed if wanted is None else [wanted]
     found: list[str] = []
     for candidate in listed:
         problems = manifest.problems(tracker.checkpoint_folder(root, candidate), content=False)
@@ -442,13 +455,13 @@ def latest_iteration(root: str | Path) -> tracker.Iteration | None:
     return None
 
 
-def read_run_config(root: str | Path) -> dict[str, Any]:
+def read_run_config(root: str | Path, wanted: int | None = None) -> dict[str, Any]:
     """The resolved configuration that latest_iteration's checkpoint was written with; {} for one of Megatron-LM.
 
     It is read after its checksum was compared: what is damaged is never used, nor is it an error while an earlier
     checkpoint is whole.
     """
-    chosen = latest_iteration(root)
+    chosen = latest_iteration(root, wanted)
     if chosen is None:
         return {}
     path = tracker.checkpoint_folder(Path(root), chosen) / manifest.RUN_CONFIG

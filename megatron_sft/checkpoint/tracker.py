@@ -95,14 +95,15 @@ def candidates(root: Path) -> list[Iteration]:
     return [tracked, *below, *above, *release]
 
 
-def publish(root: Path, iteration: Iteration) -> Path:
+def publish(root: Path, iteration: Iteration, went_on_from: int | None = None) -> Path:
     """Gives the finished saving folder its name, then points the tracker at it. A kill in between loses nothing.
 
     A checkpoint of the same name is moved aside first; `sweep` puts it back if the kill falls between the two renames.
 
     Iterations above the one that the tracker named before are not of this training: it was set back, or training fell back
-    from a damaged checkpoint. Now that the training in use has a checkpoint of its own they become discarded_iter_%07d,
-    which nothing resumes from and --save-retain deletes. With tracker 20 of 10, 20, 30, 40, a save of 25 leaves 10, 20, 25.
+    from a damaged checkpoint, or `went_on_from` an earlier one (--ckpt-step; said with a run's first save). Now that the
+    training in use has a checkpoint of its own they become discarded_iter_%07d, which nothing resumes from and --save-retain
+    deletes. With tracker 20 of 10, 20, 30, 40, a save of 25 leaves 10, 20, 25.
     One of the same number, a save of 30, is replaced.
     """
     source, target = saving_folder(root, iteration), checkpoint_folder(root, iteration)
@@ -112,6 +113,7 @@ def publish(root: Path, iteration: Iteration) -> Path:
     write_whole(root / TRACKER, f"{iteration}\n" if iteration == RELEASE else f"{int(iteration)}\n")
     if before is not None and iteration != RELEASE:
         last = 0 if before == RELEASE else min(int(before), int(iteration))
+        last = last if went_on_from is None else min(last, went_on_from)
         _discard(root, [number for number in iterations(root) if number > last and number != iteration])
     return target
 

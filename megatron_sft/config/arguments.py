@@ -24,9 +24,11 @@ from typing import Any, TypeVar, overload
 from megatron_sft.config import flags
 from megatron_sft.config.core_fields import RECORDS, CoreArchitecture, CoreTraining
 from megatron_sft.config.derived_flags import DERIVED, Values, integers
+from megatron_sft.config.elsewhere import ELSEWHERE
 from megatron_sft.config.fields import Kind, Words, flag_of, kinds
+from megatron_sft.config.folders import checkpoint_place
 from megatron_sft.config.hints import hint, nearest
-from megatron_sft.config.options import PlanConfig, ViewConfig
+from megatron_sft.config.options import DoctorConfig, PlanConfig, ViewConfig
 from megatron_sft.config.problems import data_problems, idle_problems, problems
 from megatron_sft.config.run import ParallelConfig, RunConfig
 from megatron_sft.errors import ConfigError
@@ -100,7 +102,7 @@ def parse(argv: Sequence[str], world_size: int, training: bool = True, *, option
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, train_data=("any",), tokenizer_model="any"))
         together = problems(dataclasses.replace(run, parallel=ParallelConfig()), 1)
     else:
-        together = problems(run, world_size, training and options is None)
+        together = problems(run, world_size, training and options in (None, DoctorConfig))
     explicit = frozenset(path.split(".")[1] for path in values)
     together += idle_problems(run.model, explicit - run.model.core_fields().keys())
     # What contradicts a flag whose own value is wrong may vanish with it.
@@ -142,7 +144,7 @@ def split_flags(argv: Sequence[str], table: Mapping[str, Flag]) -> tuple[list[Gi
     while words:
         name, has_value, value = words.pop(0).partition("=")
         if not name.startswith("--"):
-            found.append(f"{name}: unknown value; no flag takes it. See --help.")
+            found.append(f"{name}: unknown value; no flag takes it. {ELSEWHERE.get(name.lstrip('+'), 'See --help.')}")
             continue
         following = [value] if has_value else _following(words)
         known = table.get(name)
@@ -298,6 +300,7 @@ def _run(values: Values) -> RunConfig:
     sections["parallel"].setdefault("expert_tensor_parallel_size", tensor_size)  # Megatron-LM's default
     if tensor_size == 1 and sections["parallel"].pop("sequence_parallel", False):  # every conf with experts asks for it
         logger.info("--sequence-parallel has no effect: --tensor-model-parallel-size is 1.")
+    _one_checkpoint(sections["checkpoint"])
     if "tokenizer_model" not in sections["data"] and sections["checkpoint"].get("load"):
         sections["data"]["tokenizer_model"] = sections["checkpoint"]["load"]
     cache = os.environ.get("XDG_CACHE_HOME", "")
@@ -305,3 +308,14 @@ def _run(values: Values) -> RunConfig:
         sections["data"].setdefault("data_cache_path", os.path.join(cache, "megatron_sft"))
     run = RunConfig(**{name: SECTIONS[name](**given) for name, given in sections.items()})
     return dataclasses.replace(run, model=run.model.with_core(core))
+
+
+def _one_checkpoint(places: Values) -> None:
+    """--load out/iter_0000040 is --load out --ckpt-step 40."""
+    if not places.get("load"):
+        return
+    load, iteration = checkpoint_place(places["load"])
+    if iteration is not None and places.setdefault("ckpt_step", iteration) != iteration:
+        said = f"--ckpt-step {places['ckpt_step']} and --load {places['load']}"
+        raise ConfigError([f"{said} name two checkpoints; expected one. Leave --ckpt-step out."])
+    places["load"] = load

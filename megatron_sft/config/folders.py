@@ -1,13 +1,27 @@
-"""Folders of a run that would destroy each other: what --save-hf would replace."""
+"""Folders of a run: one checkpoint's folder as --load, and what --save-hf would destroy."""
 
 import glob
 import itertools
 import os
+import re
 
 from megatron_sft.config.run import RunConfig
 
 PLACEHOLDERS = ("{iteration}", "{rollout_id}")
 """Names in --save-hf that stand for the iteration."""
+
+
+def checkpoint_place(load: str) -> tuple[str, int | None]:
+    """The folder of one checkpoint -> (the folder of them all, its iteration): out/iter_0000040 -> (out, 40).
+
+    Any other place -> (itself, None), and out/release -> (out, None) where nothing else is in out.
+    """
+    path = os.path.abspath(load)
+    root, name = os.path.split(path)
+    found = re.fullmatch("iter_([0-9]{7,18})", name)
+    if os.path.isdir(path) and (found or (name == "release" and not glob.glob(glob.escape(root) + "/iter_*"))):
+        return os.path.dirname(load.rstrip("/")) or root, int(found[1]) if found else None
+    return load, None
 
 
 def export_folder(save_hf: str, iteration: int) -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from megatron_sft.config import flags
+from megatron_sft.config.elsewhere import ELSEWHERE
 
 ISOLATION = ("--no-reset-attention-mask", "--no-reset-position-ids", "--no-eod-mask-loss")
 """Never suggested: without them documents see each other, or boundaries are trained."""
@@ -22,6 +23,8 @@ def hint(name: str, known: Sequence[str]) -> str:
         name: as it was typed, --no- included.
         known: flags that can be suggested.
     """
+    if name in ELSEWHERE:
+        return f"{name}: unknown flag. {ELSEWHERE[name]}"
     if name in flags.PROBLEMS:
         return f"{name}: {flags.PROBLEMS[name]}"
     for pattern, why in flags.REFUSED.items():

@@ -88,6 +88,18 @@ class MMLUConfig:
     """JSON file of the scores."""
 
 
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What `megatron-sft doctor` looks at."""
+
+    processes: Annotated[Count, "processes"] = 1
+    """Of the run; with a CONF those of TP, PP, CP, EP and DP."""
+    doctor_rows: Annotated[Count, "rows"] = 200
+    """Of each source that are looked at, from the first."""
+    gpu_memory: Annotated[float, Number(1e-3, 1e6), "GB"] | None = None
+    """Of one GPU, in 10^9 bytes; None: that of this machine."""
+
+
 GROUPS: Mapping[str, str] = {
     "data": "data",
     "model": "model",
@@ -205,6 +217,12 @@ COMMANDS: Mapping[str, Command] = {
         ("parallel", "train", "optim"),
         ("--seq-length",),
         ("megatron-sft plan Qwen/Qwen3-8B --gpus 8 --gpu-memory 80 --seq-length 8192",),
+    ),
+    "doctor": Command(
+        "Looks for what would go wrong with a run; one line a check, exit status 1 if any fails.",
+        "[CONF]",
+        DoctorConfig,
+        examples=("HF_MODEL_CKPT=/path/to/Qwen3-8B DATASET=chats.jsonl TP=2 megatron-sft doctor Qwen/Qwen3-8B --lr 1e-5",),
     ),
 }
 """In the order of `megatron-sft --help`."""

@@ -398,6 +398,8 @@ class CheckpointConfig:
 
     load: Annotated[str, "place"] | None = None
     """HF folder, hub name (ORG/MODEL or ORG/MODEL@REVISION) or Megatron checkpoint."""
+    ckpt_step: Annotated[Amount, "iteration"] | None = None
+    """Which checkpoint of load is taken; None: the newest. A load that ends in iter_0000040 says it too."""
     save: Annotated[str, "folder"] | None = None
     """Checkpoints and metrics.jsonl go there; a run that finds its checkpoint there goes on from it."""
     save_hf: Annotated[str, "folder"] | None = None

@@ -219,6 +219,23 @@ def first_difference(chunk: nn.Module, folder: str | Path, tokens: torch.Tensor 
     return (faults[0] if odd is None and faults else odd), difference
 
 
+def reference_losses(folder: Path, documents: Sequence[tuple[Any, Any]]) -> list[float]:
+    """transformers' mean loss over the trained tokens of each document, alone, in fp32 on the CPU.
+
+    Args:
+        folder: the HF folder.
+        documents: (tokens [n], mask [n], above 0 where token i itself is trained); each trains a token behind its first.
+    """
+    model = _text_model(_their_model(folder, None, torch.float32))[0]
+    losses = []
+    for tokens, mask in documents:
+        ids, trained = torch.as_tensor(tokens).long(), torch.as_tensor(mask)[1:] > 0
+        with torch.no_grad():
+            logits = model(ids[None], use_cache=False).logits[0, :-1].float()
+        losses.append(float(nn.functional.cross_entropy(logits[trained], ids[1:][trained])))
+    return losses
+
+
 def _rotary_faults(module: Any, body: Any) -> list[str]:
     """Compares the rotary frequencies where both sides keep one table."""
     table = getattr(module, "rotary_table", None)

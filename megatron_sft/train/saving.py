@@ -35,6 +35,7 @@ class Saving:
         identity: of the data, by DATA_IDENTITY's names.
         watch: is told what this rank does.
         lock: of the --save folder; None: nobody else writes there.
+        went_on_from: as CheckpointSaver's.
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class Saving:
         identity: Mapping[str, str],
         watch: Watch,
         lock: Lock | None = None,
+        went_on_from: int | None = None,
     ):
         self._run, self._ranks, self._chunks, self._watch = run, ranks, chunks, watch
         self._optimizer, self._scheduler, self._identity = optimizer, scheduler, identity
-        self._saver = CheckpointSaver(run.checkpoint.save, run, ranks, lock) if run.checkpoint.save else None
+        self._saver = CheckpointSaver(run.checkpoint.save, run, ranks, lock, went_on_from) if run.checkpoint.save else None
         self._unmarked: tuple[int, float] | None = None
         self._exported: int | None = None
         if run.checkpoint.save_hf:

@@ -164,7 +164,8 @@ def build_job(
     total = run.train.train_iters or steps_of_samples(loader.num_samples, loader.num_packs, loader.global_batch_size)
     lengths = schedule_lengths(run, total, loader.num_samples)
     scheduler = build_scheduler(optimizer, run.optim, lengths, schedule_position(lengths, loader, state))
-    saving = Saving(run, ranks, wrapped, optimizer, scheduler, identity, watch, lock)
+    went_on_from = state.iteration if source.resumes and source.path == run.checkpoint.save else None
+    saving = Saving(run, ranks, wrapped, optimizer, scheduler, identity, watch, lock, went_on_from)
     if METRIC in restored:  # the kill may have come between a save and its mark
         saving.mark(state.iteration, restored[METRIC])
     job = Job(

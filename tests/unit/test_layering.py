@@ -34,7 +34,8 @@ ALLOWED: Mapping[str, set[str]] = {
     "tasks": EVERY | {"parallel", "data", "inference", "output"},
     "train": EVERY | {"parallel", "data", "model", "hf", "checkpoint", "weights"},
     "plan": EVERY | {"hub", "parallel", "model", "hf", "shell", "weights"},
-    "__main__": EVERY | set("checkpoint conversion data entry hf hub inference output parallel plan shell tasks train".split()),
+    "doctor": EVERY | {"hub", "parallel", "model", "hf", "weights", "data", "train", "plan"},
+    "__main__": EVERY | set("checkpoint conversion data doctor entry hf hub inference output parallel plan shell tasks train".split()),
 }
 USES_CORE = set(ALLOWED) - set("errors files lock log config data entry hub launch output shell __main__".split())
 
