@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from megatron_sft import parallel, plan
 from megatron_sft.config.folders import export_folder
@@ -139,7 +140,7 @@ def packages(patient: Patient) -> str:
             wrong.append(f"{requirement.name} is not installed; expected it. pip install '{requirement}'.")
             continue
         found.append(f"{requirement.name} {version}")
-        if not requirement.specifier.contains(version, prereleases=True):
+        if not requirement.specifier.contains(Version(version).base_version):
             wrong.append(f"{requirement.name} is {version}; expected {requirement.specifier}. pip install '{requirement}'.")
     if wrong:
         raise ConfigError(wrong)

@@ -18,6 +18,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "log": set(),
     "output": {"errors", "files", "log"},
     "shell": {"errors"},
+    "requirements": set(),
     "core_compat": {"errors", "log"},
     "entry": EVERY | {"parallel"},
     "launch": {"core_compat", "errors"},
@@ -37,7 +38,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "doctor": EVERY | {"hub", "parallel", "model", "hf", "weights", "data", "train", "plan"},
     "__main__": EVERY | set("checkpoint conversion data doctor entry hf hub inference output parallel plan shell tasks train".split()),
 }
-USES_CORE = set(ALLOWED) - set("errors files lock log config data entry hub launch output shell __main__".split())
+USES_CORE = set(ALLOWED) - set("errors files lock log config data entry hub launch output requirements shell __main__".split())
 
 
 def imported_modules(tree: ast.AST, dotted: str) -> Iterator[str]:
