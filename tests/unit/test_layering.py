@@ -36,7 +36,8 @@ ALLOWED: Mapping[str, set[str]] = {
     "train": EVERY | {"parallel", "data", "model", "hf", "checkpoint", "weights"},
     "plan": EVERY | {"hub", "parallel", "model", "hf", "shell", "weights"},
     "doctor": EVERY | {"hub", "parallel", "model", "hf", "weights", "data", "train", "plan"},
-    "__main__": EVERY | set("checkpoint conversion data doctor entry hf hub inference output parallel plan shell tasks train".split()),
+    "__main__": EVERY
+    | set("checkpoint conversion data doctor entry hf hub inference output parallel plan shell tasks train".split()),
 }
 USES_CORE = set(ALLOWED) - set("errors files lock log config data entry hub launch output requirements shell __main__".split())
 
