@@ -80,6 +80,19 @@ find_conf() {
   [[ ${conf} == "${folder}"/* ]] || fail "${MLM_MODEL_CFG} leads to ${conf}; ${ways}."
 }
 
+# use_python: PYTHON is a program, which finds this package and nothing in the current folder.
+use_python() {
+  PYTHON="${PYTHON:-python3}"
+  type -P -- "${PYTHON}" > /dev/null || fail "PYTHON=${PYTHON} is no program. Set it to a Python interpreter."
+  local paths=":${PYTHONPATH:-}:"
+  while [[ ${paths} == *::* ]]; do paths=${paths//::/:}; done # an empty entry is the current folder
+  paths=${paths%:}
+  if [[ -d ${SCRIPT_DIR}/../../../megatron_sft ]]; then # a checkout; in a wheel the package is where PYTHON looks anyhow
+    paths=:${SCRIPT_DIR}/../../..${paths}
+  fi
+  export PYTHONPATH="${paths#:}" PYTHONSAFEPATH=1
+}
+
 [[ -n "${SCRIPT_DIR:-}" ]] || fail "SCRIPT_DIR is not set; expected the folder of the calling script."
 for setup in "${SANDBOX_ENV_SETUP:-}" "${MLM_ENV_SETUP:-}"; do
   [[ -n ${setup} ]] || continue
@@ -88,6 +101,10 @@ for setup in "${SANDBOX_ENV_SETUP:-}" "${MLM_ENV_SETUP:-}"; do
   # shellcheck source=/dev/null
   source "${setup}"
 done
+if [[ ${1:-} == -h || ${1:-} == --help* ]]; then
+  use_python
+  exec "${PYTHON}" -m megatron_sft "$(basename -- "$0" .sh)" "$1"
+fi
 MLM_MODEL_CFG="${1:-}"
 find_conf
 
@@ -98,15 +115,7 @@ if [[ ! -d ${conf} ]]; then
 fi
 ETP="${ETP:-${TP}}"
 require_numbers TP PP CP EP ETP DP
-PYTHON="${PYTHON:-python3}"
-type -P -- "${PYTHON}" > /dev/null || fail "PYTHON=${PYTHON} is no program. Set it to a Python interpreter."
-paths=":${PYTHONPATH:-}:"
-while [[ ${paths} == *::* ]]; do paths=${paths//::/:}; done # an empty entry is the current folder
-paths=${paths%:}
-if [[ -d ${SCRIPT_DIR}/../../../megatron_sft ]]; then # a checkout; in a wheel the package is where PYTHON looks anyhow
-  paths=:${SCRIPT_DIR}/../../..${paths}
-fi
-export PYTHONPATH="${paths#:}" PYTHONSAFEPATH=1
+use_python
 if [[ -d ${conf} ]]; then
   text=$("${PYTHON}" -m megatron_sft conf --load "${conf}") || exit
   # shellcheck source=/dev/null

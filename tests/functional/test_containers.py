@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_sft.errors import ConfigError
 from megatron_sft.requirements import requirements
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +95,9 @@ def test_kubernetes(dry: Any) -> None:
     assert (service["apiVersion"], service["kind"], job["apiVersion"], job["kind"]) == ("v1", "Service", "batch/v1", "Job")
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"] == 2
-    assert pod["restartPolicy"] in ("Never", "OnFailure") and pod["terminationGracePeriodSeconds"] > 30
+    assert pod["restartPolicy"] == "Never", "podFailurePolicy needs it"
+    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [ConfigError.exit_status]
+    assert pod["terminationGracePeriodSeconds"] > 30
     assert service["spec"]["clusterIP"] == "None" and pod["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
     (container,) = pod["containers"]

@@ -1,8 +1,11 @@
 """`megatron-sft doctor`: a healthy run has nothing, and each planted fault is named with its way out."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sft import shell
 from megatron_sft.__main__ import main
 from tests.text_models import TEMPLATE, byte_tokenizer
 
@@ -184,3 +188,16 @@ def test_a_full_disk_is_named(examine: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert status == 1
     ((outcome, text),) = found["disk"]
     assert outcome == "FAIL" and "0.0 GB free; expected" in text and "Free room, name another folder" in text
+
+
+def test_a_conf_gives_the_flags_of_finetune_sh_and_the_number_of_processes(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[[ $1 == -I ]] && exec "{sys.executable}" "$@"\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    script, variables = shell.SCRIPTS["doctor"]
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "TP": "2", "DP": "2", "LAUNCH_SCRIPT": "false"}
+    environment |= dict(variable.split("=") for variable in variables)
+    words = [shell.scripts() / f"{script}.sh", "Qwen/Qwen3-0.6B", "--lr", "1e-5"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert done[:5] == ["-m", "megatron_sft", "doctor", "--processes", "4"] and done[5].endswith("/finetune.py")
+    assert done[done.index("--tensor-model-parallel-size") + 1] == "2" and done[-2:] == ["--lr", "1e-5"]

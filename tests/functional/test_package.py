@@ -119,3 +119,16 @@ def test_flags_behind_a_conf_reach_every_script(tmp_path: Path) -> None:
 def test_a_conf_below_a_launcher_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"finetune Qwen/Qwen3-0\.6B starts its processes itself"):
         by_script("finetune", ["Qwen/Qwen3-0.6B"], 2)
+
+
+def test_scripts_show_the_help_of_their_command() -> None:
+    """Before, --help was taken for the name of a model."""
+    for name in shell.NAMES:
+        done = subprocess.run(
+            [shell.scripts() / f"{name}.sh", "--help"],
+            env=environment(PYTHON=sys.executable),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.startswith(f"usage: megatron-sft {name} [CONF] [flags]") and "\nexamples\n" in done.stdout
