@@ -56,9 +56,10 @@ find_conf() {
   local folder=${SANDBOX_ROOT:+${SANDBOX_ROOT}/conf/model} name='[A-Za-z0-9_][A-Za-z0-9_.-]*'
   folder=$(realpath -- "${folder:-${SCRIPT_DIR}/conf}") || fail "SANDBOX_ROOT=${SANDBOX_ROOT} has no folder conf/model."
   local ways="expected a conf below ${folder}, such as Qwen/Qwen3-0.6B, or a file of your own as ./NAME.sh or /PATH/NAME.sh"
+  ways+=", or an HF folder as ./FOLDER or /PATH/FOLDER"
   if [[ ${MLM_MODEL_CFG} =~ ^\.{0,2}/ && -d ${MLM_MODEL_CFG} ]]; then
     conf=$(realpath -- "${MLM_MODEL_CFG}")
-    [[ -f ${conf}/config.json ]] || fail "${conf} has no config.json; ${ways}, or an HF folder."
+    [[ -f ${conf}/config.json ]] || fail "${conf} has no config.json; ${ways}."
     MLM_MODEL_CFG=$(basename -- "${conf}")
     return
   fi
@@ -75,6 +76,8 @@ find_conf() {
   fi
   [[ ${MLM_MODEL_CFG} =~ ^${name}(/${name})*$ ]] || fail "'${MLM_MODEL_CFG}' is no name of a conf; ${ways}."
   conf=${folder}/${MLM_MODEL_CFG}.sh
+  [[ -f ${conf} || ! -f ${MLM_MODEL_CFG}/config.json ]] ||
+    fail "${MLM_MODEL_CFG} is no conf, but an HF folder here; expected a path. Write ./${MLM_MODEL_CFG} for it."
   [[ -f ${conf} ]] || fail "${conf} does not exist; ${ways}. 'megatron-sft conf FOLDER' writes one."
   conf=$(realpath -- "${conf}")
   [[ ${conf} == "${folder}"/* ]] || fail "${MLM_MODEL_CFG} leads to ${conf}; ${ways}."

@@ -1,5 +1,6 @@
 """docs/documents.md says what became of each flag of five documents: the parser does just that, and the page has them all."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -12,6 +13,10 @@ import pytest
 from megatron_sft.config import flags
 from megatron_sft.config.arguments import parse, read_flags
 from megatron_sft.config.elsewhere import ELSEWHERE
+from megatron_sft.config.run import DataConfig
+from megatron_sft.data.schema import to_row
+from megatron_sft.data.sources import open_source
+from megatron_sft.plan import conf_flags
 from tests.functional.conftest import metrics_of
 from tests.gloo import run_script
 from tests.unit.config.test_arguments import TUTORIAL
@@ -80,6 +85,35 @@ def test_the_tutorials_torchrun_command_trains_word_for_word(tiny_folder: Path, 
 def test_slimes_arguments_train_from_extra_arguments() -> None:
     run, _ = parse(["--hf-checkpoint", "M", "--prompt-data", "a.parquet", *shlex.split(SLIME)], 1)
     assert (run.train.global_batch_size, run.train.num_epoch, run.data.input_key) == (128, 3.0, "messages")
+
+
+def test_miles_convert_command_is_read_with_its_flags() -> None:
+    """tools/convert_hf_to_torch_dist.py ${MODEL_ARGS[@]} --hf-checkpoint M --save M_torch_dist, as `megatron-sft convert`."""
+    words = [*conf_flags("Qwen/Qwen3-4B"), "--hf-checkpoint", "M", "--save", "M_torch_dist"]
+    run, _ = parse(words, 1, training=False)
+    assert (run.checkpoint.load, run.checkpoint.save, run.model.num_layers) == ("M", "M_torch_dist", 36)
+
+
+def test_rows_as_the_documents_write_them_are_read(tiny_folder: Path, tmp_path: Path) -> None:
+    """OpenHermes as it is and with `messages`, verl's dict columns, nanochat's and Megatron-LM's conversations."""
+    turns = [("human", "user", "What is 2+3?"), ("gpt", "assistant", "2+3 = 5")]
+    messages = [{"role": role, "content": text} for _, role, text in turns]
+    rows = {
+        "openhermes": {"conversations": [{"from": name, "value": text} for name, _, text in turns]},
+        "messages": {"messages": messages},
+        "single": {"question": "What is 2+3?", "answer": "2+3 = 5"},
+        "dict": {"extra_info": {"question": "What is 2+3?", "answer": "2+3 = 5"}},
+    }
+    tokens = set()
+    for name, row in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        keys = {"prompt_key": "extra_info", "response_key": "extra_info"} if name == "dict" else {}
+        keys |= {"prompt_dict_keys": ("question",), "response_dict_keys": ("answer",)} if name == "dict" else {}
+        config = DataConfig(tokenizer_model=str(tiny_folder), train_data=(str(path),), **keys)
+        (where, record), *_ = open_source(str(path), config)
+        tokens.add(tuple((m["role"], m["content"]) for m in to_row(record, where, config).messages))
+    assert tokens == {tuple((role, text) for _, role, text in turns)}
 
 
 def test_a_key_of_verl_is_answered_with_its_flag() -> None:

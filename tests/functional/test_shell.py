@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,26 @@ def test_a_conf_of_ones_own_is_named_by_its_path(launcher: str, tmp_path: Path) 
     assert (value(arguments, "--num-layers"), value(arguments, "--save")) == ("3", "/w/my conf_sft")
     missing = run("finetune.sh", str(tmp_path / "none.sh"), **common)
     assert missing.returncode == 2 and "none.sh does not exist" in missing.stderr
+
+
+def test_an_hf_folder_stands_for_a_conf(launcher: str, tmp_path: Path) -> None:
+    """Its config.json says the flags; a folder here without ./ is no conf, and the message says what to write."""
+    source = SCRIPTS.parents[2] / "tests" / "assets" / "hf_configs" / "Qwen__Qwen3-0.6B.json"
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    shutil.copy(source, folder / "config.json")
+    arguments = arguments_of("finetune.sh", str(folder), LAUNCH_SCRIPT=launcher, MLM_WORK_DIR="/w")
+    by_name = arguments_of("finetune.sh", CONF, LAUNCH_SCRIPT=launcher)
+    same = ("--num-layers", "--hidden-size", "--rotary-base", "--seq-length", "--padded-vocab-size")
+    assert [value(arguments, flag) for flag in same] == [value(by_name, flag) for flag in same]
+    assert (value(arguments, "--load"), value(arguments, "--save")) == (str(folder), "/w/my model_sft")
+    without = run("finetune.sh", str(tmp_path), LAUNCH_SCRIPT=launcher)
+    assert without.returncode == 2 and "has no config.json; expected a conf below" in without.stderr
+    (tmp_path / "plain").symlink_to(folder)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "LAUNCH_SCRIPT": launcher}
+    words = [SCRIPTS / "finetune.sh", "plain"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Write ./plain for it" in done.stderr
 
 
 def test_unbalanced_quote_is_an_error(launcher: str) -> None:
