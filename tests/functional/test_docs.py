@@ -7,15 +7,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from megatron_sft.__main__ import COMMANDS
-from megatron_sft.config.arguments import parse
+from megatron_sft.config.arguments import flag_table, parse
+from megatron_sft.config.help import ASKS
+from megatron_sft.config.options import COMMANDS as OPTIONS
 from megatron_sft.config.options import GenerateConfig, MMLUConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 READERS = {
     "finetune.py": lambda words: parse(words, 4),
     "generate.py": lambda words: parse(words, 4, options=GenerateConfig),
@@ -55,3 +58,19 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_flags_that_an_assistant_is_told_of_exist() -> None:
+    known = {flag for command in OPTIONS.values() for flag in flag_table(command.options)} | set(ASKS)
+    for page in (ROOT / "AGENTS.md", ROOT / "README.md"):
+        text = re.sub(r"^\| (nanochat|verl|TRL) .*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) <= known, page.name
+    named = set(re.findall(r"megatron-sft ([a-z]+)", (ROOT / "AGENTS.md").read_text(encoding="utf-8")))
+    assert named <= COMMANDS.keys() and {"doctor", "plan", "preview", "report"} <= named
+
+
+def test_the_picture_is_small_and_made_by_its_script() -> None:
+    picture = ROOT / "docs" / "picture.svg"
+    assert picture.stat().st_size < 20_000
+    root = ElementTree.fromstring(picture.read_text())
+    assert len(root.findall("{*}polyline")) == 2 and [r for r in root.findall("{*}rect") if r.get("fill") == "#bfe8bf"]
