@@ -108,6 +108,7 @@ if [[ ${1:-} == -h || ${1:-} == --help* ]]; then
   use_python
   exec "${PYTHON}" -m megatron_sft "$(basename -- "$0" .sh)" "$1"
 fi
+export MLM_SCRIPT="$0" MLM_ARGUMENTS="${*@Q}" # for the commands that a run names at its end
 MLM_MODEL_CFG="${1:-}"
 find_conf
 

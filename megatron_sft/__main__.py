@@ -216,7 +216,8 @@ def main(argv: Sequence[str]) -> int:
         print(overview("" if asked else name, argv), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else ConfigError.exit_status
     names_conf = name in shell.SCRIPTS and bool(words) and not words[0].startswith("-") and not help_of(name, words)
-    return entry.run(functools.partial(by_script, name) if names_conf else command, words)
+    answers = name in ("generate", "conf")  # what they print is for a file or a pipe
+    return entry.run(functools.partial(by_script, name) if names_conf else command, words, to_stderr=answers)
 
 
 def run() -> None:

@@ -12,10 +12,12 @@ import logging
 import os
 import re
 import resource
+import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_sft.errors import ConfigError
@@ -316,6 +318,50 @@ def allow_open_files() -> None:
         raise ConfigError(
             [f"at most {most} open files are allowed; expected {MIN_OPEN_FILES} or more. Allow more: ulimit -n 4096."]
         )
+
+
+SCRIPT_VARIABLES = re.compile(
+    "TP|PP|CP|EP|ETP|DP|HF_MODEL_CKPT|TOKENIZER_MODEL|DATASET|LAUNCH_SCRIPT|PYTHON|SANDBOX_[A-Z_]+|MLM_([A-Z]+_ARGS|MODEL_CKPT"
+    "|MODEL_SAVE|WORK_DIR|ENV_SETUP)"
+)
+"""That the user may have set for one of the scripts (conf/arguments.sh)."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """How this run was started, to say how to go on with its results."""
+
+    script: str
+    """finetune.sh as it was called; empty: Python was."""
+    variables: Mapping[str, str]
+    """Of SCRIPT_VARIABLES, as the user set them."""
+    python: str
+    program: tuple[str, ...]
+    """What Python runs: finetune.py, or -m megatron_sft finetune."""
+    arguments: tuple[str, ...]
+    """Of the script, or of the program."""
+    path: Mapping[str, str]
+    """PYTHONPATH, where -m megatron_sft needs one."""
+    machines: int
+
+
+def started() -> Started:
+    """How this run was started: by a script, which says so in MLM_SCRIPT and MLM_ARGUMENTS, or by hand."""
+    script, root = os.environ.get("MLM_SCRIPT", ""), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    is_module = os.path.basename(sys.argv[0]) in ("__main__.py", "megatron-sft")
+    program = ("-m", "megatron_sft", *sys.argv[1:2]) if is_module else (sys.argv[0],)
+    is_found = root == os.getcwd() or root.endswith("site-packages") or root in os.environ.get("PYTHONPATH", "").split(":")
+    known = {name: value for name, value in sorted(os.environ.items()) if SCRIPT_VARIABLES.fullmatch(name)}
+    return Started(
+        script=script,
+        variables={name: value.replace("\\\n", " ") for name, value in known.items()} if script else {},
+        python=sys.orig_argv[0],
+        program=program,
+        arguments=tuple(shlex.split(os.environ.get("MLM_ARGUMENTS", "")) if script else sys.argv[1 + is_module :]),
+        path={} if is_found else {"PYTHONPATH": root},
+        machines=int(os.environ.get("WORLD_SIZE", "1"))
+        // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1")),
+    )
 
 
 def wants_colour(stream: TextIO) -> bool:

@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_sft import hub
 from megatron_sft.config.options import PlanConfig
 from megatron_sft.config.problems import problems
-from megatron_sft.config.run import ModelConfig, RunConfig
+from megatron_sft.config.run import ModelConfig, ParallelConfig, RunConfig
 from megatron_sft.errors import ConfigError
 from megatron_sft.hf.conf import conf_of_folder
 from megatron_sft.model.activations import Activations
@@ -273,6 +273,29 @@ def state_bytes(run: RunConfig) -> tuple[int, int, int]:
     weights = size[run.train.params_dtype]
     moments = size[optim.exp_avg_dtype] + size[optim.exp_avg_sq_dtype] if optim.use_precision_aware_optimizer else 8
     return weights, size[optim.main_grads_dtype], moments + (4 if weights == 2 else 0)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run is expected to need."""
+
+    parameters: int
+    """Of the whole model."""
+    total_gb: float
+    """Of the fullest rank, without RESERVED_GB."""
+    parts_gb: Mapping[str, float]
+    """The same by PARTS."""
+
+
+def expected_memory(run: RunConfig, world_size: int) -> Memory | None:
+    """What this very layout needs, before its processes are there; None where the model cannot be built so."""
+    whole = dataclasses.replace(run, parallel=ParallelConfig())
+    if weights_of(run, world_size) is None or weights_of(whole, 1) is None:
+        return None
+    row = row_of(run, PlanConfig(gpus=world_size), "", ())
+    parts = {name: getattr(row, f"{name}_gb") for name in PARTS}
+    ((dense, experts),) = rank_parameters(whole, 1)
+    return Memory(dense + experts, row.total_gb - RESERVED_GB, parts)
 
 
 def row_of(run: RunConfig, options: PlanConfig, conf: str, extra: Sequence[str]) -> Row:

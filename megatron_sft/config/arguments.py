@@ -1,7 +1,7 @@
 """Flags -> RunConfig. The only module that knows how flags are spelled; imports no torch, so that it is quick.
 
 A flag has one of three outcomes: it sets a field of run.py, it is a known flag without effect here (flags.NO_EFFECT,
-one printed line), or it is an error. All problems are reported at once.
+a printed line a reason), or it is an error. All problems are reported at once.
 
     --x-y VALUE      field x_y of a dataclass in run.py, or a setting of megatron-core that has an effect (core_fields.py)
     --no-x-y         sets a boolean field to False
@@ -123,9 +123,8 @@ def read_flags(argv: Sequence[str], options: type | None = None) -> tuple[Values
     given, found = split_flags(argv, table)
     values: Values = {}
     said: dict[str, Given] = {}
+    _say_idle([item.flag.name for item in given])
     for item in _last_length_wins(given, found):
-        if item.flag.name in flags.NO_EFFECT:
-            logger.info("%s has no effect: %s.", item.flag.name, flags.NO_EFFECT[item.flag.name][1])
         values |= dict(item.flag.sets)
         if item.flag.path and not item.flag.sets:
             _take(item, values, said, found)
@@ -134,6 +133,15 @@ def read_flags(argv: Sequence[str], options: type | None = None) -> tuple[Values
         if name in raw and derived.read:
             derived.read(raw, values, found)
     return values, found
+
+
+def _say_idle(names: Sequence[str]) -> None:
+    """A line for each reason why flags have no effect: confs have half a dozen of them."""
+    idle: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for name in names if name in flags.NO_EFFECT):
+        idle.setdefault(flags.NO_EFFECT[name][1], []).append(name)
+    for why, group in idle.items():
+        logger.info("%s %s no effect: %s.", ", ".join(group), "has" if len(group) == 1 else "have", why)
 
 
 def split_flags(argv: Sequence[str], table: Mapping[str, Flag]) -> tuple[list[Given], list[str]]:

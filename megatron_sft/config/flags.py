@@ -127,7 +127,7 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
     "--init-model-with-meta-device": (0, "weights are never initialised twice"),
     "--distributed-timeout-seconds-after-init": (1, "see --distributed-timeout-minutes"),
 }
-"""Accepted flag -> (number of values, why it has no effect here). Each prints one line."""
+"""Accepted flag -> (number of values, why it has no effect here). A line is printed for each reason."""
 
 PROBLEMS: Mapping[str, str] = {
     "--fp16": "fp16 needs loss scaling, which this project does not have. Use --bf16.",

@@ -4,7 +4,7 @@ Shown is what stands in the token store, so what is trained on, not a second ren
 """
 
 import html
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ Decode = Callable[[list[int]], str]
 
 SHOWN_PACKS = 20
 TRAINED, OTHER_WEIGHT, MASKED, PLAIN = "\x1b[30;42m", "\x1b[30;43m", "\x1b[2m", "\x1b[0m"
+TRAINED_END = "\x1b[97;45m"
+"""A special token that is trained, such as the end of a turn."""
 PAGE_HEAD = """<!doctype html><meta charset="utf-8"><title>megatron-sft preview</title><style>
 body{font:14px sans-serif;margin:2em;max-width:75em}pre{white-space:pre-wrap;border:1px solid #ccc;padding:.6em}
 .m{color:#888}.t{background:#bfe8bf}.t.o{background:#9fd89f}.w{background:#f4dc90}.m.o{background:#f4f4f4}
@@ -77,6 +79,29 @@ def as_text(store: DocumentStore, plan: PackPlan, shown: Sequence[int], decode: 
     return "\n".join(out)
 
 
+def sample_text(store: DocumentStore, index: int, decode: Decode, special: Collection[int], limit: int, is_coloured: bool) -> str:
+    """One document, of a long one its first and last tokens, with a line that says what the colours mean.
+
+    Args:
+        store: of all documents.
+        index: of this one.
+        decode: token ids -> text.
+        special: ids of the special tokens.
+        limit: tokens that are shown.
+        is_coloured: else trained text stands in [[ ]].
+    """
+    document = store.document(index)
+    cut = len(document.tokens) - limit
+    parts = [document]
+    if cut > 0:
+        ends = (slice(limit // 2), slice(len(document.tokens) - limit // 2, None))
+        parts = [Document(document.tokens[end], document.loss_mask[end]) for end in ends]
+    draw = (lambda part: _coloured(part, decode, special)) if is_coloured else (lambda part: _bracketed(part, decode))
+    legend = f"{TRAINED}trained{PLAIN} {TRAINED_END}trained end{PLAIN} {MASKED}read{PLAIN}" if is_coloured else "[[trained]]"
+    body = f"\n... {cut:,} tokens ...\n".join(map(draw, parts))
+    return f"{printable(f'--- {_title(store, index, document)}')}   {legend}\n{body}\n---"
+
+
 def as_html(store: DocumentStore, plan: PackPlan, shown: Sequence[int], decode: Decode, seq_length: int) -> str:
     """One self-contained page: no scripts, no requests."""
     out = [PAGE_HEAD, "<h1>Rows as they are trained</h1>", LEGEND]
@@ -116,11 +141,16 @@ def _runs(document: Document, decode: Decode) -> Iterator[tuple[str, float]]:
         yield text, last
 
 
-def _coloured(document: Document, decode: Decode) -> str:
-    colours = [
-        (MASKED if weight == 0 else TRAINED if weight == 1 else OTHER_WEIGHT, text) for text, weight in _runs(document, decode)
-    ]
-    return "".join(f"{colour}{printable(text)}{PLAIN}" for colour, text in colours)
+def _coloured(document: Document, decode: Decode, special: Collection[int] = ()) -> str:
+    """A line break outside its text's colour, which a terminal would draw to its edge."""
+    out, last = [], ""
+    for text, weight, tokens in pieces(document, decode):
+        colour = MASKED if weight == 0 else TRAINED if weight == 1 else OTHER_WEIGHT
+        colour = TRAINED_END if weight and tokens[0] in special else colour
+        shown = printable(text).replace("\n", f"{PLAIN}\n{colour}")
+        out.append(shown if colour == last else f"{PLAIN if last else ''}{colour}{shown}")
+        last = colour
+    return "".join([*out, PLAIN])
 
 
 def _bracketed(document: Document, decode: Decode) -> str:

@@ -8,9 +8,13 @@ import contextlib
 import datetime
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_sft.config.run import RunConfig
 from megatron_sft.errors import ConfigError, TrainingError
@@ -20,13 +24,15 @@ from megatron_sft.log import logger
 Metrics = Mapping[str, Any]
 
 
-def console_line(metrics: Metrics, train_iters: int) -> str:
+def console_line(metrics: Metrics, train_iters: int, mean_loss: float | None = None) -> str:
     """The line that Megatron-LM prints (megatron/training/training.py:training_log), our fields at its end.
 
     Args:
         metrics: of one iteration; times in ms, loss in nats a trained token.
         train_iters: iterations of the whole run.
+        mean_loss: over the trained tokens since the line before, as Megatron's "lm loss" is a mean; None: of this iteration.
     """
+    loss = metrics["sft/loss"]
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     line = (
         f" [{now}] iteration {metrics['iteration']:8d}/{train_iters:8d} |"
@@ -34,10 +40,10 @@ def console_line(metrics: Metrics, train_iters: int) -> str:
         f" elapsed time per iteration (ms): {metrics['perf/step_ms']:.1f} |"
         f" throughput per GPU (TFLOP/s/GPU): {metrics['perf/tflops_per_gpu']:.1f} |"
         f" learning rate: {metrics['lr']:.6E} | global batch size: {metrics['global_batch_size']:5d} |"
-        f" lm loss: {metrics['sft/loss']:.6E} | loss scale: 1.0 | grad norm: {metrics['grad_norm']:.3f} |"
+        f" lm loss: {loss if mean_loss is None else mean_loss:.6E} | loss scale: 1.0 | grad norm: {metrics['grad_norm']:.3f} |"
         f" number of skipped iterations: {metrics.get('skipped_iterations', 0):3d} | number of nan iterations:   0 |"
         f" tokens/s: {metrics['perf/tokens_per_s']:.0f} | trained tokens: {metrics['sft/trained_tokens']} |"
-        f" epoch: {metrics['sft/epoch']:.3f} |"
+        f" epoch: {metrics['sft/epoch']:.3f} | step loss: {loss:.6E} |"
     )
     if "valid/loss" in metrics:
         line += f" validation loss: {metrics['valid/loss']:.6E} |"
@@ -75,7 +81,8 @@ def metrics_writer(run: RunConfig, rank: int, iteration: int, train_iters: int) 
         return
     writer = MetricsWriter(run, iteration, train_iters)
     try:
-        yield writer.write
+        with logging_redirect_tqdm([logger]) if writer.bar else contextlib.nullcontext():
+            yield writer.write
     except BaseException:
         with contextlib.suppress(TrainingError):  # of a full disk perhaps; the first error says more
             writer.close(exit_code=1)
@@ -107,12 +114,13 @@ class MetricsWriter:
                 self._jsonl = open(path, "a", buffering=1, opener=_without_waiting)
             self._tensorboard = _tensorboard(tensorboard, iteration)
         self._wandb = _wandb(run)
+        self._sums = [0.0, 0]  # of losses and trained tokens since the last line
+        self.bar = _bar(iteration, train_iters)
 
     def write(self, metrics: Metrics) -> None:
-        """Writes one iteration: files always, the console line every log_interval iterations and on the last."""
+        """Writes one iteration: files always, the console line every log_interval iterations and on the last, or the bar."""
         iteration = metrics["iteration"]
-        if iteration % self._log_interval == 0 or iteration == self._train_iters or "valid/loss" in metrics:
-            logger.info(console_line(metrics, self._train_iters))
+        self._show(metrics)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         with self._explained():
             if self._jsonl:
@@ -124,8 +132,25 @@ class MetricsWriter:
         if self._wandb:
             self._wandb.log(numbers, step=iteration)
 
+    def _show(self, metrics: Metrics) -> None:
+        iteration, tokens = metrics["iteration"], metrics["sft/trained_tokens"]
+        self._sums = [self._sums[0] + tokens * metrics["sft/loss"], self._sums[1] + tokens]
+        mean = self._sums[0] / self._sums[1] if self._sums[1] else 0.0
+        if self.bar:
+            self.bar.set_postfix_str(f"loss {mean:.4f}, {metrics['perf/tokens_per_s']:,.0f} tokens/s", refresh=False)
+            self.bar.update()
+            if "valid/loss" in metrics:
+                logger.info("iteration %d: validation loss %.4f", iteration, metrics["valid/loss"])
+        is_shown = iteration % self._log_interval == 0 or iteration == self._train_iters or "valid/loss" in metrics
+        if is_shown:
+            self._sums = [0.0, 0]
+        if is_shown and not self.bar:
+            logger.info(console_line(metrics, self._train_iters, mean))
+
     def close(self, exit_code: int = 0) -> None:
         """Flushes and closes every place; Weights & Biases shows a run with another exit code than 0 as failed."""
+        if self.bar:
+            self.bar.close()
         with self._explained():
             if self._jsonl:
                 self._jsonl.close()
@@ -143,6 +168,14 @@ class MetricsWriter:
                 f"{self._places}: cannot be written ({error.strerror}); expected a writable folder with room. Make room and "
                 "give the same command again: the run goes on from its last checkpoint."
             ) from None
+
+
+def _bar(iteration: int, train_iters: int) -> "tqdm[Any] | None":
+    """In a terminal: how far the run is, and how long it still takes."""
+    if not sys.stdout.isatty():
+        return None
+    form = "{desc} {n}/{total} |{bar}| {elapsed} gone, {remaining} left{postfix}"
+    return tqdm(initial=iteration, total=train_iters, desc="step", bar_format=form, file=sys.stdout, dynamic_ncols=True)
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -3,6 +3,7 @@
 Not here: how a checkpoint is written (checkpoint/distributed.py), when (loop.py).
 """
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Saving:
         self._optimizer, self._scheduler, self._identity = optimizer, scheduler, identity
         self._saver = CheckpointSaver(run.checkpoint.save, run, ranks, lock, went_on_from) if run.checkpoint.save else None
         self._unmarked: tuple[int, float] | None = None
+        self._unsaid: tuple[int, float] | None = None
         self._exported: int | None = None
         if run.checkpoint.save_hf:
             try_hf(chunks, run.model, export_folders(run.checkpoint.save_hf)[-1], ranks, run.data.tokenizer_model)
@@ -73,6 +75,7 @@ class Saving:
         if valid_loss is not None:
             values[METRIC] = valid_loss
             self._unmarked = (state.iteration, valid_loss)
+        self._unsaid = (state.iteration, time.monotonic())
         self._saver.save(state.iteration, self._chunks, self._optimizer, self._scheduler, values)
         if not self._run.checkpoint.async_save:
             self.finish()
@@ -85,9 +88,18 @@ class Saving:
         if self._saver is None:
             return
         self._saver.finish()
+        if self._unsaid is not None and self._ranks.rank == 0:
+            self._say(*self._unsaid)
+        self._unsaid = None
         if self._unmarked is not None:
             self.mark(*self._unmarked)
             self._unmarked = None
+
+    def _say(self, iteration: int, begin: float) -> None:
+        folder = tracker.checkpoint_folder(Path(str(self._run.checkpoint.save)), iteration)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        taken = "in the background" if self._run.checkpoint.async_save else f"in {time.monotonic() - begin:.1f} s"
+        logger.info("saved %s (%.1f MB) %s", folder, size / 1e6, taken)
 
     def mark(self, iteration: int, valid_loss: float) -> None:
         """Marks a whole checkpoint as the best one if it is: --save-retain keeps it, best_checkpoint.json names it."""

@@ -27,9 +27,11 @@ from megatron_sft.errors import CheckpointError, DataError, TrainingError
 from megatron_sft.hf.exporter import try_places
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks, agree
-from megatron_sft.train import memory
+from megatron_sft.plan import Memory, expected_memory
+from megatron_sft.train import memory, overview
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loop import Job, loss_metrics, schedule_position, train
+from megatron_sft.train.next_steps import next_steps
 from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
 from megatron_sft.train.saving import METRIC, Saving
 from megatron_sft.train.state import TrainState
@@ -65,13 +67,14 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
     run, source = resolved(run, explicit)
     if run.train.deterministic_mode:
         use_deterministic_algorithms()
+    expected = expected_memory(run, parallel.process_environment()[1]) if parallel.process_environment()[0] == 0 else None
     ranks = parallel.initialize(run.parallel, run.train.seed)
     with Watch(ranks, run.parallel.stall_timeout_s) as watch, memory.explained(run, ranks):
         watch.tell("taking the lock of the --save folder")
         with held(run.checkpoint.save, ranks) as lock:
             watch.before_end = lock.release
             agree(lambda: _require_unchanged(source, run))
-            status = _finetune(run, ranks, source, watch, lock)
+            status = _finetune(run, ranks, source, watch, lock, expected)
     parallel.finalize()
     return status
 
@@ -85,7 +88,7 @@ def _require_unchanged(source: WeightSource, run: RunConfig) -> None:
         )
 
 
-def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch, lock: Lock) -> int:
+def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch, lock: Lock, expected: Memory | None) -> int:
     if run.checkpoint.save_hf:
         try_places(export_folders(run.checkpoint.save_hf), ranks, run.data.tokenizer_model)
     watch.tell("reading the data")
@@ -100,14 +103,30 @@ def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch, 
             f"{source.path}: trained to iteration {state.iteration} already, {state.consumed_samples} samples; expected fewer "
             f"than {job.loader.num_samples}. Ask for more (--num-epoch, --train-iters), or choose another --save for a new run."
         )
+    if ranks.rank == 0:
+        _introduce(job, data, state, expected)
     watch.tell("training")
     state, stopped = train(job, state)
     saving.finish()
+    if not stopped:
+        with whole_parameters(job.chunks, run.parallel):
+            saving.export(state.iteration)
+    if ranks.rank == 0:
+        logger.info("%s", next_steps(run, state, len(job.loader), bool(stopped)))
     if stopped:
         return 128 + stopped if stopped > 0 else EXIT_DURATION
-    with whole_parameters(job.chunks, run.parallel):
-        saving.export(state.iteration)
     return 0
+
+
+def _introduce(job: Job, data: Data, state: TrainState, expected: Memory | None) -> None:
+    """Says what the run is about to do."""
+    lines = [overview.sample(data.train, load_tokenizer(job.run.data))]
+    if expected is not None:
+        lines += [overview.parameters(job.chunks, expected, job.run), overview.memory(expected, job.ranks)]
+    lines += [overview.lengths(job.run, data.train, state, len(job.loader), job.loader.global_batch_size)]
+    lines += [overview.places(job.run)]
+    for line in filter(None, lines):
+        logger.info("%s", line)
 
 
 def resolved(run: RunConfig, explicit: frozenset[str]) -> tuple[RunConfig, WeightSource]:

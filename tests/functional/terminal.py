@@ -1,9 +1,12 @@
 """A script on a pseudo-terminal, driven by a test as by a person."""
 
+import fcntl
 import os
 import pty
 import re
 import select
+import struct
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,9 +38,13 @@ class Screen:
         seen, _, self.text = self.plain.partition(wanted)
         return seen
 
-    def end(self) -> int:
-        """The exit status."""
-        status = self.script.result().returncode
+    def end(self, timeout_s: float = 180) -> int:
+        """The exit status; what is written until then is seen, since nobody can write to a full screen."""
+        deadline = time.monotonic() + timeout_s
+        while any(rank.is_alive() for rank in self.script.ranks) and time.monotonic() < deadline:
+            if select.select([self._keyboard], [], [], 0.2)[0]:
+                self.text += self._read()
+        status = self.script.result(timeout_s=10).returncode
         while select.select([self._keyboard], [], [], 0)[0] and (more := self._read()):
             self.text += more
         return status
@@ -57,6 +64,7 @@ class Screen:
 def on_terminal(script: str, flags: Sequence[Any], processes: int = 1) -> Iterator[Screen]:
     """Runs a script whose ranks all have one terminal, as under a launcher."""
     keyboard, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
     running = RunningScript(script, flags, processes, os.ttyname(terminal))
     try:
         yield Screen(running, keyboard)

@@ -64,6 +64,11 @@ def test_no_effect_flag_prints_one_line(capsys):
     log.configure(0)
     parse([*NEEDED, "--use-mcore-models"], 1)
     assert capsys.readouterr().out == "--use-mcore-models has no effect: that is how this project always works.\n"
+    read_flags(["--no-rope-fusion", "--sft", "--use-flash-attn", "--no-rope-fusion"])
+    assert capsys.readouterr().out == (
+        "--no-rope-fusion, --use-flash-attn have no effect: this project chooses kernels by what the machine has.\n"
+        "--sft has no effect: that is how this project always works.\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["reset-position-ids", "reset-attention-mask", "eod-mask-loss"])

@@ -44,7 +44,9 @@ def test_console_line_is_megatrons_with_ours_at_the_end():
         " throughput per GPU (TFLOP/s/GPU): 0.2 | learning rate: 1.000000E-04 | global batch size:     8 |"
         " lm loss: 1.250000E+00 | loss scale: 1.0 | grad norm: 2.500 | number of skipped iterations:   0 |"
         " number of nan iterations:   0 | tokens/s: 5461 | trained tokens: 4000 | epoch: 0.500 |"
+        " step loss: 1.250000E+00 |"
     )
+    assert " lm loss: 1.500000E+00 | " in console_line(METRICS, 10, 1.5)
 
 
 def test_resumed_run_continues_the_file_where_the_checkpoint_was(tmp_path):

@@ -1,0 +1,97 @@
+"""What a run says before its first step: a row as it is trained, parameters, memory, lengths, and where results go.
+
+Not here: what it says at its end (next_steps.py), figures of the data (data/report.py).
+"""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sft import plan
+from megatron_sft.config.run import RunConfig
+from megatron_sft.core_compat import wants_colour
+from megatron_sft.data.loader import steps_of_samples
+from megatron_sft.data.preview import decoder, sample_text
+from megatron_sft.data.sft_dataset import SFTDataset
+from megatron_sft.log import logger
+from megatron_sft.parallel import Ranks
+from megatron_sft.train.state import TrainState
+
+GB = 1e9
+SHORT = 512
+"""Tokens of a row that is shown whole."""
+
+
+def sample(dataset: SFTDataset, tokenizer: Any) -> str:
+    """A row of the first pack, in colour on a terminal."""
+    lengths = dataset.store.lengths
+    documents = [int(document) for document in dataset.plan[0]]
+    chosen = next((document for document in documents if lengths[document] <= SHORT), documents[0])
+    ends = {int(token) for token in tokenizer.added_tokens_decoder} | set(tokenizer.all_special_ids)
+    return sample_text(dataset.store, chosen, decoder(tokenizer), ends, SHORT, wants_colour(sys.stdout))
+
+
+def memory(expected: plan.Memory, ranks: Ranks) -> str:
+    """What the fullest rank is expected to need, beside what there is; a warning where it is too little."""
+    parts = ", ".join(f"{name} {_shown(size)}" for name, size in expected.parts_gb.items())
+    if torch.cuda.is_available():
+        there, where = torch.cuda.mem_get_info()[1] / GB, "the GPU"
+        needed, parts = expected.total_gb + plan.RESERVED_GB, f"{parts}; {plan.RESERVED_GB:g} more for CUDA and NCCL"
+    else:
+        there, where, needed = host_bytes() / GB, "this machine", expected.total_gb * ranks.world_size
+    rank = "the fullest rank" if ranks.world_size > 1 else "the one rank"
+    line = f"memory: {_shown(expected.total_gb)} GB expected on {rank} ({parts}), {there:.1f} GB on {where}"
+    if needed > there:
+        logger.warning("%s: it may not fit. Expected room; `megatron-sft plan` with the same flags says which layouts fit.", line)
+        return ""
+    return line
+
+
+def _shown(gb: float) -> str:
+    return f"{gb:.1f}" if gb >= 1 else f"{gb:.3f}"
+
+
+def host_bytes() -> int:
+    """Memory of this machine, or what its control group may use."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        total = int(file.readline().split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return total
+
+
+def lengths(run: RunConfig, dataset: SFTDataset, state: TrainState, total: int, batch_size: int) -> str:
+    """Steps, epochs and tokens of the run."""
+    tokens, packs = int(dataset.store.lengths[dataset.plan.doc_ids].sum()), len(dataset.plan)
+    steps = steps_of_samples(packs, packs, batch_size)
+    begin = f"goes on after step {state.iteration}; " if state.iteration else ""
+    return (
+        f"length: {begin}{total:,} steps of {batch_size:,} packs; an epoch is {steps:,} steps, {packs:,} packs, {tokens:,} tokens"
+    )
+
+
+def places(run: RunConfig) -> str:
+    """Where results go."""
+    checkpoint, found = run.checkpoint, []
+    if checkpoint.save:
+        every = f"every {checkpoint.save_interval:,} steps and " if checkpoint.save_interval else ""
+        found.append(f"checkpoints {every}at the end, metrics.jsonl and tensorboard in {checkpoint.save}")
+    if checkpoint.save_hf:
+        found.append(f"HF folder {checkpoint.save_hf}")
+    if not found:
+        logger.warning("results: none. There is no --save and no --save-hf: nothing of this run is kept.")
+        return ""
+    return f"results: {'; '.join(found)}"
+
+
+def parameters(chunks: Sequence[Any], expected: plan.Memory, run: RunConfig) -> str:
+    """How many there are, and how many of them this rank trains where that is not all."""
+    own = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    trained = sum(parameter.numel() for parameter in own if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in own)
+    share = "" if trained == total else f", {trained / total:.2%} of them trained"
+    return f"model: {expected.parameters:,} parameters in {run.train.params_dtype}{share}"
