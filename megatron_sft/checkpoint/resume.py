@@ -30,6 +30,8 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
         "train_on",
         "train_on_tool_calls",
         "history_thinking",
+        "empty_thinking",
+        "special_in_content",
         "role_map",
         "train_epochs",
         "train_weights",

@@ -245,7 +245,11 @@ class DataConfig:
     train_on_tool_calls: bool = True
     """Tool calls of the assistant are trained."""
     history_thinking: Annotated[str, Words("keep", "drop", "mask", "expand")] = "keep"
-    """keep, drop, mask or expand."""
+    """Reasoning of earlier answers: keep (where the template can), drop, mask (not trained) or expand (a sample an answer)."""
+    empty_thinking: Annotated[str, Words("train", "mask")] = "train"
+    """Empty <think> blocks that the template writes before answers without reasoning: train or mask."""
+    special_in_content: Annotated[str, Words("keep", "error", "text")] = "keep"
+    """Special tokens such as <|im_end|> in what somebody says: keep (counted), error, or text (ordinary characters)."""
     role_map: Mapping[str, str] = field(default_factory=dict)
     """Roles of the rows as ours: bot=assistant human=user."""
     data_schema: Annotated[str, Words("messages", "alpaca", "pair", "text")] | None = None

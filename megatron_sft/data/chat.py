@@ -15,18 +15,32 @@ from typing import Any
 import numpy as np
 
 from megatron_sft.config.run import DataConfig
-from megatron_sft.data.fast_bpe import HFText, NoPlaces, TextTokenizer
+from megatron_sft.data.fast_bpe import HFText, NoPlaces, TextTokenizer, Tokens
 from megatron_sft.data.limits import num_characters
+from megatron_sft.data.literal import control_texts, literal_of, texts_in
 from megatron_sft.data.schema import Row, RowError
-from megatron_sft.data.spans import Conversation, Undecided, assistant_spans
+from megatron_sft.data.spans import Conversation, Undecided, assistant_spans, authors_of_text
 from megatron_sft.data.templates import Span, Template, TemplateError, compile_apart
 from megatron_sft.data.tokenizer import SlowText, load_tokenizer, special_texts
+from megatron_sft.data.traced import OWN
 from megatron_sft.data.trial import TimeIsUp, TrialError, clock, row_seconds
 from megatron_sft.errors import ConfigError, DataError
 
 __all__ = ["ChatEncoder", "Encoded", "Rendered", "load_tokenizer"]
 
+EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
+KEEPS_THINKING: Mapping[str, Any] = {"preserve_thinking": True, "truncate_history_thinking": False, "clear_thinking": False}
+"""Arguments by which some templates keep the reasoning of earlier answers (Qwen3.5, Nemotron 3, GLM 4.6)."""
+REASONING_LEFT_OUT, SPECIAL_SAID = "reasoning left out", "special tokens said"
+NOTES: Mapping[str, str] = {
+    REASONING_LEFT_OUT: "earlier answers are trained without their reasoning, which the chat template leaves out. "
+    "--history-thinking expand trains each answer with its own",
+    SPECIAL_SAID: "a message holds a special token, which counts as one. --special-in-content text makes it ordinary "
+    "characters, error refuses the row",
+}
+"""What is no error, but counted by rows and told: what it means, and the way out."""
 THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 FAILS = "the template fails"
 """Why a row is bad, where the template does not say so itself."""
 
@@ -53,6 +67,10 @@ class Rendered:
     """(first character, one past the last, weight), in order, of what is trained."""
     route: str
     """How the spans were found (spans.ROUTES), or "all"."""
+    notes: frozenset[str] = frozenset()
+    """Of NOTES."""
+    authors: str | None = None
+    """Who wrote each character, where special tokens that somebody said are ordinary characters."""
 
 
 class ChatEncoder:
@@ -60,12 +78,14 @@ class ChatEncoder:
 
     Args:
         tokenizer: from load_tokenizer.
-        config: train_on, train_on_tool_calls, history_thinking.
+        config: train_on, train_on_tool_calls, history_thinking, empty_thinking, special_in_content.
 
     Attributes:
         tokenise: text -> Tokens; a faster one may be put in its place.
         is_expendable: this process may be ended (SIGPROF) by a row that takes too long.
+        literal: the same for texts in which special tokens are ordinary characters; None: they are not.
         routes: how many samples each route of spans.py decided.
+        notes: how many rows NOTES tell of.
 
     Raises:
         ConfigError: there is no chat template, or it cannot be compiled.
@@ -93,7 +113,11 @@ class ChatEncoder:
             ) from None
         self.special = special_texts(tokenizer)
         self.tokenise: TextTokenizer = HFText(tokenizer) if tokenizer.is_fast else SlowText(tokenizer)
+        self._control = re.compile("|".join(map(re.escape, control_texts(tokenizer))) or "(?!)")
+        self.literal = literal_of(tokenizer, config.tokenizer_model) if config.special_in_content == "text" else None
+        self._keeps = {name: value for name, value in KEEPS_THINKING.items() if re.search(rf"\b{name}\b", template)}
         self.routes: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
         self.is_expendable = False
 
     def encode(self, row: Row) -> list[Encoded]:
@@ -118,7 +142,7 @@ class ChatEncoder:
             ) from None
 
     def encode_text(self, rendered: Rendered) -> Encoded:
-        tokens = self.tokenise(rendered.text)
+        tokens = self.tokens_of(rendered)
         plain = all(weight == 1.0 for _, _, weight in rendered.spans)
         mask = np.zeros(len(tokens.ids), dtype=np.uint8 if plain else np.float32)
         for first, last, weight in rendered.spans:
@@ -126,12 +150,27 @@ class ChatEncoder:
             mask[inside][tokens.ends[inside] > tokens.starts[inside]] = weight
         return Encoded(tokens.ids.astype(np.int32), mask)
 
+    def tokens_of(self, rendered: Rendered) -> Tokens:
+        if rendered.authors is not None and self.literal is not None:
+            return self.literal(rendered.text, rendered.authors)
+        return self.tokenise(rendered.text)
+
     def render(self, row: Row) -> list[Rendered]:
         """The text of every sample of a row and what of it is trained. Raises as `encode`."""
         if row.text is not None:
             text = row.text + (self.tokenizer.eos_token or "")
             return [Rendered(text, ((0, len(text), 1.0),), "all")]
-        return [self.render_sample(messages, row, last) for messages, last in self.samples(row)]
+        samples = [self.render_sample(messages, row, last) for messages, last in self.samples(row)]
+        self.notes.update(frozenset().union(*(sample.notes for sample in samples)))
+        return samples
+
+    def template_kwargs(self, messages: Sequence[Mapping[str, Any]], row: Row) -> Mapping[str, Any]:
+        """The row's template arguments; with those that keep the reasoning of earlier answers, where they have some."""
+        if self.config.history_thinking not in ("keep", "mask") or not any(
+            map(_thinks, messages[: max(_last_user(messages), 0)])
+        ):
+            return row.template_kwargs
+        return {**self._keeps, **row.template_kwargs}
 
     def samples(self, row: Row) -> list[tuple[list[dict[str, Any]], bool]]:
         """(messages, only the last turn is trained) of each sample, after the reasoning policy."""
@@ -145,13 +184,18 @@ class ChatEncoder:
         return [(messages, last_turn)]
 
     def render_sample(self, messages: list[dict[str, Any]], row: Row, last_turn: bool) -> Rendered:
-        conversation = Conversation([for_template(m) for m in messages], row.tools, row.template_kwargs)
+        kwargs = self.template_kwargs(messages, row)
+        conversation = Conversation([for_template(m) for m in messages], row.tools, kwargs)
+        special = self._special_said(conversation, row.where)
+        authors, notes = None, {SPECIAL_SAID} if special else set()
         try:
             if self.config.train_on == "all":
-                text, _ = self.template.render(conversation.messages, row.tools, row.template_kwargs)
-                text.encode()
-                return Rendered(text, ((0, len(text), 1.0),), "all")
-            text, spans, route = assistant_spans(self.template, conversation, self.special)
+                text, _ = self.template.render(conversation.messages, row.tools, kwargs)
+                spans, route = [(0, len(text))], "all"
+            else:
+                text, spans, route = assistant_spans(self.template, conversation, self.special)
+            if (special and self.literal) or self._may_mask_thinking(conversation.messages, text):
+                authors = authors_of_text(self.template, conversation, text)
             text.encode()
         except TemplateError as error:
             if error.is_fatal:  # not this row's fault
@@ -177,15 +221,40 @@ class ChatEncoder:
                 "Put {% generation %} blocks into the template and pass it with --chat-template, or correct the "
                 f"row. The template begins {self.template.text[:80]!r}.",
             ) from None
+        literal = authors if special and self.literal else None
+        if route == "all":
+            return Rendered(text, ((0, len(text), 1.0),), route, frozenset(notes), literal)
         _check_left_out(messages, spans, text, row.where)
+        if self.config.history_thinking == "keep" and not last_turn and _leaves_reasoning_out(messages, spans, text):
+            notes.add(REASONING_LEFT_OUT)
         self.routes[route] += 1
-        return Rendered(text, tuple(self._weighted(text, spans, messages, last_turn)), route)
+        trained = tuple(self._weighted(text, spans, messages, last_turn, authors))
+        return Rendered(text, trained, route, frozenset(notes), literal)
+
+    def _special_said(self, conversation: Conversation, where: str) -> bool:
+        """Whether a message or a tool holds a special token; RowError where that is not allowed."""
+        for number, message in enumerate([*conversation.messages, conversation.tools or []], start=1):
+            found = next((match for text in texts_in(message) if (match := self._control.search(text))), None)
+            if found is not None:
+                if self.config.special_in_content == "error":
+                    place = f"message {number}" if number <= len(conversation.messages) else "tools"
+                    raise RowError(
+                        where,
+                        SPECIAL_SAID,
+                        f"{place} holds the special token {found[0]}, as which it would count; expected text alone "
+                        "(--special-in-content error). Remove it, or pass --special-in-content text.",
+                    )
+                return True
+        return False
+
+    def _may_mask_thinking(self, messages: Sequence[Mapping[str, Any]], text: str) -> bool:
+        return self.config.empty_thinking == "mask" and "<think>" in text and not all(map(_thinks, _answers(messages)))
 
     def _weighted(
-        self, text: str, spans: Sequence[Span], messages: list[dict[str, Any]], last_turn: bool
+        self, text: str, spans: Sequence[Span], messages: list[dict[str, Any]], last_turn: bool, authors: str | None
     ) -> Iterable[tuple[int, int, float]]:
         """The spans that the policy trains, with the weights of their messages."""
-        turn = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+        turn = _last_user(messages)
         assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         for (first, last), index in zip(spans, assistants, strict=True):
             message = messages[index]
@@ -193,6 +262,8 @@ class ChatEncoder:
             calls = bool(message.get("tool_calls")) and not self.config.train_on_tool_calls
             if calls or not weight or (last_turn and index < turn):
                 continue
+            if self.config.empty_thinking == "mask" and authors is not None and not _thinks(message):
+                first = _behind_empty_thinking(text, authors, first, last)
             if self.config.history_thinking == "mask" and index < turn:
                 yield from ((a, b, weight) for a, b in _outside_thinking(text, first, last))
             else:
@@ -204,9 +275,42 @@ def for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key not in ("train", "weight")}
 
 
+def _answers(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [message for message in messages if message["role"] == "assistant"]
+
+
+def _last_user(messages: Sequence[Mapping[str, Any]]) -> int:
+    return max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+
+
+def _behind_empty_thinking(text: str, authors: str, first: int, last: int) -> int:
+    """Where an answer begins behind an empty <think> block that the template itself wrote before it."""
+    found = EMPTY_THINKING.match(text, first, last)
+    own = len(authors[first : found.end()]) - len(authors[first : found.end()].lstrip(OWN)) if found else 0
+    return first + own if found and "</think>" in text[first : first + own] else first
+
+
+def _leaves_reasoning_out(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span], text: str) -> bool:
+    """Whether an answer before the last question, which is trained, has reasoning that is not in the text."""
+    answers = [(index, message) for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return any(
+        index < _last_user(messages)
+        and message.get("train", True)
+        and any(thought not in text[first:last] for thought in _thoughts(message))
+        for (index, message), (first, last) in zip(answers, spans, strict=True)
+    )
+
+
+def _thoughts(message: Mapping[str, Any]) -> Iterable[str]:
+    """The reasoning of an answer, without the white space around it."""
+    found = [message.get("reasoning_content"), message.get("thinking")]
+    found += [block[1] for block in THOUGHT.finditer(str(message.get("content") or ""))]
+    return [thought.strip() for thought in found if isinstance(thought, str) and thought.strip()]
+
+
 def _check_left_out(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span], text: str, where: str) -> None:
     """Refuses a row of which the template leaves out tool calls, or the last answer's reasoning, as some do, silently."""
-    turn = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+    turn = _last_user(messages)
     assistants = [(i, message) for i, message in enumerate(messages) if message["role"] == "assistant"]
     for (index, message), (first, last) in zip(assistants, spans, strict=True):
         for call in message.get("tool_calls") or []:
@@ -241,8 +345,7 @@ def _turn_ends(messages: Sequence[Mapping[str, Any]], end: int) -> bool:
 
 
 def _without_history_thinking(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    turn = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
-    for message in messages[: max(turn, 0)]:
+    for message in messages[: max(_last_user(messages), 0)]:
         if message["role"] == "assistant":
             message.pop("reasoning_content", None)
             message.pop("thinking", None)

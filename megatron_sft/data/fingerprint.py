@@ -29,6 +29,8 @@ POLICY_FIELDS = (
     "train_on",
     "train_on_tool_calls",
     "history_thinking",
+    "empty_thinking",
+    "special_in_content",
     "role_map",
     "data_schema",
     "input_key",
@@ -41,7 +43,8 @@ POLICY_FIELDS = (
     "max_bad_rows",
 )
 CODE_FILES = tuple(
-    f"{name}.py" for name in "limits schema sources json_rows chat spans traced templates tokenizer fast_bpe tokens".split()
+    f"{name}.py"
+    for name in "limits schema sources json_rows chat spans traced templates tokenizer fast_bpe literal tokens".split()
 )
 KEPT_HASH_BYTES = 2**20
 """Of larger files the hash is kept: reading 100 GB anew at every start takes minutes."""

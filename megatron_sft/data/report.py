@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sft.data.chat import NOTES
 from megatron_sft.data.packing import PackPlan, packing_figures, token_counts
 from megatron_sft.data.store import DocumentStore
 
@@ -29,7 +30,7 @@ def data_report(store: DocumentStore, plan: PackPlan, seq_length: int) -> dict[s
         sources (the ledger), total (its sum), packing (packing.packing_figures), lengths and fill (histograms).
     """
     sources = {name: dict(entry) for name, entry in store.ledger.items()}
-    total: dict[str, Any] = {"dropped": {}, "schemas": {}, "routes": {}}
+    total: dict[str, Any] = {"dropped": {}, "schemas": {}, "routes": {}, "notes": {}}
     for entry in sources.values():
         for key, value in entry.items():
             if isinstance(value, dict):
@@ -65,6 +66,8 @@ def as_table(report: Mapping[str, Any]) -> str:
     out.append("schemas: " + ", ".join(f"{count:,} {schema}" for schema, count in report["total"]["schemas"].items()))
     if report["total"]["routes"]:
         out.append("masks: " + ", ".join(f"{count:,} by {route}" for route, count in report["total"]["routes"].items()))
+    for note, count in sorted(report["total"]["notes"].items()):
+        out.append(f"{note}: {count:,} rows; {NOTES[note]}.")
     if report["total"].get("lost_tokens"):
         out.append(f"cut away or dropped after tokenising: {report['total']['lost_tokens']:,} tokens")
     if len(rows) > 1:

@@ -178,7 +178,7 @@ def _generation(template: Template, conversation: Conversation, text: str, gener
     _check_order(generated, text, conversation)
     if not _are_blocks_apart(template, conversation.kwargs):
         raise Undecided("a {% generation %} block holds what the user says")
-    _check_authors(conversation, generated, _authors(template, conversation, text))
+    _check_authors(conversation, generated, authors_of_text(template, conversation, text))
     return generated
 
 
@@ -231,7 +231,7 @@ def _plain(template: Template, conversation: Conversation, turn: _Turn, text: st
 def _traced(template: Template, conversation: Conversation, turn: _Turn, text: str) -> list[Span]:
     if not turn.header.strip():
         raise Undecided("no header begins an answer")
-    authors = _authors(template, conversation, text)
+    authors = authors_of_text(template, conversation, text)
     spans: list[Span] = []
     for first, last in _turns(text, authors, turn):
         before = _writers(authors, spans[-1]) if spans else set()
@@ -269,7 +269,8 @@ def _find_own(text: str, authors: str, wanted: str, start: int) -> int:
     return place
 
 
-def _authors(template: Template, conversation: Conversation, text: str) -> str:
+def authors_of_text(template: Template, conversation: Conversation, text: str) -> str:
+    """One character a character of a rendered text (traced.py). Raises Undecided, TemplateError."""
     traced, authors = template.trace(conversation.messages, conversation.tools, conversation.kwargs)
     if traced != text:
         raise Undecided("the template renders the same conversation in two ways")

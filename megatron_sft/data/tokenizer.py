@@ -28,7 +28,7 @@ def load_tokenizer(config: DataConfig) -> Any:
     tokenizer: Any
     try:
         if name.endswith(".model") and os.path.isfile(name):
-            tokenizer = _sentencepiece(name)
+            tokenizer = sentencepiece_tokenizer(name)
         else:
             if os.path.isdir(name):
                 regular_folder(Path(name))
@@ -43,7 +43,7 @@ def load_tokenizer(config: DataConfig) -> Any:
     return tokenizer
 
 
-def _sentencepiece(path: str) -> Any:
+def sentencepiece_tokenizer(path: str) -> Any:
     """HF's wrapper around a bare sentencepiece model, with the model's own names for begin, end and unknown."""
     import sentencepiece
     from transformers.tokenization_utils_sentencepiece import SentencePieceBackend

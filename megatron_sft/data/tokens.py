@@ -153,8 +153,9 @@ def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
     where_of: list[str] = []
     counts: Counter[str] = Counter()
     problems: list[Problem] = []
-    routes = getattr(encoder, "routes", Counter())
+    routes, notes = getattr(encoder, "routes", Counter()), getattr(encoder, "notes", Counter())
     routes.clear()
+    notes.clear()
     for number, (where, record) in enumerate(chunk.rows):
         try:
             row = to_row(record, where, config)
@@ -173,6 +174,7 @@ def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
             rows_of.append(number)
             where_of.append(where)
     counts.update({f"routes:{route}": count for route, count in routes.items()})
+    counts.update({f"notes:{note}": count for note, count in notes.items()})
     return Result(
         source_id=chunk.source_id,
         num_rows=len(chunk.rows),
@@ -244,7 +246,7 @@ class _Collector:
             unique = name if name not in self.ledger else f"{name}#{len(self.ledger)}"
             zero = dict.fromkeys(("rows", "kept", "truncated", "split"), 0)
             tokens = dict.fromkeys(("documents", "tokens", "trained_tokens", "lost_tokens"), 0)
-            self.ledger[unique] = {**zero, "dropped": {}, "schemas": {}, "routes": {}, **tokens}
+            self.ledger[unique] = {**zero, "dropped": {}, "schemas": {}, "routes": {}, "notes": {}, **tokens}
         self.source_ids: list[np.ndarray] = [np.zeros(0, dtype=np.int16)]
         self.row_ids: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
         self.problems: list[Problem] = []

@@ -110,6 +110,8 @@ def make_encoder(config: DataConfig, sample: Sequence[Chunk]) -> Any:
         if getattr(tokenizer, "is_fast", False) and hasattr(encoder, "tokenise"):
             texts = (text for chunk in sample for _, record in chunk.rows[:16] for text in _strings(record))
             encoder.tokenise = text_tokenizer(tokenizer, [text for text in texts if len(text) < LONG_TEXT])
+            if encoder.literal is not None:
+                encoder.literal.tokenise = text_tokenizer(encoder.literal.tokenizer)
     return encoder
 
 

@@ -44,9 +44,10 @@ def test_no_token_is_masked_wrongly_and_every_end_token_is_trained(name: str) ->
     family, encoder, tokenizer = FAMILIES[name], encoder_of(name), tokenizer_of(name)
     compared = 0
     for messages in conversations(family.has_system):
-        (encoded,) = encoder.encode(Row(messages, where="a:1"))
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        trained = [on for piece, on in trained_pieces(family, text, Chat(messages)) for _ in piece]
+        row = Row(messages, where="a:1")
+        (encoded,), kwargs = encoder.encode(row), encoder.template_kwargs(messages, row)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        trained = [on for piece, on in trained_pieces(family, text, Chat(messages, kwargs=kwargs)) for _ in piece]
         expected = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         assert encoded.tokens.tolist() == expected["input_ids"]
         assert encoded.loss_mask.tolist() == [int(all(trained[a:b])) for a, b in expected["offset_mapping"]]

@@ -128,6 +128,7 @@ def test_store_has_documents_masks_places_and_a_ledger(tmp_path):
             "dropped": {"no trained token": 1},
             "schemas": {"messages": 4},
             "routes": {},
+            "notes": {},
             "documents": 3,
             "tokens": 14,
             "trained_tokens": 10,
