@@ -3,7 +3,6 @@
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -85,26 +84,3 @@ def test_the_limit_of_open_files_is_raised_or_an_error(limit, status):
     assert done.returncode == status, done.stdout
     refused = f"at most {limit.split()[-1]} open files are allowed; expected 256 or more. Allow more: ulimit -n 4096."
     assert (refused in done.stdout) == bool(status) and "Traceback" not in done.stdout
-
-
-PATCHED = {
-    "tensor_parallel/random.py": ["def _set_cuda_rng_state(", "def _get_cuda_rng_state(", "self.fp8 = fp8 is not None"],
-    "tensor_parallel/mappings.py": ["def _gather_along_first_dim(", "def _reduce_scatter_along_first_dim("],
-    "transformer/moe/token_dispatcher.py": ["maybe_move_tensor_to_cpu("],
-    "transformer/moe/moe_utils.py": ["def maybe_move_tensor_to_cpu(", "te_general_gemm"],
-    "transformer/moe/moe_layer.py": ["HAVE_TE", "TELinear"],
-    "transformer/moe/router.py": ["get_tokens_per_expert_and_token_count(", "z_loss_func(", "def _apply_expert_bias("],
-    "transformer/multi_latent_attention.py": ["HAVE_TE"],
-    "models/common/embeddings/rope_utils.py": ["def _apply_rotary_pos_emb_thd("],
-    "optimizer/clip_grads.py": ["l2_norm_impl", "multi_tensor_scale_impl"],
-    "optimizer/__init__.py": ["Float16OptimizerWithFloat16Params", "USING_PYTORCH_OPTIMIZER", "is_te_min_version"],
-    "optimizer/distrib_optimizer.py": ["HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"],
-}
-"""What core_compat.py puts something else in the place of: a name that is gone would be set without effect."""
-
-
-@pytest.mark.parametrize("path", PATCHED)
-def test_what_is_patched_is_still_there(path):
-    root = Path(importlib.util.find_spec("megatron.core").submodule_search_locations[0])
-    text = (root / path).read_text(encoding="utf-8")
-    assert [name for name in PATCHED[path] if name not in text] == []
