@@ -29,6 +29,7 @@ from packaging.version import Version
 from megatron_sft import parallel, plan
 from megatron_sft.config.folders import export_folder
 from megatron_sft.config.options import DoctorConfig, PlanConfig
+from megatron_sft.config.problems import problems
 from megatron_sft.config.run import CheckpointConfig, ParallelConfig, RunConfig
 from megatron_sft.data.chat import ChatEncoder, load_tokenizer
 from megatron_sft.data.loader import collate
@@ -268,6 +269,8 @@ def layout(patient: Patient) -> str:
     memory = patient.options.gpu_memory or available / GB
     size = patient.run.parallel.tensor_model_parallel_size
     run = dataclasses.replace(patient.run, model=plan.padded(patient.run.model, size))
+    if found := problems(run, count):  # of the architecture that the flags left open
+        raise ConfigError(found)
     row = plan.row_of(run, PlanConfig(gpus=count, gpu_memory=memory), patient.run.data.tokenizer_model, ())
     sizes = " ".join(f"{name}={value}" for name, value in row.sizes.items() if value > 1) or "one process"
     if not row.fits:

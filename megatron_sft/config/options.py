@@ -3,11 +3,13 @@
 Not here: what --help looks like (help.py), what a command does (megatron_sft/__main__.py).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 from megatron_sft.config.fields import Amount, Count, Number, Seed, Share
+from megatron_sft.config.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,19 @@ class DoctorConfig:
     """Of one GPU, in 10^9 bytes; None: that of this machine."""
 
 
-GROUPS: Mapping[str, str] = {
+_NAMES: Mapping[str, str] = {
     "data": "data",
     "model": "model",
+    "lora": "adapters",
     "parallel": "parallel",
     "optim": "optimizer",
     "train": "training",
     "checkpoint": "checkpoint",
     "log": "logging",
+}
+_SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
+GROUPS: Mapping[str, str] = {
+    name: _NAMES.get(name, name) for name in (*_NAMES, *sorted(_SECTIONS - _NAMES.keys())) if name in _SECTIONS
 }
 """Section of RunConfig -> its name in --help, in this order. A flag stands where its field stands."""
 

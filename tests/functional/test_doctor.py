@@ -128,6 +128,10 @@ def unknown_family(place: Path, flags: dict[str, Any]) -> None:
     path.write_text(path.read_text().replace('"llama"', '"lama"'))
 
 
+def odd_heads(place: Path, flags: dict[str, Any]) -> None:
+    flags |= {"--tensor-model-parallel-size": 3, "--processes": 3}
+
+
 def flag(name: str, value: Any) -> Change:
     return lambda place, flags: flags.update({name: value})
 
@@ -150,6 +154,7 @@ FAULTS: dict[str, tuple[Change, str, str, str]] = {
     "other layers": (flag("--num-layers", 5), "weights", "--num-layers", "leave|Leave|Correct|config.json"),
     "typing error": (flag("--trian-iters", 5), "flags", "--trian-iters: unknown flag", "Did you mean --train-iters"),
     "impossible layout": (flag("--tensor-model-parallel-size", 3), "flags", "cannot be cut into TP 3", "change --tensor-"),
+    "odd heads": (odd_heads, "layout", "--tensor-model-parallel-size 3 does not divide --num-attention-heads 4", "Choose one"),
     "too little memory": (flag("--gpu-memory", 0.01), "layout", "and has 0.0 GB", "megatron-sft plan CONF"),
     "no folder": (flag("--save", "/dev/null/out"), "flags", "/dev/null cannot be written", "Choose a folder that can"),
     "no cache folder": (
