@@ -49,8 +49,8 @@ from megatron_sft.train.step import run_schedule
 from megatron_sft.weights import WeightSource, build, resolve
 
 GB = 1e9
-LOSS_TOKENS = 512
-"""Rows of about so many tokens are compared with transformers."""
+LOSS_TOKENS = 256
+"""Of the shortest of the first rows, which are compared with transformers: several fit, so that one could see another."""
 LOSS_TOLERANCE = 1e-3
 """Largest relative difference of a document's loss in fp32."""
 PROBE = "Hello, world! 1 + 1 = 2.\nuser: caf\u00e9 \u4f60\u597d <|im_end|>"
@@ -334,7 +334,7 @@ def loss(patient: Patient) -> str:
     needed, free = 4.0 * _parameters(run), psutil.virtual_memory().available
     if needed > 0.7 * free or needed > 10 * GB:
         raise _Skipped(f"not compared: {needed / GB:.0f} GB in fp32, with {free / GB:.0f} GB free; training compares layers")
-    documents = list(_first_documents(patient.documents))
+    documents = list(_shortest(patient.documents))
     store = MemoryStore(documents)
     plan_ = pack(store.lengths, max(run.data.seq_length, int(store.lengths.sum())), "sequential")
     dataset = SFTDataset(store, plan_, run.data.seq_length, pad_token_id_of(patient.tokenizer))
@@ -369,10 +369,10 @@ def loss(patient: Patient) -> str:
     return f"{len(ours)} rows: {mean:.4f} a token (chance: {chance:.1f}), {worst:.0e} from transformers"
 
 
-def _first_documents(documents: Sequence[Document]) -> Iterator[Document]:
-    """Beginnings of the first documents that have a trained token, LOSS_TOKENS together."""
+def _shortest(documents: Sequence[Document]) -> Iterator[Document]:
+    """Beginnings of the shortest documents that have a trained token, LOSS_TOKENS together."""
     left = LOSS_TOKENS
-    for document in documents:
+    for document in sorted(documents, key=lambda document: len(document.tokens)):
         tokens, mask = document.tokens[:left], document.loss_mask[:left]
         if mask[1:].any() and left > 1:
             yield Document(tokens, (mask > 0).astype("uint8"))
