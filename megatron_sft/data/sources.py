@@ -101,8 +101,7 @@ class CustomSource(Source):
         self.path, self.config, self.files, self.num_rows, self._slice, self.splits = path, config, [], None, None, ()
         self.name = name or _stem(path)
         self._spec = str(config.custom_dataset)
-        with _users_code(self._spec):
-            self._class = _custom_class(self._spec)
+        self._class = _custom_class(self._spec)
 
     def _all(self) -> Iterator[Item]:
         with _users_code(self._spec):
@@ -394,7 +393,8 @@ def _custom_class(spec: str) -> type:
     module_spec = importlib.util.spec_from_file_location("megatron_sft_custom_dataset", file)
     assert module_spec is not None and module_spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    with _users_code(spec):
+        module_spec.loader.exec_module(module)
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         raise DataError(

@@ -17,14 +17,12 @@ from megatron_sft.config.run import EFFECTIVE, ModelConfig
 from megatron_sft.errors import CheckpointError
 from megatron_sft.files import regular, regular_folder
 from megatron_sft.hf.conflicts import ARCHITECTURE, PADDING
-from megatron_sft.hf.derived import DERIVED, Fields, Keys
+from megatron_sft.hf.derived import DERIVED, Fields, Keys, KeysError, given, kind_problems
 from megatron_sft.hf.families import CONFIG, DEFAULTS, FAMILIES, OTHER_SPELLINGS, Family
 
 KINDS = kinds(ModelConfig) | {f"core.{name}": kind for name, kind in EFFECTIVE.items()}
 NULLABLE = ("attn_logit_softcapping", "final_logit_softcapping")
 """Keys whose null says "none" where the family's default is a value."""
-MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
-"""What the functions of derived.py raise on keys of the wrong kind."""
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
     "swish": "silu",
@@ -168,19 +166,17 @@ def model_config_from_hf(hf: Keys, trust_remote_code: bool = False) -> ModelConf
 
 def _derived_problems(fields: Fields, family: Family, keys: Keys, fallback: Keys) -> list[str]:
     """Adds to `fields` what several keys say together; what is wrong with it, one sentence each."""
-    known = {**fallback, **{key: value for key, value in keys.items() if value is not None}}
-    problems = []
+    if problems := kind_problems(given(keys)):
+        return problems
+    known = {**fallback, **given(keys)}
     for name, read in {"rope": lambda values: _rope(values, family), **{n: DERIVED[n][0] for n in family.derived}}.items():
         try:
             fields.update(read(known if name != "rope" else keys))
-        except MALFORMED as error:
-            problems.append(f"{name.replace('_', ' ')} settings cannot be read ({type(error).__name__}: {error})")
-    if problems:
-        return problems
-    problems = rope_problems(fields["rope_scaling"]) + _count_problems(fields)
-    if not KINDS["rotary_base"].has(fields["rotary_base"]):
-        problems.append(f"rope_theta is {fields['rotary_base']:g}; expected {KINDS['rotary_base'].expected()}")
-    return problems
+        except KeyError as error:
+            problems.append(f"{name.replace('_', ' ')} settings: {error} is missing or unknown")
+        except KeysError as error:
+            problems.append(str(error))
+    return problems or rope_problems(fields["rope_scaling"]) + _count_problems(fields)
 
 
 def _count_problems(fields: Fields) -> list[str]:

@@ -6,13 +6,60 @@ or not at all. Fields of megatron-core's TransformerConfig are written `core.nam
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from megatron_sft.config.fields import Amount, Count, Factor, Kind, Number, Share, kind_of
 from megatron_sft.config.run import ModelConfig
 from megatron_sft.model.pattern import layers_with_experts, layers_without_rope
 
 Keys = Mapping[str, Any]
 Fields = dict[str, Any]
+KEY_KINDS: Mapping[str, Kind] = {
+    key: kind_of(hint)
+    for hint, keys in (
+        (bool, "use_sliding_window norm_topk_prob"),
+        (str, "hybrid_override_pattern rope_type type"),
+        (list[str], "layer_types layers_block_type"),
+        (list[int], "mlp_only_layers moe_layers no_rope_layers"),
+        (Amount, "max_window_layers first_k_dense_replace n_shared_experts"),
+        (
+            Count,
+            "sliding_window_pattern _sliding_window_pattern decoder_sparse_step moe_layer_freq interleave_moe_layer_step "
+            "moe_intermediate_size v_head_dim no_rope_layer_interval floor_scale head_dim attention_head_dim n_group topk_group "
+            "n_routed_experts moe_latent_size moe_shared_expert_intermediate_size num_experts_per_tok "
+            "original_max_position_embeddings",
+        ),
+        (Factor, "query_pre_attn_scalar attn_scale routed_scaling_factor factor beta_fast beta_slow"),
+        (Annotated[float, Number(0, 1000)], "mscale mscale_all_dim"),
+        (Annotated[float, Number(1, 1e12)], "rope_local_base_freq rope_theta"),
+        (Share, "partial_rotary_factor"),
+    )
+    for key in keys.split()
+}
+"""What the keys hold that the functions of this module read."""
+ROPE_PARTS = ("rope_scaling", "rope_parameters", "full_attention", "sliding_attention")
+"""Objects with such keys: within config.json, and within each other."""
+
+
+class KeysError(Exception):
+    """Keys that are of the right kind and say what no model here has."""
+
+
+def given(keys: Keys) -> Fields:
+    """What config.json says: null is as good as nothing, also in its objects for RoPE."""
+    said = {key: value for key, value in keys.items() if value is not None}
+    return {key: given(value) if key in ROPE_PARTS and isinstance(value, Mapping) else value for key, value in said.items()}
+
+
+def kind_problems(keys: Keys) -> list[str]:
+    """Keys of `given` that do not hold what they may, one sentence each."""
+    found = []
+    for key, value in keys.items():
+        if key in ROPE_PARTS:
+            found += kind_problems(value) if isinstance(value, Mapping) else [f"{key} is {value!r}; expected an object"]
+        elif key in KEY_KINDS and not KEY_KINDS[key].has(value):
+            found.append(f"{key} is {value!r}; expected {KEY_KINDS[key].expected()}")
+    return found
 
 
 def _window_everywhere(keys: Keys) -> Fields:
@@ -64,7 +111,7 @@ def _windowed(keys: Keys, default: Callable[[int], bool]) -> tuple[bool, ...]:
     if keys.get("layer_types"):
         odd = set(keys["layer_types"]) - {"sliding_attention", "full_attention"}
         if odd:
-            raise ValueError(f"layer_types has {', '.join(map(str, odd))}; expected sliding_attention and full_attention")
+            raise KeysError(f"layer_types has {', '.join(map(str, odd))}; expected sliding_attention and full_attention")
         return tuple(kind == "sliding_attention" for kind in keys["layer_types"])
     return tuple(default(layer) for layer in range(keys["num_hidden_layers"]))
 

@@ -112,22 +112,31 @@ def _their_model(folder: Path, num_layers: int | None, dtype: torch.dtype) -> An
 
     Code that came with the checkpoint is never run, even where config.json's auto_map names some.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
     name = str(read_hf_config(folder).get("model_type"))
     kind = AutoModelForCausalLM if num_layers is None else AutoModel
+    with _refusals_explained(folder):
+        config: Any = CONFIG_MAPPING[THEIR_NAMES.get(name, name)].from_pretrained(str(folder))
+    config.model_type = type(config).model_type  # transformers merges the experts' tensors by it
+    if num_layers is not None:
+        config.get_text_config().num_hidden_layers = num_layers
+    if config.model_type == "nemotron_h":  # its layers are a list; steps have no lower limit where it was trained
+        config.layers_block_type, config.time_step_min = config.layers_block_type[:num_layers], 1e-30
+    settings: dict[str, Any] = dict(config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
+    with _quiet_transformers(), _refusals_explained(folder):
+        model = kind.from_pretrained(str(folder), **settings)
+    return model.eval()
+
+
+@contextmanager
+def _refusals_explained(folder: Path) -> Iterator[None]:
+    """What transformers raises on a folder or a config.json that its own classes do not take, around its reading calls alone."""
+    from huggingface_hub.errors import StrictDataclassError
+
     refusals = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError)
     try:
-        config: Any = CONFIG_MAPPING[THEIR_NAMES.get(name, name)].from_pretrained(str(folder))
-        config.model_type = type(config).model_type  # transformers merges the experts' tensors by it
-        if num_layers is not None:
-            config.get_text_config().num_hidden_layers = num_layers
-        if config.model_type == "nemotron_h":  # its layers are a list; steps have no lower limit where it was trained
-            config.layers_block_type, config.time_step_min = config.layers_block_type[:num_layers], 1e-30
-        settings: dict[str, Any] = dict(config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
-        with _quiet_transformers():
-            return kind.from_pretrained(str(folder), **settings).eval()
+        yield
     except refusals as error:
         raise CheckpointError(
             f"{folder}: transformers cannot load it ({type(error).__name__}: {error}); expected a model that it knows. Correct "
@@ -187,10 +196,10 @@ def _relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
 
 
-def _probe_tokens(model: ModelConfig, length: int = PROBE_TOKENS) -> torch.Tensor:
+def _probe_tokens(model: ModelConfig) -> torch.Tensor:
     """Ids spread over the vocabulary, [1, length] int64; a text is not needed to see a difference."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(min(model.vocab_size, 2**31), (1, length), generator=generator).to(device())
+    return torch.randint(min(model.vocab_size, 2**31), (1, PROBE_TOKENS), generator=generator).to(device())
 
 
 def first_difference(chunk: nn.Module, folder: str | Path, tokens: torch.Tensor | None = None) -> tuple[str | None, float]:

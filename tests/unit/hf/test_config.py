@@ -1,5 +1,6 @@
 """config.json <-> ModelConfig in both spellings, and the contradictions with flags."""
 
+import ast
 import dataclasses
 import json
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_sft.errors import CheckpointError
+from megatron_sft.hf import derived
 from megatron_sft.hf.config import hf_config_from_model, model_config_from_hf, text_config
 from megatron_sft.hf.conflicts import conflicts, merged
+from megatron_sft.hf.families import CONFIG
 
 LLAMA_3_2 = {
     "model_type": "llama",
@@ -133,3 +136,15 @@ def test_published_configs_read_as_transformers_reads_them(path):
         assert model.window_size == theirs.sliding_window
         assert [("full" if not windowed else "sliding") + "_attention" for windowed in model.window_layers] == kinds
     assert model_config_from_hf(hf_config_from_model(model, None)) == model
+
+
+def test_every_key_that_is_read_beside_the_families_tables_has_a_kind():
+    """So that what config.json holds never fails in the middle of our own code."""
+    read = set()
+    for node in ast.walk(ast.parse(Path(derived.__file__).read_text())):
+        names = [node.slice] if isinstance(node, ast.Subscript) else node.args[:1] if isinstance(node, ast.Call) else []
+        owner = node.value if isinstance(node, ast.Subscript) else getattr(getattr(node, "func", None), "value", None)
+        if isinstance(owner, ast.Name) and owner.id in ("keys", "scaling"):
+            read |= {name.value for name in names if isinstance(name, ast.Constant)}
+    switches = {"attn_temperature_tuning", "sliding_window"}  # true or not; held to the range of its field
+    assert len(read) > 30 and read - derived.KEY_KINDS.keys() - {*derived.ROPE_PARTS, *CONFIG.values(), *switches} == set()

@@ -180,7 +180,7 @@ CONFIGS = {  # found in config.json
     "text for a switch": (config(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes'; expected true or false"),
     "a list for a name": (config(hidden_act=["silu"]), r"hidden_act is \['silu'\]; expected text"),
     "heads and groups": (config(num_key_value_heads=3), "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
-    "theta": (config(rope_theta="abc", **ROPE), "rope settings cannot be read"),
+    "theta": (config(rope_theta="abc", **ROPE), r"rope_theta is 'abc'; expected a number from 1 to 1e\+12"),
     "negative theta": (config(rope_theta=-5, **ROPE), r"rope_theta is -5; expected a number from 1 to 1e\+12"),
     "unknown scaling": (config(rope_scaling={"type": "dynamic", "factor": 2.0}, **ROPE), "unknown rope_type 'dynamic'"),
     "scaling without factor": (config(rope_scaling={"type": "linear"}, **ROPE), "rope_scaling of type linear: factor is missing"),
@@ -194,6 +194,10 @@ CONFIGS = {  # found in config.json
         "does not name 4 layers",
     ),
     "kind of layer": (config(layer_types=["mamba"] * 4, use_sliding_window=True, sliding_window=8), "layer_types has mamba"),
+    "no list of layers": (config(layer_types=3), "layer_types is 3; expected text"),
+    "scaling a list": (config(rope_scaling=[1]), r"rope_scaling is \[1\]; expected an object"),
+    "scale of a layer": (config(model_type="gemma2", query_pre_attn_scalar=0), "query_pre_attn_scalar is 0; expected a number"),
+    "every 0th layer": (config(decoder_sparse_step=0), "decoder_sparse_step is 0; expected a whole"),
     "one expert": (
         config(model_type="qwen3_moe", num_experts=4, num_experts_per_tok=1, norm_topk_prob=True, moe_intermediate_size=32),
         "num_experts_per_tok 1 with norm_topk_prob",
@@ -240,7 +244,7 @@ def refused(good, tmp_path, capsys):
         parts = {"convert": ("load", "save"), "conf": ("load",), "finetune": ("load", "save", "data"), "verify": ()}[command]
         flags = [folder] if command == "verify" else [word for part in parts for word in words[part]]
         assert main([command, *map(str, flags)]) == 2
-        found = capsys.readouterr().out
+        found = "".join(capsys.readouterr())  # conf's own output is the conf: what it says of itself goes to stderr
         assert re.search(message, found), found
         assert sorted(tmp_path.rglob("*")) == before
         if torch.distributed.is_initialized():
