@@ -53,10 +53,6 @@ class Ranks:
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pp_size - 1
-
 
 def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     """Joins the other processes, makes megatron-core's groups and seeds every generator.

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_sft.config.core_fields import RECORDS
-from megatron_sft.config.run import DATA_IDENTITY, RunConfig, TrainConfig, model_config_from_json
+from megatron_sft.config.run import DATA_IDENTITY, ROW_FIELDS, RunConfig, TrainConfig, model_config_from_json
 from megatron_sft.errors import CheckpointError
 from megatron_sft.log import logger
 
@@ -54,15 +54,7 @@ BY_DATA: Mapping[str, tuple[str, ...]] = {
         "tokenizer_model",
         "chat_template",
         "trust_remote_code",
-        "data_schema",
-        "input_key",
-        "tool_key",
-        "prompt_key",
-        "response_key",
-        "prompt_dict_keys",
-        "response_dict_keys",
-        "custom_dataset",
-        "max_bad_rows",
+        *ROW_FIELDS,
     ),
 }
 TOLD: Mapping[str, tuple[str, ...]] = {

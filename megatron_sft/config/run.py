@@ -288,6 +288,13 @@ class DataConfig:
     """Prepared ahead by the loader thread; 0: none."""
 
 
+ROW_FIELDS = (
+    *("data_schema", "input_key", "tool_key", "prompt_key", "response_key", "prompt_dict_keys", "response_dict_keys"),
+    *("custom_dataset", "max_bad_rows"),
+)
+"""Fields of DataConfig that say what a row is."""
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning-rate schedule. Exactly one of *_iters and *_samples may be given for decay and warm-up."""

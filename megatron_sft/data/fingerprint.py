@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_sft import __version__
-from megatron_sft.config.run import DataConfig
+from megatron_sft.config.run import ROW_FIELDS, DataConfig
 from megatron_sft.data.store import STORE_VERSION
 from megatron_sft.errors import DataError
 from megatron_sft.lock import only_one
@@ -32,15 +32,7 @@ POLICY_FIELDS = (
     "empty_thinking",
     "special_in_content",
     "role_map",
-    "data_schema",
-    "input_key",
-    "tool_key",
-    "prompt_key",
-    "response_key",
-    "prompt_dict_keys",
-    "response_dict_keys",
-    "custom_dataset",
-    "max_bad_rows",
+    *ROW_FIELDS,
 )
 CODE_FILES = tuple(
     f"{name}.py"

@@ -175,7 +175,7 @@ def _models(run: RunConfig, dtype: torch.dtype, ranks: Ranks) -> list[Any]:
             position_embedding_type="rope",
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
             pre_process=ranks.is_first_stage and stage == 0,
-            post_process=ranks.is_last_stage and stage == (stages or 1) - 1,
+            post_process=ranks.pp_rank == ranks.pp_size - 1 and stage == (stages or 1) - 1,
             vp_stage=stage if stages else None,
         )
         models.append(Float16Module(config, chunk) if dtype == torch.bfloat16 else chunk)
