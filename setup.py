@@ -1,7 +1,9 @@
 """Package metadata and dependency ranges. Tool settings are in pyproject.toml.
 
 The ranges resolve on Python 3.11 (megatron-core 0.16) and on 3.12 and later (megatron-core 0.19). torch has an upper
-bound at the newest version tested.
+bound at the newest version tested. Lower ends: tests/unit/data passes with numpy 1.26.4, pyarrow 15.0.2, jinja2 3.1.0 and
+datasets 4.0.0 together. transformers 4 lacks the reader of a bare sentencepiece model, 5.0 has no Nemotron-H, and 5.10.1
+gives other logits than we for tiny DeepSeek-V2 and gpt-oss models; nvidia-modelopt 0.40 has another importer.
 
 The wheel holds the shell scripts and the confs too, as megatron_sft/scripts/ (megatron_sft/shell.py finds them there, or in
 the checkout): in their folders of the checkout they are data of packages that nobody imports.
@@ -23,10 +25,10 @@ setup(
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core>=0.16.1,<0.20",
-        "transformers>=4.57,<6",
+        "transformers>=5.24,<6",
         "tokenizers",
-        "datasets>=3",
-        "nvidia-modelopt>=0.40",
+        "datasets>=4",
+        "nvidia-modelopt>=0.47",
         "numpy>=1.26",
         "pyarrow>=15",
         "safetensors>=0.5",
