@@ -11,7 +11,7 @@ from megatron_sft.config.folders import folder_problems
 from megatron_sft.config.run import CheckpointConfig, RunConfig
 from megatron_sft.errors import CheckpointError, ConfigError
 from megatron_sft.hf.exporter import save_hf, try_places
-from megatron_sft.hf.verify import changed_tensors, first_difference
+from megatron_sft.hf.verify import changed_tensors, first_difference, rounded_tensors
 from megatron_sft.hf.weights import require_finite
 from megatron_sft.log import logger
 from megatron_sft.weights import build, resolve
@@ -34,6 +34,15 @@ def convert(run: RunConfig, explicit: frozenset[str] = NOTHING) -> None:
     load, save = str(run.checkpoint.load), str(run.checkpoint.save)
     _require_no_other_use(save, load)
     run, source = resolve(run, explicit, training=False, like=_like(run))
+    if (
+        source.is_hf
+        and run.train.params_dtype == "bf16"
+        and run.checkpoint.importer == "builtin"
+        and (count := rounded_tensors(load))
+    ):
+        logger.warning(
+            "%s: %d tensors of more precision are rounded to bf16 (--bf16). --fp32 keeps them as they are.", load, count
+        )
     ranks = parallel.initialize(run.parallel, run.train.seed)
     with held(save, ranks) as lock:
         chunks = build(run, source, ranks)
@@ -114,7 +123,12 @@ def verify(hf_folder: str, megatron_checkpoint: str | None = None, iteration: in
         logger.info("first difference: %s", place)
     changed = changed_tensors(chunks, run.model, hf_folder, ranks)
     parallel.finalize()
-    for name, ours, theirs in changed:
+    for name, ours, theirs, _ in changed:
         logger.info("%s: sha256 %s here, %s in the folder", name, ours, theirs)
     logger.info("tensors: %d differ", len(changed))
+    if changed and all(tensor.is_rounded for tensor in changed):
+        logger.info(
+            "each of them is the folder's, rounded to bf16, as --bf16 has it, which every conf sets: the checkpoint has lost "
+            "digits, no value is wrong. convert with --fp32 (MLM_EXTRA_ARGS=--fp32) keeps them."
+        )
     return place is None and not changed

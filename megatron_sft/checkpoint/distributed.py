@@ -315,7 +315,10 @@ def load_checkpoint(
         optimizer.reload_model_params()
     if not whole:
         state.update(iteration=0, consumed_train_samples=0)
-    logger.info("loaded checkpoint %s at iteration %s", folder, state["iteration"])
+    if whole:
+        logger.info("loaded checkpoint %s at iteration %s", folder, state["iteration"])
+    else:
+        logger.info("loaded the weights of %s; nothing else of it is taken", folder)
     return state
 
 

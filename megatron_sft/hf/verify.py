@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -349,21 +349,36 @@ def _layer_faults(
     return []
 
 
-def changed_tensors(
-    chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks
-) -> list[tuple[str, str, str]]:
+class Changed(NamedTuple):
+    """A tensor that is not the folder's."""
+
+    name: str
+    ours: str
+    """checksum, and so is"""
+    theirs: str
+    is_rounded: bool
+    """It is the folder's, rounded to bf16."""
+
+
+def changed_tensors(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | Path, ranks: Ranks) -> list[Changed]:
     """Writes every HF tensor back in memory and compares it with the folder's. All ranks call it.
 
     Returns:
-        On rank 0 (name, its sha256, the folder's sha256) of every tensor that differs; elsewhere nothing.
+        On rank 0 every tensor that differs; elsewhere nothing.
     """
     stored, changed = stored_tensors(folder), []
     for name, tensor in exported_tensors(chunks, model, folder, ranks):
         with open_file(stored[name].file) as file:
             theirs = file.get_tensor(stored[name].name)
             if not torch.equal(_bytes(tensor), _bytes(theirs)):
-                changed.append((name, checksum(tensor), checksum(theirs)))
+                is_rounded = torch.equal(_bytes(tensor), _bytes(theirs.bfloat16().to(theirs.dtype)))
+                changed.append(Changed(name, checksum(tensor), checksum(theirs), is_rounded))
     return changed
+
+
+def rounded_tensors(folder: str | Path) -> int:
+    """How many tensors of a folder lose digits as bf16: those of more precision, by the files' headers."""
+    return sum(tensor.dtype != torch.bfloat16 and UNROUNDED not in name for name, tensor in stored_tensors(folder).items())
 
 
 def checksum(tensor: torch.Tensor) -> str:

@@ -57,6 +57,19 @@ def test_commands_of_the_convert_page_run(tmp_path, capsys):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_conversion_that_rounds_says_so_and_verify_names_the_precision(tmp_path, capsys, dtype):
+    tiny_folder("qwen3", tmp_path / "hf", torch.float32)
+    assert main(["convert", f"--{dtype}", "--load", f"{tmp_path}/hf", "--save", f"{tmp_path}/out"]) == 0
+    said = f"{tmp_path}/hf: 47 tensors of more precision are rounded to bf16 (--bf16). --fp32 keeps them as they are."
+    assert (said in capsys.readouterr().out) == (dtype == "bf16")
+    assert main(["verify", f"{tmp_path}/hf", f"{tmp_path}/out"]) == (1 if dtype == "bf16" else 0)
+    printed = capsys.readouterr().out
+    assert ("each of them is the folder's, rounded to bf16" in printed) == (dtype == "bf16")
+    assert ("tensors: 0 differ" in printed) == (dtype == "fp32")
+    assert f"loaded the weights of {tmp_path}/out/release; nothing else of it is taken" in printed
+
+
 def test_conf_command_of_the_models_page_runs(tmp_path, capsys):
     tiny_folder("gemma3_text", tmp_path / "model")
     ((command, folder, *_),) = [words for words in commands("models.md", tmp_path) if words[0] == "conf"]
