@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_sft.config.hints import nearest
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data.limits import STRICT_JSON, TOO_DEEP, NotStrictError, is_deep
 from megatron_sft.errors import DataError
@@ -42,6 +43,8 @@ PAIRS = (
     ("input", "ideal"),
 )
 """Columns taken for prompt and response when neither --prompt-key nor --response-key is given, first match wins."""
+PROMPTS = ("prompt", "question", "query", "instruction", "problem", "input", "text")
+"""Columns of a prompt, for generation; the first that is there."""
 TEMPLATE_ARGUMENTS = frozenset(
     "self messages conversation conversations tools documents chat_template add_generation_prompt continue_final_message "
     "tokenize padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
@@ -111,8 +114,7 @@ def to_row(record: Mapping[str, Any] | RowError, where: str, config: DataConfig)
             where,
             "unknown schema",
             f"no known schema has the columns {_shorten(sorted(map(str, record)))}; "
-            f"expected {wanted}. Name the columns with --input-key, or with --prompt-key and "
-            "--response-key.",
+            f"expected {wanted}. {_suggestion(record, config)}",
         )
     if name == "text":
         return Row([], where=where, text=_text(record["text"], where, "column text"), schema=name)
@@ -125,6 +127,43 @@ def to_row(record: Mapping[str, Any] | RowError, where: str, config: DataConfig)
             "as only these are trained. Remove the row, or pass --train-on all.",
         )
     return Row(messages, _tools(record, where, config), _template_kwargs(record, where), where, schema=name)
+
+
+def prompt_of(record: Mapping[str, Any] | RowError, where: str, config: DataConfig) -> Row:
+    """What a record asks: the messages of a training row before its last answer; the answer may be missing.
+
+    Columns are those of training; where there is a prompt alone it is in the first of PROMPTS, or in --prompt-key.
+
+    Raises:
+        RowError: as to_row, or nothing is asked.
+    """
+    if isinstance(record, RowError):
+        raise record
+    if not isinstance(record, Mapping):
+        raise RowError(where, "not an object", f'the row is {_kind(record)}; expected an object such as {{"prompt": ...}}.')
+    name = schema_of(record, config)
+    key = config.prompt_key or next((key for key in PROMPTS if record.get(key) is not None), None)
+    if name == "messages":
+        messages = _messages(record, where, config)
+    elif name == "alpaca" or (key == "instruction" and not config.prompt_key):
+        messages = _alpaca({**record, "output": ""}, where, config)
+    elif key is not None and not config.input_key:
+        prompt = _column(record, key, config.prompt_dict_keys, where)
+        messages = _with_system(record, _as_messages(prompt, "user", key, where, config), where)
+    else:
+        raise RowError(
+            where,
+            "no prompt",
+            f"no prompt among the columns {_shorten(sorted(map(str, record)))}; expected messages, conversations, "
+            f"{', '.join(PROMPTS)}. Name the column with --input-key or --prompt-key.",
+        )
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise RowError(
+            where, "no prompt", "no message before the assistant's; expected a user message. Remove or rewrite the row."
+        )
+    return Row(messages, _tools(record, where, config), _template_kwargs(record, where), where)
 
 
 def schema_of(record: Mapping[str, Any], config: DataConfig) -> str | None:
@@ -142,6 +181,13 @@ def schema_of(record: Mapping[str, Any], config: DataConfig) -> str | None:
     if config.data_schema:
         return config.data_schema if fits[config.data_schema] else None
     return next((name for name, is_fit in fits.items() if is_fit), None)
+
+
+def _suggestion(record: Mapping[str, Any], config: DataConfig) -> str:
+    """What to do about a record of no known schema."""
+    if config.input_key and (near := nearest(config.input_key, [str(key) for key in record])):
+        return f"There is no column {config.input_key!r}: did you mean --input-key {near}?"
+    return "Name the columns with --input-key, or with --prompt-key and --response-key."
 
 
 def _messages(record: Mapping[str, Any], where: str, config: DataConfig) -> list[Message]:
@@ -226,9 +272,10 @@ def _only_one(given: Mapping[str, Any], where: str) -> Any:
 
 
 def _column(record: Mapping[str, Any], key: str, dict_keys: tuple[str, ...], where: str) -> Any:
-    """record[key][dict_keys[0]][dict_keys[1]]...; a list met on the way stands for its first element."""
+    """record[key][dict_keys[0]][dict_keys[1]]...; a list met on the way stands for its first element, JSON text for its value."""
     value: Any = record
     for step in (key, *dict_keys):
+        value = _maybe_json(value, where)
         if isinstance(value, list) and value:
             value = value[0]
         if not isinstance(value, Mapping) or step not in value:

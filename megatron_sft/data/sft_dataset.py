@@ -8,6 +8,7 @@
     item = dataset[0]                       # tokens, labels, loss_mask, position_ids, cu_seqlens, max_seqlen
     trained = item["labels"][item["loss_mask"] > 0]
     print(len(dataset), tokenizer.decode(trained))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, collate_fn=SFTDataset.collate)
 
 Not here: rendering and masks (chat.py), which documents share a pack (packing.py), order and micro-batches (loader.py).
 """
@@ -23,6 +24,7 @@ import torch
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data.packing import PackPlan, pack, padded_lengths
 from megatron_sft.data.store import DocumentStore
+from megatron_sft.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,6 +96,7 @@ class SFTDataset(torch.utils.data.Dataset):
         tokenizer: "PreTrainedTokenizerBase",
         seq_length: int,
         config: DataConfig | None = None,
+        context_parallel_size: int = 1,
     ) -> "SFTDataset":
         """Reads, tokenises and packs `paths` in this process, for small data and for use alone.
 
@@ -102,15 +105,46 @@ class SFTDataset(torch.utils.data.Dataset):
             tokenizer: a Hugging Face tokenizer with a chat template.
             seq_length: tokens an item.
             config: everything else (packing, truncation, train_on ...); None: the defaults.
+            context_parallel_size: documents are padded to multiples of twice as many tokens, which Megatron cuts each into.
+
+        Raises:
+            ConfigError: seq_length is no such multiple.
         """
         from megatron_sft.data.chat import ChatEncoder
         from megatron_sft.data.sources import open_source
         from megatron_sft.data.tokens import build_memory_store
 
+        multiple = 2 * context_parallel_size if context_parallel_size > 1 else 1
+        if seq_length % multiple:
+            raise ConfigError(
+                [
+                    f"seq_length {seq_length}: expected a multiple of {multiple}, twice the context-parallel size "
+                    f"{context_parallel_size}. Change one of them."
+                ]
+            )
         config = dataclasses.replace(config or DataConfig(), seq_length=seq_length)
         store = build_memory_store(config, [open_source(p, config) for p in paths], ChatEncoder(tokenizer, config))
-        plan = pack(store.lengths, seq_length, config.packing)
-        return cls.from_config(store, plan, config, pad_token_id_of(tokenizer))
+        plan = pack(store.lengths, seq_length, config.packing, multiple)
+        return cls.from_config(store, plan, config, pad_token_id_of(tokenizer), multiple)
+
+    @staticmethod
+    def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Items as one packed row, for the collate_fn of a DataLoader.
+
+        Example: two items of 8 tokens, cu_seqlens [0, 3, 5, 8] and [0, 8] -> cu_seqlens [0, 3, 5, 8, 16].
+
+        Returns:
+            tokens, labels, position_ids int64 [1, T]; loss_mask float32 [1, T]; cu_seqlens int32 [documents + 1], 0..T;
+            max_seqlen int32 scalar. T: all their tokens.
+        """
+        rows = ("tokens", "labels", "loss_mask", "position_ids")
+        starts = np.cumsum([0, *(len(item["tokens"]) for item in items)])
+        ends = [item["cu_seqlens"][1:] + int(start) for item, start in zip(items, starts, strict=False)]
+        return {
+            **{name: torch.cat([item[name] for item in items]).unsqueeze(0) for name in rows},
+            "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int32), *ends]).to(torch.int32),
+            "max_seqlen": torch.stack([item["max_seqlen"] for item in items]).max(),
+        }
 
     @classmethod
     def from_config(

@@ -287,9 +287,15 @@ class _Collector:
             accounted = entry["kept"] + entry["truncated"] + entry["split"] + sum(entry["dropped"].values())
             assert accounted == entry["rows"], f"{name}: {accounted} rows accounted for of {entry['rows']}"
         if not sum(entry["documents"] for entry in self.ledger.values()):
+            dropped: dict[str, int] = {}
+            for entry in self.ledger.values():
+                for reason, count in entry["dropped"].items():
+                    dropped[reason] = dropped.get(reason, 0) + count
+            fates = f" ({', '.join(f'{count:,} {reason}' for reason, count in dropped.items())})" if dropped else ""
             raise DataError(
-                f"{', '.join(self.ledger)}: no row is left to train on ({json.dumps(self.ledger)}); expected at "
-                "least one conversation with a trained token. Check --seq-length (longer rows are cut), the roles and --train-on."
+                f"{', '.join(self.ledger)}: no row is left to train on of {self.num_rows:,}{fates}; expected at least one "
+                f"conversation with a trained token. Check --seq-length {self.config.seq_length} and --truncation "
+                f"{self.config.truncation} (what becomes of longer rows), the roles and --train-on."
             )
 
 

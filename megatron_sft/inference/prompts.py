@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron_sft import parallel
 from megatron_sft.config.fields import range_problems
 from megatron_sft.config.options import GenerateConfig
 from megatron_sft.config.run import DataConfig, RunConfig
-from megatron_sft.data.schema import Message
+from megatron_sft.data.schema import Message, prompt_of
 from megatron_sft.data.sources import ENDINGS, open_source
 from megatron_sft.errors import ConfigError, DataError
 from megatron_sft.inference.conversation import converse
@@ -32,6 +32,7 @@ class Prompt:
     messages: list[Message]
     where: str
     tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def answer_prompts(
@@ -127,7 +128,8 @@ def read_prompts(options: GenerateConfig, config: DataConfig) -> list[Prompt]:
     elif os.path.isfile(path) and not any(ending in os.path.basename(path) for ending in ENDINGS):
         prompts = _from_lines(_text_lines(path), path)
     else:
-        prompts = [_from_record(record, where) for where, record in open_source(path, config)]
+        rows = [prompt_of(record, where, config) for where, record in open_source(path, config)]
+        prompts = [Prompt(row.messages, row.where, row.tools, row.template_kwargs) for row in rows]
     if not prompts:
         raise DataError(f"{path}: has no prompt; expected at least one. Pass --prompt TEXT or fill the file.")
     return list(itertools.islice(prompts, math.ceil(len(prompts) * options.fraction)))
@@ -145,29 +147,6 @@ def _from_lines(lines: Iterable[str], path: str) -> list[Prompt]:
     """One prompt a line; blank lines are none."""
     numbered = ((number, line.rstrip("\r\n")) for number, line in enumerate(lines, start=1))
     return [Prompt([{"role": "user", "content": line}], f"{path}:{number}") for number, line in numbered if line.strip()]
-
-
-def _from_record(record: Any, where: str) -> Prompt:
-    """A row of messages (or prompt, question, instruction, text); a trailing assistant answer is left out."""
-    if isinstance(record, DataError):
-        raise record
-    messages = record.get("messages")
-    if messages is None:
-        keys = ("prompt", "question", "instruction", "text")
-        text = next((record[key] for key in keys if isinstance(record.get(key), str)), None)
-        if text is None:
-            raise DataError(
-                f"{where}: no prompt among the columns {', '.join(sorted(record))}; expected messages, prompt, question, "
-                "instruction or text. Rename the column."
-            )
-        messages = [{"role": "user", "content": text}]
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
-        raise DataError(f'{where}: messages are not a list of {{"role": ..., "content": ...}}. Rewrite the row.')
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    if not messages:
-        raise DataError(f"{where}: no message before the assistant's; expected a user message. Remove or rewrite the row.")
-    return Prompt(messages, where, record.get("tools"))
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], use_template: bool) -> list[list[int]]:
@@ -193,7 +172,9 @@ def _encode(tokenizer: Any, prompt: Prompt, use_template: bool) -> list[int]:
     if not use_template:
         return list(tokenizer("\n".join(str(m["content"]) for m in prompt.messages))["input_ids"])
     try:
-        text = tokenizer.apply_chat_template(prompt.messages, tools=prompt.tools, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            prompt.messages, tools=prompt.tools, tokenize=False, add_generation_prompt=True, **prompt.template_kwargs
+        )
     except (TemplateError, TypeError) as error:
         raise DataError(
             f"{prompt.where}: the chat template refuses the messages ({error}); expected roles that it knows. Rewrite the row."

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data.json_rows import parse_line
-from megatron_sft.data.schema import RowError, schema_of, to_row
+from megatron_sft.data.schema import RowError, prompt_of, schema_of, to_row
 
 ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SYSTEM = [{"role": "system", "content": "s"}, *ASKED]
@@ -184,3 +184,70 @@ def fuzz(num_lines: int, seed: int) -> tuple[int, int]:
 def test_mutated_lines_are_kept_or_refused_and_none_is_lost() -> None:
     kept, refused = fuzz(3000, seed=0)
     assert kept + refused == 3000 and kept > 100 and refused > 1000
+
+
+QUESTION = {"role": "user", "content": "Why?"}
+PROMPTED = {
+    "messages": ({"messages": [QUESTION, {"role": "assistant", "content": "So."}]}, [QUESTION]),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}], "system": "Be brief."},
+        [{"role": "system", "content": "Be brief."}, QUESTION],
+    ),
+    "a list of messages as prompt": ({"prompt": [QUESTION]}, [QUESTION]),
+    "pair": ({"question": "Why?", "answer": "So."}, [QUESTION]),
+    "alpaca": (
+        {"instruction": "Why?", "input": "", "output": "So.", "history": [["A", "B"]]},
+        [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, QUESTION],
+    ),
+    "alpaca without an answer": ({"instruction": "Why?", "input": "Here."}, [{"role": "user", "content": "Why?\nHere."}]),
+    "text": ({"text": "Why?"}, [QUESTION]),
+    "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]}, [QUESTION]),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_generation_asks_what_training_rows_ask(name: str) -> None:
+    record, messages = PROMPTED[name]
+    assert prompt_of(record, "here:1", DataConfig()).messages == messages
+
+
+def test_a_prompt_has_the_columns_tools_and_template_arguments_of_its_row() -> None:
+    config = DataConfig(prompt_key="extra_info", prompt_dict_keys=("question",), tool_key="functions")
+    record = {
+        "extra_info": '{"question": "Why?"}',
+        "functions": '[{"name": "f"}]',
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    row = prompt_of(record, "here:1", config)
+    assert (row.messages, row.tools, row.template_kwargs) == ([QUESTION], [{"name": "f"}], {"enable_thinking": False})
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"answer": "So."}, "here:1: no prompt among the columns ['answer']; expected messages, conversations, prompt"),
+        ({"messages": [{"role": "assistant", "content": "So."}]}, "here:1: no message before the assistant's"),
+        ({"messages": [{"role": "bot", "content": "Why?"}]}, "here:1: message 1 has role 'bot'; expected system, user"),
+        ([], "here:1: the row is a list; expected an object"),
+    ],
+)
+def test_a_row_that_asks_nothing_is_named(record: Any, message: str) -> None:
+    with pytest.raises(RowError, match=re.escape(message)):
+        prompt_of(record, "here:1", DataConfig())
+
+
+def test_dict_columns_may_be_json_text() -> None:
+    """verl's extra_info, as a Parquet file without structs has it."""
+    keys = {"prompt_key": "extra_info", "response_key": "extra_info", "prompt_dict_keys": ("question",)}
+    config = DataConfig(**keys, response_dict_keys=("answer",))  # type: ignore[arg-type]
+    row = to_row({"extra_info": '{"question": "Why?", "answer": "So."}'}, "here:1", config)
+    assert [message["content"] for message in row.messages] == ["Why?", "So."]
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("message", "There is no column 'message': did you mean --input-key messages?"), ("x", "Name the columns with --input-key")],
+)
+def test_a_wrong_input_key_is_answered_with_the_column_that_is_near(key: str, words: str) -> None:
+    with pytest.raises(RowError, match=re.escape(words)):
+        to_row({"messages": [QUESTION]}, "here:1", DataConfig(input_key=key))

@@ -1,9 +1,14 @@
+import json
+
 import numpy as np
+import pytest
 import torch
 
 from megatron_sft.data.packing import PackPlan
 from megatron_sft.data.sft_dataset import SFTDataset
 from megatron_sft.data.store import MemoryStore
+from megatron_sft.errors import ConfigError
+from tests.text_models import byte_tokenizer
 
 PLAN = PackPlan(np.array([0, 1]), np.array([0, 2]))
 
@@ -77,3 +82,29 @@ def test_it_is_a_sequence():
     dataset = SFTDataset(store(), PLAN, 8, 99)
     assert len(dataset) == 1 and dataset[-1]["tokens"].tolist() == dataset[0]["tokens"].tolist()
     assert len(list(torch.utils.data.DataLoader(dataset, batch_size=None))) == 1
+
+
+def test_a_data_loader_gets_one_packed_row():
+    dataset = SFTDataset(store(), PackPlan(np.array([0, 1]), np.array([0, 1, 2])), 4, 99)
+    batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=SFTDataset.collate)))
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "tokens": [[11, 12, 13, 99, 21, 22, 99, 99]],
+        "labels": [[12, 13, 99, 99, 22, 99, 99, 99]],
+        "loss_mask": [[1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]],
+        "position_ids": [[0, 1, 2, 0, 0, 1, 0, 1]],
+        "cu_seqlens": [0, 3, 4, 6, 8],
+        "max_seqlen": 3,
+    }
+    assert [value.dtype for value in batch.values()] == [value.dtype for value in dataset[0].values()]
+
+
+def test_from_files_pads_documents_for_context_parallelism(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b"}]} for n in (1, 2, 3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = SFTDataset.from_files([str(tmp_path / "rows.jsonl")], byte_tokenizer(), 256, context_parallel_size=2)
+    ends = dataset[0]["cu_seqlens"].tolist()
+    lengths = sorted(dataset.store.lengths.tolist())
+    assert len(ends) == 5 and all(end % 4 == 0 for end in ends)
+    assert sorted(np.diff(ends[:4])) == [-(-length // 4) * 4 for length in lengths]
+    with pytest.raises(ConfigError, match="seq_length 258: expected a multiple of 4"):
+        SFTDataset.from_files([str(tmp_path / "rows.jsonl")], byte_tokenizer(), 258, context_parallel_size=2)

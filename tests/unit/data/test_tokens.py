@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -218,6 +219,11 @@ def test_bad_rows_are_set_aside_when_allowed(tmp_path):
 def test_nothing_to_train_on_is_refused(tmp_path):
     with pytest.raises(DataError, match="no row is left to train on"):
         build(tmp_path, [chat("q " * 8, "a")], truncation="right")
+    with pytest.raises(DataError) as raised:
+        build(tmp_path, [chat("q " * 8, "a")] * 2, truncation="drop")
+    sentence = str(raised.value)
+    assert re.match(r"rows: no row is left to train on of 2 \(2 [a-z_ ]+\); expected at least one conversation", sentence)
+    assert sentence.endswith("--truncation drop (what becomes of longer rows), the roles and --train-on.")
 
 
 def test_the_cache_is_used_until_something_changes(tmp_path):
