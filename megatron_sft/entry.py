@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from megatron_sft import log
 from megatron_sft.config.help import help_of
-from megatron_sft.core_compat import allow_open_files, process_environment
+from megatron_sft.core_compat import allow_open_files, process_environment, silence_missing_kernels
 from megatron_sft.errors import UserError
 
 
@@ -32,6 +32,7 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     log.configure(rank, to_stderr)
+    silence_missing_kernels()
     try:
         allow_open_files()
         rank, world_size, _ = process_environment()

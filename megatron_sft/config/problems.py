@@ -5,6 +5,7 @@ checkpoint or the data comes later.
 """
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -414,7 +415,15 @@ def _log_problems(run: RunConfig) -> list[str]:
     names = [name for name in ("wandb_exp_name", "wandb_group", "wandb_mode") if getattr(run.log, name) is not None]
     if names and run.log.wandb_project is None:
         return [f"{', '.join(map(flag_of, names))} without --wandb-project: nothing is sent. Add it, or leave it out."]
+    if run.log.wandb_project is not None and not _is_installed("wandb"):
+        return ["--wandb-project needs the package wandb, which is not installed. Run: pip install wandb. Or leave it out."]
     return []
+
+
+def _is_installed(package: str) -> bool:
+    """Whether it can be imported; a folder of that name, such as W&B's own logs, is no package."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def _allowed_problems(run: RunConfig) -> list[str]:

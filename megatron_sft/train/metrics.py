@@ -8,6 +8,8 @@ import contextlib
 import datetime
 import json
 import os
+import re
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,8 @@ from megatron_sft.files import write_whole
 from megatron_sft.log import logger
 
 Metrics = Mapping[str, Any]
+RUN_ID = "wandb_run_id.txt"
+"""In the --save folder."""
 
 
 def console_line(metrics: Metrics, train_iters: int, mean_loss: float | None = None) -> str:
@@ -113,7 +117,7 @@ class MetricsWriter:
                 keep_until(path, iteration)
                 self._jsonl = open(path, "a", buffering=1, opener=_without_waiting)
             self._tensorboard = _tensorboard(tensorboard, iteration)
-        self._wandb = _wandb(run)
+            self._wandb = _wandb(run, iteration)
         self._sums = [0.0, 0]  # of losses and trained tokens since the last line
         self.bar = _bar(iteration, train_iters)
 
@@ -130,7 +134,7 @@ class MetricsWriter:
                     self._tensorboard.add_scalar(name, value, iteration)
                 self._tensorboard.flush()  # by itself it does so every 2 minutes, which a killed process may not live
         if self._wandb:
-            self._wandb.log(numbers, step=iteration)
+            self._wandb.log(numbers)
 
     def _show(self, metrics: Metrics) -> None:
         iteration, tokens = metrics["iteration"], metrics["sft/trained_tokens"]
@@ -193,12 +197,39 @@ def _tensorboard(folder: str | None, iteration: int) -> Any:
     return SummaryWriter(folder, purge_step=iteration + 1)
 
 
-def _wandb(run: RunConfig) -> Any:
+def _wandb(run: RunConfig, iteration: int) -> Any:
+    """The W&B run: the same one again for a run that goes on from a checkpoint, by the id in its --save folder."""
     if run.log.wandb_project is None:
         return None
+    import wandb  # problems.py says what to install where it is missing
+
+    log, save = run.log, run.checkpoint.save
+    run_id = _run_id(Path(save), iteration) if save else None
     try:
-        import wandb
-    except ImportError:
-        raise ConfigError(["--wandb-project needs the package wandb. Run: pip install wandb"]) from None
-    log = run.log
-    return wandb.init(project=log.wandb_project, name=log.wandb_exp_name, group=log.wandb_group, mode=log.wandb_mode)
+        started = wandb.init(
+            project=log.wandb_project,
+            name=log.wandb_exp_name,
+            group=log.wandb_group,
+            mode=log.wandb_mode,
+            config=json.loads(run.to_json()),
+            dir=save,
+            id=run_id,
+            resume="allow" if run_id else None,
+        )
+    except (wandb.errors.Error, OSError) as error:
+        project = f"--wandb-project {log.wandb_project}: {str(error).rstrip('.')}"
+        raise ConfigError([f"{project}. Expected a run of W&B. Log in (wandb login), or use --wandb-mode offline."]) from None
+    started.define_metric("iteration")
+    started.define_metric("*", step_metric="iteration")  # W&B's own steps never go back, as a resumed run may
+    return started
+
+
+def _run_id(save: Path, iteration: int) -> str:
+    """The id in the --save folder; a new one, which is kept there, where training begins."""
+    file = save / RUN_ID
+    known = file.read_text(encoding="ascii").strip() if iteration and file.is_file() else ""
+    if re.fullmatch("[0-9a-f]{8}", known):
+        return known
+    new = secrets.token_hex(4)
+    write_whole(file, new + "\n")
+    return new

@@ -6,8 +6,8 @@ import pytest
 
 from megatron_sft import log
 from megatron_sft.config.arguments import parse
-from megatron_sft.config.problems import problems
-from megatron_sft.config.run import ModelConfig, ParallelConfig, RunConfig
+from megatron_sft.config.problems import _is_installed, problems
+from megatron_sft.config.run import LogConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_sft.errors import ConfigError
 
 NEEDED = ["--load", "model", "--finetune-hf-dataset", "rows.jsonl"]
@@ -116,3 +116,13 @@ def test_a_flag_without_effect_is_told_in_one_line(flags: str, capsys: pytest.Ca
 def test_a_program_cannot_ask_for_sequence_parallelism_alone() -> None:
     run = RunConfig(ModelConfig(), ParallelConfig(sequence_parallel=True))
     assert problems(run, 1, training=False) == ["--sequence-parallel needs --tensor-model-parallel-size 2 or more. Leave it out."]
+
+
+def test_a_package_that_is_missing_is_noticed_before_any_work(tmp_path, monkeypatch) -> None:
+    (tmp_path / "wandb_logs").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert [_is_installed(name) for name in ("json", "no_such_package", "wandb_logs")] == [True, False, False]
+    run = RunConfig(log=LogConfig(wandb_project="p"))
+    found = [sentence for sentence in problems(run, 1) if "wandb" in sentence]
+    needed = "--wandb-project needs the package wandb, which is not installed. Run: pip install wandb. Or leave it out."
+    assert found == ([] if _is_installed("wandb") else [needed])

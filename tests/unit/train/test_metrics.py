@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sft.config.run import CheckpointConfig, LogConfig, RunConfig
 from megatron_sft.errors import TrainingError
-from megatron_sft.train.metrics import MetricsWriter, console_line, keep_until, metrics_writer
+from megatron_sft.train.metrics import MetricsWriter, _run_id, console_line, keep_until, metrics_writer
 from tests.gloo import process_context
 
 
@@ -114,3 +114,30 @@ def test_writer_has_one_object_an_iteration(tmp_path):
     writer.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == METRICS
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path, monkeypatch):
+    """Offline, by W&B as it is: each start leaves a folder offline-run-TIME-ID."""
+    pytest.importorskip("wandb", reason="needs the package wandb: pip install 'megatron-sft[wandb]'")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for save, iteration in (("out", 0), ("out", 3), ("other", 0)):
+        (tmp_path / save).mkdir(exist_ok=True)
+        log = LogConfig(wandb_project="p", wandb_exp_name="name", wandb_group="g", wandb_mode="offline")
+        writer = MetricsWriter(RunConfig(log=log, checkpoint=CheckpointConfig(save=str(tmp_path / save))), iteration, 10)
+        writer.write({**METRICS, "iteration": iteration + 1})
+        assert writer._wandb.config["train"]["micro_batch_size"] == 1
+        assert (writer._wandb.project, writer._wandb.name, writer._wandb.group) == ("p", "name", "g")
+        writer.close()
+    kept = (tmp_path / "out" / "wandb_run_id.txt").read_text().strip()
+    folders = [path.name for path in (tmp_path / "out" / "wandb").glob("offline-run-*")]
+    assert folders and {name.rpartition("-")[2] for name in folders} == {kept}
+    assert (tmp_path / "other" / "wandb_run_id.txt").read_text().strip() != kept
+
+
+def test_the_id_of_a_wandb_run_is_kept_where_training_goes_on_and_new_where_it_begins(tmp_path):
+    first = _run_id(tmp_path, 0)
+    assert re.fullmatch("[0-9a-f]{8}", first)
+    assert _run_id(tmp_path, 5) == first
+    assert _run_id(tmp_path, 0) != first
+    (tmp_path / "wandb_run_id.txt").write_text("../x")
+    assert re.fullmatch("[0-9a-f]{8}", _run_id(tmp_path, 5))
