@@ -22,9 +22,9 @@ from megatron_sft.errors import ConfigError
 from megatron_sft.lock import only_one
 from megatron_sft.log import logger
 
-NAME = re.compile(
-    r"(?P<repo>[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*)(@(?P<revision>[A-Za-z0-9_][A-Za-z0-9_./-]*))?"
-)
+_PART = "[A-Za-z0-9_][A-Za-z0-9_.-]*"
+NAME = re.compile(rf"(?P<repo>{_PART}/(?!(iter_[0-9]+|release)$){_PART})(@(?P<revision>[A-Za-z0-9_][A-Za-z0-9_./-]*))?")
+"""Not the folder of one checkpoint, which a typing error leads to."""
 SNAPSHOT = re.compile(r".*/models--(?P<org>[^/]+?)--(?P<model>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?")
 """A folder of a cache, perhaps of another machine's."""
 SMALL_FILES = (

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_sft.errors import CheckpointError
 from megatron_sft.hf.folder import INDEX, _indexed_files
+from megatron_sft.hub import folder
 from tests.hub_server import TOKEN, Hub, Repository, serving
 
 FILES = {
@@ -89,6 +90,19 @@ def offline(hub: Hub, home: Path) -> Iterator[Ask]:
 
 def content(folder: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "place", ["out/iter_0000004", "out/release", "/there/model", "./org/model", "org/model/deep", "model", ""]
+)
+def test_a_path_is_no_name(place: str) -> None:
+    assert folder("--load", place, weights=True) == place
+
+
+def test_what_is_there_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert folder("--load", "org/model", weights=True) == "org/model"
 
 
 def test_weights_and_tokenizer_of_a_name_come_once_and_nothing_else_does(hub: Hub, online: Ask, offline: Ask) -> None:
@@ -228,8 +242,8 @@ def test_links_of_the_cache_lead_to_the_blobs_that_its_models_share(tmp_path: Pa
     """snapshots/COMMIT/FILE -> ../../blobs/ETAG -> ../../blobs/ab/HASH (huggingface_hub 2: utils/_shared_blobs.py)."""
     model = tmp_path / "models--org--name"
     snapshot = model / "snapshots" / ("0" * 40)
-    for folder in (snapshot, model / "blobs", tmp_path / "blobs" / "ab", tmp_path / "other"):
-        folder.mkdir(parents=True)
+    for made in (snapshot, model / "blobs", tmp_path / "blobs" / "ab", tmp_path / "other"):
+        made.mkdir(parents=True)
     for place in ("blobs/ab/cdef", "other/cdef"):
         (tmp_path / place).write_bytes(b"weights")
     (model / "blobs" / "etag").symlink_to(tmp_path / target.removeprefix("../../../"))
