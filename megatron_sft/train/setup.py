@@ -48,6 +48,7 @@ class Data:
     store: TokenStore
     train: SFTDataset
     valid: SFTDataset | None
+    tokenizer: Any
 
 
 def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
@@ -120,7 +121,7 @@ def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch, 
 
 def _introduce(job: Job, data: Data, state: TrainState, expected: Memory | None) -> None:
     """Says what the run is about to do."""
-    lines = [overview.sample(data.train, load_tokenizer(job.run.data))]
+    lines = [overview.sample(data.train, data.tokenizer)]
     if expected is not None:
         lines += [overview.parameters(job.chunks, expected, job.run), overview.memory(expected, job.ranks)]
     lines += [overview.lengths(job.run, data.train, state, len(job.loader), job.loader.global_batch_size)]
@@ -156,7 +157,7 @@ def build_data(run: RunConfig) -> Data:
     for opened in (store, valid_store):
         _require_known_tokens(run, opened)
     logger.info("%s", as_table(data_report(store, train_set.plan, config.seq_length)))
-    return Data(store, train_set, valid_set)
+    return Data(store, train_set, valid_set, tokenizer)
 
 
 def _require_known_tokens(run: RunConfig, store: TokenStore) -> None:
