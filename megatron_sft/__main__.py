@@ -100,9 +100,9 @@ def mmlu(argv: Sequence[str], world_size: int) -> int:
     run, explicit, options = parse(argv, world_size, options=MMLUConfig)
     run = hub.fetched(run)
     leave_out_compiler()
-    from megatron_sft.tasks.mmlu import mmlu as score
+    from megatron_sft.tasks.evaluation import evaluate
 
-    return score(run, explicit, options)
+    return evaluate(run, explicit, options)
 
 
 def convert(argv: Sequence[str], world_size: int) -> int:

@@ -219,6 +219,13 @@ def varlen_attention() -> Callable[..., Any]:
     return varlen_attn
 
 
+def multiplies_bf16() -> bool:
+    """Whether this device has kernels for products in bf16; torch's for AVX2 take three times as long as those in fp32."""
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+
+
 def use_deterministic_algorithms() -> None:
     """--deterministic-mode on CUDA: flash attention's backward and the sums of index_add_ repeat bit by bit.
 

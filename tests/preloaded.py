@@ -9,7 +9,7 @@ from megatron_sft.core_compat import leave_out_compiler, silence_missing_kernels
 silence_missing_kernels()
 leave_out_compiler()
 
-import megatron_sft.tasks.mmlu  # noqa: E402
+import megatron_sft.tasks.evaluation  # noqa: E402
 import megatron_sft.train.setup  # noqa: E402
 
 megatron_sft.config.arguments.flag_table()

@@ -6,8 +6,10 @@ from typing import Any
 
 from megatron_sft import hub, parallel
 from megatron_sft.config.run import DataConfig, ModelConfig, RunConfig
+from megatron_sft.core_compat import multiplies_bf16
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.errors import ConfigError
+from megatron_sft.log import logger
 from megatron_sft.model.build import SFTModel
 from megatron_sft.parallel import Ranks
 from megatron_sft.weights import WeightSource, build, resolve
@@ -33,9 +35,12 @@ def load_for_inference(run: RunConfig, explicit: frozenset[str]) -> Inference:
     """Joins the ranks and loads --load. Collective.
 
     Args:
-        run: flags; any layout that trains also generates.
+        run: flags; any layout that trains also generates. A CPU without bf16 arithmetic computes in fp32 with the bf16 weights.
         explicit: ModelConfig fields that a flag set.
     """
+    if run.train.params_dtype == "bf16" and not multiplies_bf16():
+        logger.info("this CPU has no bf16 arithmetic: the weights are computed with in fp32, which is faster.")
+        run = dataclasses.replace(run, train=dataclasses.replace(run.train, params_dtype="fp32"))
     checkpoint = dataclasses.replace(run.checkpoint, verify_conversion=False)
     run, source = resolve(dataclasses.replace(run, checkpoint=checkpoint), explicit, training=False)
     data = _tokenizer_config(run.data, source)

@@ -1,12 +1,10 @@
 """MMLU (https://github.com/hendrycks/test): which of four letters a model finds most likely after "Answer:".
 
-megatron-sft mmlu --load MODEL --mmlu-dataset FOLDER --few-shots 5 --output mmlu.json
-
-Prompts are those of the original evaluate.py and of lm-evaluation-harness: raw text, no chat template.
+Prompts are those of the original evaluate.py and of lm-evaluation-harness: raw text, no chat template. Not here: the model's
+answers (evaluation.py).
 """
 
 import csv
-import json
 import math
 import os
 import re
@@ -14,19 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from megatron_sft import parallel
-from megatron_sft.config.fields import range_problems
 from megatron_sft.config.options import MMLUConfig
-from megatron_sft.config.run import DataConfig, RunConfig
-from megatron_sft.core_compat import device
+from megatron_sft.config.run import DataConfig
 from megatron_sft.data.sources import open_source, read_file
-from megatron_sft.errors import ConfigError, DataError
-from megatron_sft.inference.forward import dealt, evaluating, from_all_ranks, from_last_stage, idle, last_logits, packed_row
-from megatron_sft.inference.load import load_for_inference
-from megatron_sft.log import logger
-from megatron_sft.output import output_problems, write_output
+from megatron_sft.errors import DataError
 
 LETTERS = "ABCD"
 CONFIGS = {"cais/mmlu": "all"}
@@ -139,39 +128,6 @@ def _asked(question: Question) -> str:
     return f"{question.question.strip()}{choices}\nAnswer:"
 
 
-def choice_token_ids(tokenizer: Any) -> list[int]:
-    """The tokens of " A" to " D" as they stand after "Answer:"."""
-    ids = [tokenizer(f"Answer: {letter}", add_special_tokens=False)["input_ids"][-1] for letter in LETTERS]
-    if len(set(ids)) != len(LETTERS):
-        same = f"{tokenizer.name_or_path}: the letters A to D end in the same token; expected four."
-        raise ConfigError([f"{same} Use the model's tokenizer."])
-    return ids
-
-
-def predictions(
-    chunks: Sequence[Any], sequences: Sequence[Sequence[int]], choice_ids: Sequence[int], batch_size: int
-) -> list[int]:
-    """Index of the likeliest choice after each sequence. Collective, in any layout; every rank returns all.
-
-    Sequences of like length share a packed row; they are dealt over data- and context-parallel ranks.
-    """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    found: dict[int, int] = {}
-    batches = dealt(order, batch_size)
-    with evaluating(chunks):
-        for number, batch in enumerate(batches, start=1):
-            if not batch:
-                idle(chunks)
-                continue
-            logits = last_logits(chunks, *packed_row([sequences[i] for i in batch], keeps=False))
-            chosen = torch.empty(len(batch), dtype=torch.int64, device=device())
-            chosen = chosen if logits is None else logits[:, choice_ids].argmax(-1)
-            found.update(zip(batch, from_last_stage(chosen).tolist(), strict=True))
-            if number % 10 == 0:
-                logger.info("mmlu: %d of %d questions", number * len(sequences) // len(batches), len(sequences))
-    return from_all_ranks(found)
-
-
 def score(questions: Sequence[Question], chosen: Sequence[int]) -> dict[str, Any]:
     """Accuracy of each subject, over all questions (average) and over subjects (macro_average)."""
     subjects: dict[str, dict[str, Any]] = {}
@@ -196,13 +152,14 @@ def table(scores: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"{'average over subjects':40} {len(scores['subjects']):9d} {scores['macro_average']:8.4f}"])
 
 
-def select(data: Mapping[str, Subjects], options: MMLUConfig) -> tuple[list[Question], list[str]]:
-    """The questions that are asked, subject by subject, and their prompts.
+def load(options: MMLUConfig) -> list[tuple[Question, Sequence[Question]]]:
+    """The questions that are asked, subject by subject, each with its examples.
 
     Raises:
-        DataError: a subject has fewer dev questions than --few-shots.
+        DataError: a subject has fewer dev questions than --few-shots, and what `examples` raises.
     """
-    asked, texts = [], []
+    data = examples(options.mmlu_dataset)
+    asked: list[tuple[Question, Sequence[Question]]] = []
     for subject, questions in data["test"].items():
         shots = data["dev"].get(subject, [])[: options.few_shots]
         if len(shots) < options.few_shots:
@@ -210,41 +167,5 @@ def select(data: Mapping[str, Subjects], options: MMLUConfig) -> tuple[list[Ques
                 f"{options.mmlu_dataset}: {subject} has {len(shots)} dev questions; expected {options.few_shots} "
                 "for --few-shots. Lower it, or add the dev split."
             )
-        chosen = questions[: math.ceil(len(questions) * options.fraction)]
-        asked += chosen
-        texts += [prompt(question, shots) for question in chosen]
-    return asked, texts
-
-
-def check_options(options: MMLUConfig) -> None:
-    """Raises ConfigError with every option that makes no sense."""
-    if found := range_problems(options) + output_problems("--output", options.output):
-        raise ConfigError(found)
-
-
-def mmlu(run: RunConfig, explicit: frozenset[str], options: MMLUConfig) -> int:
-    """Scores --load on MMLU, prints the table, writes --output. Collective.
-
-    Returns:
-        The process's exit status: 1 when the average is below --lower-bound.
-    """
-    check_options(options)
-    questions, texts = select(examples(options.mmlu_dataset), options)
-    loaded = load_for_inference(run, explicit)
-    limit = loaded.model.max_position_embeddings or None
-    sequences = [list(ids) for ids in loaded.tokenizer(texts)["input_ids"]]
-    cut = sum(limit is not None and len(ids) > limit for ids in sequences)
-    if cut:
-        logger.warning("%d prompts are longer than %s tokens: their beginning is left out", cut, limit)
-        sequences = [ids[-limit:] if limit else ids for ids in sequences]
-    chosen = predictions(loaded.chunks, sequences, choice_token_ids(loaded.tokenizer), options.mmlu_batch_size)
-    scores = score(questions, chosen)
-    logger.info("%s", table(scores))
-    if options.output and loaded.ranks.rank == 0:
-        settings = {"load": run.checkpoint.load, "few_shots": options.few_shots, "fraction": options.fraction}
-        write_output("--output", options.output, json.dumps({**settings, **scores}, indent=1) + "\n")
-    parallel.finalize()
-    if options.lower_bound is not None and scores["average"] < options.lower_bound:
-        logger.warning("average %.4f is below --lower-bound %s", scores["average"], options.lower_bound)
-        return 1
-    return 0
+        asked += [(question, shots) for question in questions[: math.ceil(len(questions) * options.fraction)]]
+    return asked

@@ -16,7 +16,7 @@ from tests.text_models import text_model
 install_cpu_mode()
 
 from megatron_sft.errors import ConfigError, DataError  # noqa: E402
-from megatron_sft.tasks import mmlu  # noqa: E402
+from megatron_sft.tasks import evaluation, mmlu  # noqa: E402
 
 SUBJECTS = ("high_school_algebra", "anatomy")
 
@@ -93,19 +93,19 @@ def test_prompt_has_the_same_separators_in_examples_and_question() -> None:
 
 
 def test_fraction_is_of_each_subject_and_few_shots_come_from_dev(tmp_path: Path) -> None:
-    data = mmlu.examples(str(write_jsonl_tree(tmp_path)))
-    questions, texts = mmlu.select(data, MMLUConfig(fraction=0.4, few_shots=3))
-    assert [q.subject for q in questions] == ["anatomy"] * 3 + ["high_school_algebra"] * 3
+    asked = mmlu.load(MMLUConfig(mmlu_dataset=str(write_jsonl_tree(tmp_path)), fraction=0.4, few_shots=3))
+    texts = [mmlu.prompt(*pair) for pair in asked]
+    assert [q.subject for q, _ in asked] == ["anatomy"] * 3 + ["high_school_algebra"] * 3
     assert [text.count("\nAnswer:") for text in texts] == [4] * 6
 
 
 def test_too_many_few_shots_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--few-shots is 6; expected a whole number from 0 to 5\."):
-        mmlu.check_options(MMLUConfig(few_shots=6))
-    data = mmlu.examples(str(write_jsonl_tree(tmp_path)))
-    data["dev"]["anatomy"] = data["dev"]["anatomy"][:2]
+        evaluation.check_options(MMLUConfig(few_shots=6))
+    rows = write_jsonl_tree(tmp_path) / "anatomy" / "dev" / "data.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:2]))
     with pytest.raises(DataError, match="anatomy has 2 dev questions; expected 3"):
-        mmlu.select(data, MMLUConfig(few_shots=3))
+        mmlu.load(MMLUConfig(mmlu_dataset=str(tmp_path), few_shots=3))
 
 
 def test_bad_rows_name_file_and_line(tmp_path: Path) -> None:
@@ -137,12 +137,12 @@ def test_predictions_equal_transformers_and_lower_bound_sets_the_status(few_shot
         checkpoint=CheckpointConfig(load=str(tmp_path / "model")), data=DataConfig(tokenizer_model=str(tmp_path / "model"))
     )
     options = MMLUConfig(mmlu_dataset=str(data), few_shots=few_shots, mmlu_batch_size=3, output=str(output), lower_bound=0.0)
-    assert mmlu.mmlu(run, frozenset(), options) == 0
+    assert evaluation.evaluate(run, frozenset(), options) == 0
     scores = json.loads(output.read_text())
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    questions, texts = mmlu.select(mmlu.examples(str(data)), options)
+    texts = [mmlu.prompt(*pair) for pair in mmlu.load(options)]
     letters = [tokenizer(f" {letter}")["input_ids"][-1] for letter in "ABCD"]
     expected = []
     for text in texts:
@@ -150,6 +150,6 @@ def test_predictions_equal_transformers_and_lower_bound_sets_the_status(few_shot
         with torch.no_grad():
             expected.append("ABCD"[model(torch.tensor([ids]), use_cache=False).logits[0, -1, letters].argmax()])
     assert [letter for entry in scores["subjects"].values() for letter in entry["predictions"]] == expected
-    assert scores["total"] == len(questions) == 14
+    assert scores["total"] == len(texts) == 14
     bound = MMLUConfig(**{**options.__dict__, "lower_bound": scores["average"] + 0.01})
-    assert mmlu.mmlu(run, frozenset(), bound) == 1
+    assert evaluation.evaluate(run, frozenset(), bound) == 1
