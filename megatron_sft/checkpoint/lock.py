@@ -68,10 +68,20 @@ class Lock:
         folder: what is locked, made when missing; None: nothing is locked.
         beat_s: seconds between two heartbeats.
         stale_s: silence after which an owner on another machine counts as dead.
+        flag: which names the folder.
+        stands_for: what is locked, where the folder is there for its lock alone and vanishes with it.
     """
 
-    def __init__(self, folder: Path | None, beat_s: float = BEAT_S, stale_s: float = STALE_S):
+    def __init__(
+        self,
+        folder: Path | None,
+        beat_s: float = BEAT_S,
+        stale_s: float = STALE_S,
+        flag: str = "--save",
+        stands_for: str | Path | None = None,
+    ):
         self._folder, self._beat_s, self._stale_s = folder, beat_s, stale_s
+        self._flag, self._stands_for = flag, stands_for
         started = start_of(os.getpid()) or ""
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         self._own = Owner(str(uuid.uuid4()), socket.gethostname(), _machine(), os.getpid(), started, since)
@@ -94,17 +104,21 @@ class Lock:
                 self._sweep()
         except OSError as error:
             self.release()
+            use = "the HF folder" if self._stands_for else "checkpoints"
             raise CheckpointError(
-                f"{self._folder}: cannot be used for checkpoints ({error.strerror}: {error.filename or LOCK}). Expected a "
-                "writable folder with room. Mend it, or choose another --save."
+                f"{self._name()}: cannot be used for {use} ({error.strerror}: {error.filename or LOCK}). Expected a "
+                f"writable folder with room. Mend it, or choose another {self._flag}."
             ) from None
         if holder is not None:
             raise CheckpointError(
-                f"{self._folder}: another run is using it: {holder}. Expected a --save folder for each run. Wait until that "
-                "one has ended, end it, or choose another --save."
+                f"{self._name()}: another run is using it: {holder}. Expected a {self._flag} folder for each run. Wait until "
+                f"that one has ended, end it, or choose another {self._flag}."
             )
         self._thread = threading.Thread(target=self._beat, name="sft-lock", daemon=True)
         self._thread.start()
+
+    def _name(self) -> str | Path | None:
+        return self._stands_for or self._folder
 
     def is_mine(self) -> bool:
         """Whether this run holds the lock, or needs none."""
@@ -132,7 +146,7 @@ class Lock:
         with contextlib.suppress(OSError):
             if self.is_mine():
                 (self._folder / LOCK).unlink()
-        for folder in reversed(self._made):  # what stayed empty because the run failed
+        for folder in [*([self._folder] if self._stands_for else []), *reversed(self._made)]:  # what is empty
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -246,7 +260,7 @@ class Lock:
 
 
 @contextlib.contextmanager
-def held(folder: str | Path | None, ranks: Ranks) -> Iterator[Lock]:
+def held(folder: str | Path | None, ranks: Ranks, flag: str = "--save", stands_for: str | Path | None = None) -> Iterator[Lock]:
     """Collective: holds a folder's lock in the block; rank 0 takes it, and all fail with its reason.
 
     It is given back however the block ends. What ends the process without ending the block (kill -9, a signal that nothing
@@ -255,7 +269,7 @@ def held(folder: str | Path | None, ranks: Ranks) -> Iterator[Lock]:
     Raises:
         CheckpointError: another run holds the folder.
     """
-    lock = Lock(Path(folder) if folder and ranks.rank == 0 else None)
+    lock = Lock(Path(folder) if folder and ranks.rank == 0 else None, flag=flag, stands_for=stands_for)
     try:
         agree(lock.acquire)
         yield lock

@@ -42,6 +42,14 @@ def export_folders(save_hf: str) -> list[str]:
     return [*sorted(glob.glob(pattern)), next(path for n in new if not os.path.lexists(path := export_folder(save_hf, n)))]
 
 
+def written_place(save_hf: str) -> str:
+    """What two runs with this --save-hf would both write into: out/hf itself, out/{iteration} of out/{iteration}/hf."""
+    parts = [save_hf]
+    while (above := os.path.dirname(parts[-1])) != parts[-1]:
+        parts.append(above)
+    return next((part for part in reversed(parts) if any(name in part for name in PLACEHOLDERS)), save_hf)
+
+
 def folder_problems(run: RunConfig) -> list[str]:
     """What stands at or below --save-hf although the run reads it or writes it itself, one sentence each."""
     save_hf = run.checkpoint.save_hf

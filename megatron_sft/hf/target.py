@@ -69,6 +69,12 @@ def try_target(folder: Path, source: Path | None, num_bytes: int) -> None:
         )
 
 
+def lock_folder(folder: str | Path) -> Path:
+    """Beside an HF folder: where the run that will write it, perhaps in days, has its lock meanwhile."""
+    work = _work_folder(Path(os.path.realpath(folder)))
+    return work.with_name(work.name.removesuffix("writing") + "lock")
+
+
 @contextmanager
 def new_folder(folder: Path, source: Path | None) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when it does not.
@@ -101,7 +107,7 @@ def _obstacle(place: Path, source: Path | None) -> str:
     if not place.is_dir():
         return "a file stands there; expected a new or empty folder, or one with the files of an HF folder alone. Name another."
     try:
-        entries = sorted(path for path in place.iterdir() if path != _work_folder(place))
+        entries = sorted(path for path in place.iterdir() if path not in (_work_folder(place), lock_folder(place)))
     except OSError as error:
         return f"cannot be read ({error.strerror}); expected a folder of your own. Name another."
     foreign = [path.name for path in entries if not _is_replaceable(path, source)]

@@ -5,6 +5,9 @@ before a weight is.
 """
 
 import dataclasses
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from megatron_sft import parallel
 from megatron_sft.checkpoint.lock import Lock, held
 from megatron_sft.checkpoint.resume import kept_batch_size, refuse_changed
-from megatron_sft.config.folders import export_folders
+from megatron_sft.config.folders import export_folders, written_place
 from megatron_sft.config.run import DATA_IDENTITY, RunConfig
 from megatron_sft.core_compat import use_deterministic_algorithms
 from megatron_sft.data.chat import load_tokenizer
@@ -25,8 +28,9 @@ from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
 from megatron_sft.data.tokens import TokenStore
 from megatron_sft.errors import CheckpointError, DataError, TrainingError
 from megatron_sft.hf.exporter import try_places
+from megatron_sft.hf.target import lock_folder
 from megatron_sft.log import logger
-from megatron_sft.parallel import Ranks, agree
+from megatron_sft.parallel import Ranks, agree, gather
 from megatron_sft.plan import Memory, expected_memory
 from megatron_sft.train import memory, overview
 from megatron_sft.train.evaluate import evaluate
@@ -75,7 +79,8 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
         with held(run.checkpoint.save, ranks) as lock:
             watch.before_end = lock.release
             agree(lambda: _require_unchanged(source, run))
-            status = _finetune(run, ranks, source, watch, lock, expected)
+            with _held_export(run, ranks, watch):
+                status = _finetune(run, ranks, source, watch, lock, expected)
     parallel.finalize()
     return status
 
@@ -89,9 +94,26 @@ def _require_unchanged(source: WeightSource, run: RunConfig) -> None:
         )
 
 
+@contextmanager
+def _held_export(run: RunConfig, ranks: Ranks, watch: Watch) -> Iterator[None]:
+    """Collective: the --save-hf folder is this run's from now on, not only when it is written, at the end."""
+    save_hf = run.checkpoint.save_hf
+    if not save_hf:
+        yield
+        return
+    try_places(export_folders(save_hf), ranks, run.data.tokenizer_model)
+    with held(lock_folder(written_place(save_hf)), ranks, "--save-hf", save_hf) as lock:
+        release_save = watch.before_end
+
+        def release() -> None:
+            lock.release()
+            release_save()
+
+        watch.before_end = release
+        yield
+
+
 def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch, lock: Lock, expected: Memory | None) -> int:
-    if run.checkpoint.save_hf:
-        try_places(export_folders(run.checkpoint.save_hf), ranks, run.data.tokenizer_model)
     watch.tell("reading the data")
     data = build_data(run)
     watch.tell("building the model")
@@ -156,8 +178,20 @@ def build_data(run: RunConfig) -> Data:
         raise DataError("--skip-train: there are no held-out rows; expected some. Pass --valid-data or --split 90,10,0.")
     for opened in (store, valid_store):
         _require_known_tokens(run, opened)
+        _require_same_on_all(opened)
     logger.info("%s", as_table(data_report(store, train_set.plan, config.seq_length)))
     return Data(store, train_set, valid_set, tokenizer)
+
+
+def _require_same_on_all(store: TokenStore) -> None:
+    """Collective: machines that do not share their files may have other rows, or another tokenizer, in their place."""
+    found = gather((socket.gethostname(), store.content))
+    others = [f"rank {rank} on {host}" for rank, (host, content) in enumerate(found) if content != found[0][1]]
+    if others:
+        raise DataError(
+            f"{store.folder}: rank 0 on {found[0][0]} has other tokens than {', '.join(others[:8])}. Expected the same rows, "
+            "tokenizer and template on all machines. Put them on a file system that all share, or copy them again."
+        )
 
 
 def _require_known_tokens(run: RunConfig, store: TokenStore) -> None:

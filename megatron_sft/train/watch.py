@@ -5,6 +5,9 @@ computes, tokenises or waits for: only a process that is stopped, dead or cut of
 heartbeat, and the processes of their own machine through /proc. The first to notice writes down the failure; everybody
 reads it, gives the main thread GRACE_S to end by itself, and ends.
 
+Until the loop answers SIGTERM itself, by a save, another thread does: it calls `before_end` and ends the process, even while
+the main thread waits inside of C.
+
 Not here: what a collective's own time-out does (--distributed-timeout-minutes).
 """
 
@@ -73,6 +76,7 @@ class Watch:
         self._active = ranks.world_size > 1 and stall_timeout_s > 0
         self._stop = threading.Event()
         self._beats = 0
+        self._pipe: int | None = None
         self.before_end: Callable[[], None] = lambda: None
         """Called, for at most 2 s, before the process is ended in place of its main thread."""
 
@@ -84,6 +88,8 @@ class Watch:
                 self._beat()
 
     def __enter__(self) -> "Watch":
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._listen()
         if self._active:
             default: Any = dist.distributed_c10d._get_default_store()
             self._store = default.clone()  # a connection of its own: never waits in turn
@@ -93,7 +99,32 @@ class Watch:
             threading.Thread(target=self._run, name="sft-watch", daemon=True).start()
         return self
 
+    def _listen(self) -> None:
+        """Python's own handlers wait for the main thread; the number of a signal is written into a pipe at once."""
+        reader, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        signal.signal(signal.SIGTERM, _ended)
+        signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, args=(reader,), name="sft-sigterm", daemon=True).start()
+
+    def _hear(self, reader: int) -> None:
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _ended:
+                if self._ranks.rank == 0:
+                    logger.error("ended by SIGTERM while %s; nothing half-written is kept.", self._activity)
+                self._leave(128 + signal.SIGTERM)
+        os.close(reader)
+
+    def _close_ears(self) -> None:
+        if self._pipe is not None:
+            signal.set_wakeup_fd(-1)
+            if signal.getsignal(signal.SIGTERM) is _ended:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.close(self._pipe)
+            self._pipe = None
+
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._close_ears()
         if not self._active:
             return
         if error is None:
@@ -181,11 +212,14 @@ class Watch:
             is_mine = self._is_mine_to_say()
         if is_mine:
             logger.error("%s", failure.message)
+        self._leave(failure.exit_status)
+
+    def _leave(self, status: int) -> None:
         sys.stdout.flush()
         last = threading.Thread(target=self.before_end, daemon=True)  # it may wait for a file server that is away
         last.start()
         last.join(2.0)
-        os._exit(failure.exit_status)
+        os._exit(status)
 
     def _beat(self) -> None:
         self._beats += 1
@@ -226,6 +260,10 @@ class Watch:
         """Whether a rank's process runs (or is stopped) on this machine, in this container."""
         process = self._processes[rank]
         return process.host == socket.gethostname() and bool(process.identity) and start_of(process.pid) == process.identity
+
+
+def _ended(*_: Any) -> None:
+    """SIGTERM's handler until the loop has its own: the thread that hears of it acts."""
 
 
 def _beat_of(rank: int) -> str:

@@ -34,11 +34,34 @@ def test_a_second_run_is_refused_until_the_first_one_is_dead(finetune, started, 
     assert not (save / "run.lock").exists()
 
 
+def test_two_runs_do_not_write_one_hf_folder(finetune, started, tmp_path: Path) -> None:
+    export = tmp_path / "hf"
+    first: RunningScript = started("--save-hf", export, *LENGTH[:2], "--train-iters", "100000", "--lr", "1e-3")
+    wait_for(tmp_path / ".hf.lock" / "run.lock")
+    refused = finetune("--save-hf", export, *LENGTH[:2], "--train-iters", "1")
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    text = refused.stdout + refused.stderr
+    assert f"{export}: another run is using it: process {first.ranks[0].pid} on " in text
+    assert text.rstrip().endswith("or choose another --save-hf.")
+    os.kill(first.ranks[0].pid, signal.SIGKILL)
+    first.result()
+    done = finetune("--save-hf", export, *LENGTH[:2], "--train-iters", "1", "--lr", "1e-3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (export / "config.json").is_file() and not (tmp_path / ".hf.lock").exists()
+
+
 def test_the_lock_is_given_back_after_an_error_and_after_a_signal(finetune, started, tmp_path: Path) -> None:
     save = tmp_path / "out"
+    early: RunningScript = started("--save", save, *LENGTH)
+    wait_for(save / "run.lock")
+    os.kill(early.ranks[0].pid, signal.SIGTERM)
+    ended = early.result()
+    assert ended.returncode == 143, ended.stdout + ended.stderr
+    assert "ended by SIGTERM while " in ended.stdout + ended.stderr
+    assert not (save / "run.lock").exists()
     failed = finetune("--save", save, *LENGTH, "--seq-length", "8")  # no row fits
     assert failed.returncode == 2, failed.stdout + failed.stderr
-    assert not save.exists()
+    assert not (save / "run.lock").exists()
     run: RunningScript = started("--save", save, *LENGTH)
     wait_for(save / "iter_0000001")
     assert (save / "run.lock").exists()
