@@ -1,7 +1,7 @@
 """What a token store depends on, as one hash: data, tokenizer, template, policy, length, code.
 
-Files go in by their whole content; their times count only for telling whether they changed since. A data set of the hub goes
-in by its name. Not here: the store itself (tokens.py).
+Files go in by their whole content; their times count only for telling whether they changed since. A data set or tokenizer of
+the hub goes in by its name and the commit that this stands for at the moment. Not here: the store itself (tokens.py).
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from megatron_sft import __version__
 from megatron_sft.config.run import ROW_FIELDS, DataConfig
+from megatron_sft.data.sources import hub_commit
 from megatron_sft.data.store import STORE_VERSION
 from megatron_sft.errors import DataError
 from megatron_sft.lock import only_one
@@ -138,7 +139,8 @@ def store_fingerprint(config: DataConfig, sources: Sequence[Any], hashes: Path |
         "template": _text_or_file(config.chat_template, files),
         "custom_dataset": files.hash(config.custom_dataset.rpartition(":")[0]) if config.custom_dataset else None,
         "sources": [
-            [s.name, s.path, s.splits, [[os.path.abspath(path), files.hash(path)] for path in _files_of(s)]] for s in sources
+            [s.name, s.path, s.splits, s.commit(), [[os.path.abspath(path), files.hash(path)] for path in _files_of(s)]]
+            for s in sources
         ],
     }
     value = hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
@@ -165,10 +167,10 @@ def _files_of(source: Any) -> list[str]:
 
 
 def _tokenizer_identity(tokenizer_model: str, files: _Files) -> Any:
-    """Hashes of the tokenizer's files (not of weights that lie beside them), or the hub name."""
+    """Hashes of the tokenizer's files (not of weights that lie beside them), or the hub name and its commit."""
     path = Path(tokenizer_model)
     if not tokenizer_model or not path.exists():
-        return tokenizer_model
+        return [tokenizer_model, hub_commit(tokenizer_model, "model")] if tokenizer_model else tokenizer_model
     if path.is_file():
         return files.hash(path)
     names = (

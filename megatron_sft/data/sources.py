@@ -26,12 +26,16 @@ from megatron_sft.data.json_rows import COMPRESSIONS, Item, json_rows, jsonl_row
 from megatron_sft.data.limits import MAX_ROW_BYTES, TOO_DEEP, TOO_LONG, NotStrictError, is_deep, num_characters, unique_keys
 from megatron_sft.data.schema import RowError
 from megatron_sft.data.splits import files_of_split
+from megatron_sft.data.trial import limited_memory
 from megatron_sft.errors import DataError
 from megatron_sft.log import logger
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 BATCH_ROWS = 512
 BATCH_BYTES = 2**26
+BATCH_MEMORY_BYTES = 2**31
+"""What a batch of Parquet may become in memory: a dictionary of a few megabytes can stand for any number of them."""
+HUB_S = 10.0
 _HUB = re.compile(
     r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?)(:(?P<config>[A-Za-z0-9_][A-Za-z0-9_.+-]*))?"
 )
@@ -72,6 +76,13 @@ class Source:
                 f"{self.path}: no row is there; expected at least one. Correct the path or its slice, or leave the source out."
             )
 
+    def commit(self) -> str | None:
+        """What a hub name stands for now; None for files, and where nobody says."""
+        if self.files:
+            return None
+        spelled = _HUB.fullmatch(self._base)
+        return hub_commit(spelled["name"] if spelled else self._base, "dataset")
+
     def __len__(self) -> int:
         """Rows; makes one pass when none was made before."""
         if self.num_rows is None:
@@ -102,6 +113,9 @@ class CustomSource(Source):
         self.name = name or _stem(path)
         self._spec = str(config.custom_dataset)
         self._class = _custom_class(self._spec)
+
+    def commit(self) -> str | None:
+        return None
 
     def _all(self) -> Iterator[Item]:
         with _users_code(self._spec):
@@ -293,12 +307,40 @@ def _parquet_rows(path: str) -> Iterator[Item]:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
         rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(row_bytes, 1)))
-        yield from _batch_rows(file.iter_batches(batch_size=rows), file.schema_arrow, path)
+        yield from _batch_rows(_parquet_batches(path, rows), file.schema_arrow, path)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}); expected Parquet. "
             "Write or copy it again."
         ) from None
+
+
+def _parquet_batches(path: str, rows: int) -> Iterator[Any]:
+    """Batches of so many rows; from where one does not fit into BATCH_MEMORY_BYTES, row by row."""
+    import pyarrow
+    import pyarrow.parquet
+
+    done = 0
+    for size in (rows, 1):
+        batches, skipped = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=size), 0
+        while True:
+            try:
+                with limited_memory(BATCH_MEMORY_BYTES):
+                    batch = next(batches, None)
+            except (MemoryError, pyarrow.ArrowMemoryError):
+                break
+            if batch is None:
+                return
+            if skipped < done:  # the same rows again, now one by one
+                skipped += batch.num_rows
+                continue
+            yield batch
+            skipped = done = done + batch.num_rows
+            del batch
+    raise DataError(
+        f"{path}:{done + 1}: the row needs more than {BATCH_MEMORY_BYTES // 2**30} GiB of memory; expected one conversation. "
+        "Remove it, or write the file again without dictionaries."
+    )
 
 
 def _arrow_rows(path: str) -> Iterator[Item]:
@@ -322,6 +364,24 @@ def _arrow_rows(path: str) -> Iterator[Item]:
 def _checked(batch: Any) -> Any:
     batch.validate(full=True)  # pyarrow reads damaged offsets without a check, and beyond the memory
     return batch
+
+
+def hub_commit(name: str, kind: str) -> str | None:
+    """The commit of a hub name: what the hub says, else what its cache on this machine has; None where neither does.
+
+    Args:
+        name: of the hub.
+        kind: "dataset" or "model".
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    faults: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)  # the last: of its HTTP library
+    try:
+        return HfApi().repo_info(name, repo_type=kind, timeout=HUB_S).sha
+    except faults:
+        reference = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}", "refs", "main")
+        return reference.read_text(encoding="ascii", errors="replace").strip() if reference.is_file() else None
 
 
 def _hub_rows(place: str, splits: Sequence[str], config: str | None) -> Iterator[Item]:

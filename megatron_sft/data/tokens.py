@@ -68,7 +68,8 @@ def build_token_store(
     damage = None
     try:
         if store := _whole(folder, fingerprint):  # the folder may be read-only
-            if hub := [source.path for source in sources if not source.files and not config.custom_dataset]:
+            hub = [source for source in sources if not source.files and not config.custom_dataset]
+            if hub := [source.path for source in hub if source.commit() is None]:
                 logger.info("tokens: %s as the hub had it then; to ask it again, delete that folder.", ", ".join(hub))
             return store
     except DataError as error:

@@ -28,6 +28,10 @@ AHEAD_PER_WORKER = 4
 """Finished results that may wait for an earlier one, a worker."""
 WAIT_S = 5.0
 ENDED = "ended its process"
+KILLED = (
+    f"tokenising the row alone got its process killed, twice (exit code {-signal.SIGKILL}); most likely memory was short, and "
+    "fewer --num-workers need less"
+)
 LONG_TEXT = 2**20
 """Characters; longer ones would take the checks before a build minutes."""
 
@@ -84,7 +88,7 @@ def in_order(chunks: Iterator[Chunk], config: DataConfig, encoder: Any, encode: 
         encode: what is done to a chunk.
 
     Raises:
-        DataError: what a worker raised, that one was killed, or that more than max_bad_rows rows ended one.
+        DataError: what a worker raised, or that more than max_bad_rows rows ended or killed one.
     """
     num_workers = config.num_workers or len(os.sched_getaffinity(0))
     first = list(itertools.islice(chunks, num_workers))
@@ -162,6 +166,9 @@ class _Worker:
         """The chunk's number and result; a row that ends the process is set aside, as any bad row is."""
         assert self.index is not None, "only a worker that has a chunk gives a result"
         index, chunk, (result, death) = self.index, self._chunk, self._answer()
+        if death == KILLED and len(chunk.rows) == 1:  # perhaps for the memory that others took
+            self.give(index, chunk)
+            result, death = self._answer()
         if result is None:
             result = self._set_aside(chunk, death) if len(chunk.rows) == 1 else self._row_by_row(chunk)
         self.index = None
@@ -203,17 +210,14 @@ class _Worker:
             raise answer
         self.process.join(WAIT_S)
         code = self.process.exitcode
-        if code == -signal.SIGKILL:
-            raise DataError(
-                f"{self._chunk.rows[0][0]}: the tokenising process that worked on this row and those after it was killed (exit "
-                f"code {code}); expected it to live. Most likely memory was short: use fewer --num-workers."
-            )
         self.close()
         self._start()
         if isinstance(answer, MemoryError):
             return None, f"tokenising the row needs more than {MEMORY_BYTES / 2**30:g} GiB"
         if code == -signal.SIGPROF:
             return None, "the row takes too long to render or tokenise"
+        if code == -signal.SIGKILL:
+            return None, KILLED
         return None, f"tokenising the row ended its process (exit code {code})"
 
     def close(self) -> None:
@@ -267,9 +271,8 @@ def _deal(workers: list[_Worker], chunks: Iterator[Chunk]) -> Iterator[Result | 
 def _work(connection: Connection, ours: Sequence[Connection], config: DataConfig, encoder: Any, encode: Encode) -> None:
     """Body of a worker process; it ends when its owner closes the connection or is killed.
 
-    What fork copied is let go: the owner's ends (`ours`), which would keep connections alive, and its handler of SIGTERM.
+    What fork copied is let go: the owner's ends (`ours`), which would keep connections alive.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for inherited in ours:
         inherited.close()
     encoder.is_expendable = True

@@ -1,16 +1,19 @@
 """A store is that of the content that was read, whatever happens to the files meanwhile and whatever their times say."""
 
+import json
 import logging
 import os
 import shutil
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data import fingerprint as fingerprint_module
 from megatron_sft.data.fingerprint import store_fingerprint
-from megatron_sft.data.sources import Source, open_source
+from megatron_sft.data.sources import Source, hub_commit, open_source
 from megatron_sft.data.tokens import build_token_store
 from megatron_sft.errors import DataError
 from tests.unit.data.test_tokens import ROWS, WordEncoder, chat, make_word_encoder, write
@@ -140,6 +143,11 @@ def test_the_hash_of_a_large_file_is_kept_when_it_has_not_only_just_changed(tmp_
 class FromHub(Source):
     """ROWS in place of what a hub gives."""
 
+    hub_commit: str | None = None
+
+    def commit(self):
+        return self.hub_commit
+
     def _all(self):
         return ((f"{self.path}:{i}", row) for i, row in enumerate(ROWS))
 
@@ -151,6 +159,51 @@ def test_a_store_of_hub_data_says_that_the_hub_was_not_asked(tmp_path, caplog):
         assert "hub" not in caplog.text
         assert build_token_store(CONFIG, source, tmp_path / "cache", make_word_encoder).folder == folder
     assert caplog.messages[-1] == "tokens: owner/name as the hub had it then; to ask it again, delete that folder."
+
+
+def test_a_store_of_hub_data_is_that_of_the_commit(tmp_path, caplog):
+    source = FromHub("owner/name", CONFIG)
+    folders = []
+    with caplog.at_level(logging.INFO, "megatron_sft"):
+        for source.hub_commit in ("a1", "a1", "b2"):
+            folders.append(build_token_store(CONFIG, [source], tmp_path / "cache", make_word_encoder).folder)
+    assert folders[0] == folders[1] != folders[2]
+    assert "as the hub had it" not in caplog.text
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Says which commit a data set and a model have."""
+
+    def do_GET(self):
+        commits = {"/api/datasets/owner/rows": "d" * 40, "/api/models/owner/model": "e" * 40}
+        found = commits.get(self.path.partition("?")[0])
+        body = json.dumps({"id": self.path.partition("/owner/")[2], "sha": found}).encode()
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_hub_says_which_commit_a_name_stands_for_or_its_cache_does(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        assert hub_commit("owner/rows", "dataset") == open_source("owner/rows:part@[:9]", CONFIG).commit() == "d" * 40
+        assert hub_commit("owner/model", "model") == "e" * 40
+        assert hub_commit("owner/gone", "model") is None
+        server.shutdown()
+    (tmp_path / "models--owner--model" / "refs").mkdir(parents=True)
+    (tmp_path / "models--owner--model" / "refs" / "main").write_text("f" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub_commit("owner/model", "model") == "f" * 40
+    assert hub_commit("owner/rows", "dataset") is None
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

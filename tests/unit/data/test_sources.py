@@ -12,6 +12,7 @@ import pytest
 import zstandard
 
 from megatron_sft.config.run import DataConfig
+from megatron_sft.data import sources
 from megatron_sft.data.schema import RowError, to_row
 from megatron_sft.data.sources import open_source
 from megatron_sft.errors import DataError
@@ -391,3 +392,22 @@ def test_a_line_beyond_the_limit_is_skipped_and_named(tmp_path: Path) -> None:
     assert [type(record) for _, record in items] == [dict, RowError, dict]
     assert "a.jsonl:2: the row is longer than 16 MiB" in str(items[1][1])
     assert items[2][0].endswith("a.jsonl:3")
+
+
+def test_a_dictionary_of_parquet_does_not_become_all_its_rows_at_once(tmp_path, monkeypatch):
+    """300 rows of 4 MB in a file of kilobytes: as if by batches they would take 1.2 GB."""
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), pa.array(["x" * 4_000_000]))
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"text": texts})
+    pyarrow.parquet.write_table(table, path, dictionary_pagesize_limit=2**26, store_schema=False, compression="zstd")
+    monkeypatch.setattr(sources, "BATCH_MEMORY_BYTES", 2**28)
+    before, lengths, most = pa.total_allocated_bytes(), [], 0
+    for _, row in open_source(str(path), DataConfig()):
+        lengths.append(len(row["text"]))
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert lengths == [4_000_000] * 300
+    assert most < 2**26
+    table = pa.table({"text": pa.ListArray.from_arrays([0, 300], texts)})
+    pyarrow.parquet.write_table(table, path, dictionary_pagesize_limit=2**26, store_schema=False, compression="zstd")
+    with pytest.raises(DataError, match=r"rows.parquet:1: the row needs more than 0 GiB of memory; expected one conversation."):
+        list(open_source(str(path), DataConfig()))
