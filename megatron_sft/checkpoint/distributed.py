@@ -9,6 +9,7 @@ A reader sees whole checkpoints only. A failure on any process ends as Checkpoin
 """
 
 import json
+import os
 import shutil
 import threading
 from argparse import Namespace
@@ -330,7 +331,7 @@ def _choose(root: Path, iteration: tracker.Iteration | None, ranks: Ranks, verif
     found: list[str] = []
     for candidate in listed:
         folder = tracker.checkpoint_folder(root, candidate)
-        outcomes = gather(manifest.problems(folder, verify, (ranks.rank, ranks.world_size)))
+        outcomes = gather(_problems(folder, verify, (ranks.rank, ranks.world_size)))
         problems = sorted({text for outcome in outcomes for text in outcome})
         if not problems:
             return candidate
@@ -429,6 +430,18 @@ def _restore_rng(folder: Path, states: Any) -> None:
         ) from error
 
 
+def _problems(folder: Path, content: bool, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """manifest.problems, and that one of ours has its manifest: what it keeps of training stands in no other's common state."""
+    found = manifest.problems(folder, content, share)
+    if found or share[0] or os.path.lexists(folder / manifest.MANIFEST):
+        return found
+    try:
+        is_ours = state_dicts.TRAIN_STATE in torch_dist.read_common(folder)
+    except CheckpointError:  # whoever loads it says so
+        return []
+    return [f"{folder}: no {manifest.MANIFEST}; expected the one that was written with it"] if is_ours else []
+
+
 def latest_iteration(root: str | Path, wanted: int | None = None) -> tracker.Iteration | None:
     """The checkpoint that load_checkpoint tries first and that looks whole; None when there is none at all.
 
@@ -449,7 +462,7 @@ def latest_iteration(root: str | Path, wanted: int | None = None) -> tracker.Ite
     listed = listed if wanted is None else [wanted]
     found: list[str] = []
     for candidate in listed:
-        problems = manifest.problems(tracker.checkpoint_folder(root, candidate), content=False)
+        problems = _problems(tracker.checkpoint_folder(root, candidate), content=False)
         if not problems:
             return candidate
         found += problems

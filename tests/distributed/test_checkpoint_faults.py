@@ -20,6 +20,7 @@ from megatron_sft.config.run import CheckpointConfig, DataConfig, ParallelConfig
 from megatron_sft.errors import CheckpointError, DataError, SavingError, TrainingError, UserError
 from tests.distributed.checkpoint_rig import Rig, build
 from tests.gloo import run_ranks
+from tests.soak.mutated_pickles import as_of_others
 from tests.text_models import text_model
 
 
@@ -201,8 +202,7 @@ def _plant(root: str, canary: str) -> dict[str, str]:
     rig = build(ParallelConfig())
     _save(rig, root, 1)
     folder = Path(root) / "iter_0000001"
-    for name in (manifest.MANIFEST, manifest.RUN_CONFIG):  # the attacker's: nothing gives it away before it is read
-        (folder / name).unlink()
+    as_of_others(folder)  # the attacker's: nothing gives it away before it is read
     found = {}
     for path in sorted(folder.iterdir()):
         original = path.read_bytes()

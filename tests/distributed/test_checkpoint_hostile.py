@@ -17,7 +17,7 @@ from megatron_sft.config.run import ParallelConfig
 from megatron_sft.errors import CheckpointError
 from tests.distributed.checkpoint_rig import build
 from tests.gloo import run_ranks
-from tests.soak.mutated_pickles import FOLDER, OUTSIDE, PUSHES, Subject, Trials, archived, attacks, text, trials
+from tests.soak.mutated_pickles import FOLDER, OUTSIDE, PUSHES, Subject, Trials, archived, as_of_others, attacks, text, trials
 
 NAMES = ("pathlib.PosixPath", "argparse.Namespace", "torch.distributed.checkpoint.metadata.MetadataIndex")
 
@@ -51,8 +51,7 @@ def _one_checkpoint(root: str) -> tuple:
     rig = build(ParallelConfig(), num_layers=2)
     rig.train(1, 1)
     save_checkpoint(root, 1, rig.chunks, rig.optimizer, rig.scheduler, {}, rig.run, rig.ranks)
-    for name in ("manifest.json", "run_config.json"):
-        (Path(root) / FOLDER / name).unlink()
+    as_of_others(Path(root) / FOLDER)
     return rig, Subject(Path(root))
 
 
@@ -94,10 +93,10 @@ def test_archives_are_bounded_before_they_are_read(tmp_path: Path) -> None:
         "compressed": "it is compressed, which torch.save's archives are not",
         "big pickle": "its data.pkl has 17825794 bytes; expected at most 16777216",
         "no archive": "it is no archive of torch.save (File is not a zip file)",
-        "no pickle": "it has no data.pkl",
+        "no pickle": "it has no 'data.pkl'",
         "other bytes": "its bytes are in b'big' order; this machine's is little",
         "cut off": "it is no archive of torch.save (File is not a zip file)",
-        "storage missing": "it has no data/0",
+        "storage missing": "it has no 'data/0'",
         "storage too small": "it has a tensor of shape [5056] in a storage of 4 elements",
         "not a dict": "its common state is no dict",
     }

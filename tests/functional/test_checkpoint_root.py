@@ -14,10 +14,16 @@ def damaged_config(save: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"hidden_size"', b'"hidden_siz\xff"'))
 
 
+def without_both(save: Path) -> None:
+    for name in ("manifest.json", "run_config.json"):
+        (save / "iter_0000002" / name).unlink()
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
     "no tracker": (lambda save: (save / "latest_checkpointed_iteration.txt").unlink(), 2),
     "a tracker of 5,000 digits": (lambda save: (save / "latest_checkpointed_iteration.txt").write_text("1" * 5000), 2),
     "no manifest": (lambda save: (save / "iter_0000002" / "manifest.json").unlink(), 1),
+    "neither manifest nor run_config.json": (without_both, 1),
     "a damaged run_config.json": (damaged_config, 1),
 }
 

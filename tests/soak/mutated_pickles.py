@@ -138,6 +138,17 @@ def archived(files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
     return buffer.getvalue()
 
 
+def as_of_others(folder: Path) -> None:
+    """Takes away what says that a checkpoint is ours, and has checksums."""
+    import torch
+
+    for name in ("manifest.json", "run_config.json"):
+        (folder / name).unlink()
+    common = torch.load(folder / "common.pt", weights_only=False)
+    del common["train_state"]
+    torch.save(common, folder / "common.pt")
+
+
 class Subject:
     """A root with one checkpoint, and ways to change its pickles and to put them back."""
 
@@ -274,8 +285,7 @@ def trials(root: str, number: int, seed: int, chosen: Callable[["Subject", str],
     rig = build(ParallelConfig(), CheckpointConfig(save_retain=1), num_layers=2)
     rig.train(1, 1)
     save_checkpoint(root, 1, rig.chunks, rig.optimizer, rig.scheduler, {"consumed_train_samples": 1}, rig.run, rig.ranks)
-    for name in ("manifest.json", "run_config.json"):
-        (Path(root) / FOLDER / name).unlink()
+    as_of_others(Path(root) / FOLDER)
     subject, chance, canary = Subject(Path(root)), random.Random(seed), str(Path(root).parent / "canary")
     outcomes, bad = Counter[str](), []
 
