@@ -44,7 +44,7 @@ def convert(run: RunConfig, explicit: frozenset[str] = NOTHING) -> None:
             "%s: %d tensors of more precision are rounded to bf16 (--bf16). --fp32 keeps them as they are.", load, count
         )
     ranks = parallel.initialize(run.parallel, run.train.seed)
-    with held(save, ranks) as lock:
+    with held(save, ranks, []) as lock:
         chunks = build(run, source, ranks)
         require_finite(chunks, ranks, save)
         saved = RunConfig(run.model, run.parallel, checkpoint=CheckpointConfig(save=save))

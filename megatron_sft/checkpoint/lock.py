@@ -20,7 +20,7 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -260,16 +260,27 @@ class Lock:
 
 
 @contextlib.contextmanager
-def held(folder: str | Path | None, ranks: Ranks, flag: str = "--save", stands_for: str | Path | None = None) -> Iterator[Lock]:
+def held(
+    folder: str | Path | None,
+    ranks: Ranks,
+    before_end: list[Callable[[], None]],
+    flag: str = "--save",
+    stands_for: str | Path | None = None,
+) -> Iterator[Lock]:
     """Collective: holds a folder's lock in the block; rank 0 takes it, and all fail with its reason.
 
     It is given back however the block ends. What ends the process without ending the block (kill -9, a signal that nothing
     handles) leaves a dead owner's lock, which the next run takes over.
 
+    Args:
+        before_end: gets what gives the lock back, before it is taken: for whoever ends the process without ending the block.
+        flag, stands_for: as of Lock.
+
     Raises:
         CheckpointError: another run holds the folder.
     """
     lock = Lock(Path(folder) if folder and ranks.rank == 0 else None, flag=flag, stands_for=stands_for)
+    before_end.append(lock.release)
     try:
         agree(lock.acquire)
         yield lock

@@ -76,8 +76,7 @@ def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
     ranks = parallel.initialize(run.parallel, run.train.seed)
     with Watch(ranks, run.parallel.stall_timeout_s) as watch, memory.explained(run, ranks):
         watch.tell("taking the lock of the --save folder")
-        with held(run.checkpoint.save, ranks) as lock:
-            watch.before_end = lock.release
+        with held(run.checkpoint.save, ranks, watch.before_end) as lock:
             agree(lambda: _require_unchanged(source, run))
             with _held_export(run, ranks, watch):
                 status = _finetune(run, ranks, source, watch, lock, expected)
@@ -102,14 +101,7 @@ def _held_export(run: RunConfig, ranks: Ranks, watch: Watch) -> Iterator[None]:
         yield
         return
     try_places(export_folders(save_hf), ranks, run.data.tokenizer_model)
-    with held(lock_folder(written_place(save_hf)), ranks, "--save-hf", save_hf) as lock:
-        release_save = watch.before_end
-
-        def release() -> None:
-            lock.release()
-            release_save()
-
-        watch.before_end = release
+    with held(lock_folder(written_place(save_hf)), ranks, watch.before_end, "--save-hf", save_hf):
         yield
 
 

@@ -5,8 +5,8 @@ computes, tokenises or waits for: only a process that is stopped, dead or cut of
 heartbeat, and the processes of their own machine through /proc. The first to notice writes down the failure; everybody
 reads it, gives the main thread GRACE_S to end by itself, and ends.
 
-Until the loop answers SIGTERM itself, by a save, another thread does: it calls `before_end` and ends the process, even while
-the main thread waits inside of C.
+Until the loop answers SIGTERM itself, by a save, another thread does: it calls all of `before_end` and ends the process, while
+the main thread may wait inside of C.
 
 Not here: what a collective's own time-out does (--distributed-timeout-minutes).
 """
@@ -77,8 +77,8 @@ class Watch:
         self._stop = threading.Event()
         self._beats = 0
         self._pipe: int | None = None
-        self.before_end: Callable[[], None] = lambda: None
-        """Called, for at most 2 s, before the process is ended in place of its main thread."""
+        self.before_end: list[Callable[[], None]] = []
+        """Called, for at most 2 s together, before the process is ended in place of its main thread."""
 
     def tell(self, activity: str) -> None:
         """Says what this rank does from now on, for the messages of the others."""
@@ -216,7 +216,8 @@ class Watch:
 
     def _leave(self, status: int) -> None:
         sys.stdout.flush()
-        last = threading.Thread(target=self.before_end, daemon=True)  # it may wait for a file server that is away
+        calls = list(self.before_end)
+        last = threading.Thread(target=lambda: [call() for call in calls], daemon=True)  # may wait for a file server
         last.start()
         last.join(2.0)
         os._exit(status)
