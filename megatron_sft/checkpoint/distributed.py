@@ -351,11 +351,13 @@ def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks
     args, content = common["args"], common["content_metadata"]
     without_states = optimizer if getattr(args, "no_save_optim", False) else None
     optimizer = None if without_states is not None else optimizer
+    content, known = state_dicts.content_for(optimizer, content), torch_dist.sharded_keys(metadata)
     wanted = state_dicts.sharded_state(chunks, optimizer, None, content, is_loading=True)
     if optimizer is not None:
         common["optimizer"] = state_dicts.optimizer_settings(wanted["optimizer"], common.get("optimizer"))
+        optimizer_shards.take_names(wanted["optimizer"], known)
     rng = state_dicts.rng_state(ranks)
-    if load_rng and rng.unique_key in torch_dist.sharded_keys(metadata):
+    if load_rng and rng.unique_key in known:
         wanted[state_dicts.RNG_KEY] = rng
     elif load_rng and ranks.rank == 0:
         logger.info("%s: random states are of another layout; the seed's are used.", folder)
@@ -369,7 +371,9 @@ def _load(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any, ranks
         with torch.no_grad():  # fp32: megatron-core copies into views of the parameters (dp_reshardable, Megatron-LM's default)
             optimizer.load_state_dict(loaded["optimizer"])
             if parts := state_dicts.own_shards(optimizer, content):
-                shards = list(optimizer_shards.boxes(parts, state_dicts.model_state(chunks, content)))
+                shards = optimizer_shards.names_of_others(
+                    optimizer_shards.boxes(parts, state_dicts.model_state(chunks, content)), known
+                )
     with torch.no_grad():
         agree(lambda: torch_dist.read_with(optimizer_shards.BoxPlanner(folder, shards), folder, metadata))
     if scheduler is not None and "opt_param_scheduler" in loaded:

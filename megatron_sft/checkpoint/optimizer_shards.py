@@ -10,8 +10,8 @@ the few boxes that it is made of:
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_sft.errors import CheckpointError
 
 FORMAT = "fully_reshardable"
+_STATE = "optimizer.state."
+_MAIN, _OTHERS_MAIN = f"{_STATE}param.", f"{_STATE}fp32_param."
+"""The fp32 weights, and those of an optimizer that is not distributed. One of fp32 models has the model's own instead."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,29 @@ def _state_boxes(name: str, state: torch.Tensor, base: Any, start: int, end: int
             at = (*shard.global_offset[:outer], *(a + b for a, b in zip(shard.global_offset[outer:], offsets, strict=True)))
             view = flat[low - start : low - start + count].view(*([1] * outer), *shape)
             is_main = not any(shard.replica_id[:2])
-            key = f"optimizer.state.{name}.{shard.key}"
+            key = f"{_STATE}{name}.{shard.key}"
             yield Box(key, tuple(shard.global_shape), at, view, is_main, shard.allow_shape_mismatch)
             low += count
+
+
+def names_of_others(boxes: Iterable[Box], known: Container[str]) -> list[Box]:
+    """The boxes, the fp32 weights under the name that they have in a checkpoint (`known`) of an optimizer not distributed."""
+    found = []
+    for box in boxes:
+        name = box.key.removeprefix(_MAIN)
+        others = [key for key in (_OTHERS_MAIN + name, name) if key in known]
+        is_other = box.key.startswith(_MAIN) and box.key not in known and others
+        found.append(replace(box, key=others[0]) if is_other else box)
+    return found
+
+
+def take_names(wanted: Any, known: Container[str]) -> None:
+    """names_of_others the other way: sharded tensors of an optimizer that is not distributed, in a checkpoint of one that was."""
+    for leaf in nested_values(wanted):
+        if isinstance(leaf, ShardedTensor | ShardedTensorFactory) and leaf.key.startswith(_OTHERS_MAIN):
+            key = _MAIN + leaf.key.removeprefix(_OTHERS_MAIN)
+            if leaf.key not in known and key in known:
+                leaf.key = key
 
 
 def flat_boxes(shape: tuple[int, ...], start: int, end: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -166,7 +189,7 @@ class BoxPlanner(DefaultLoadPlanner):
                     f"{self._folder}: {box.key} has shape {shape}; expected {box.size}. It is of another model or optimizer: "
                     "check the flags, or load the weights alone with --finetune."
                 )
-            if shape != box.size and not box.key.startswith("optimizer.state.param."):
+            if shape != box.size and box.key.startswith(_STATE) and not box.key.startswith((_MAIN, _OTHERS_MAIN)):
                 box.data.zero_()  # rows that the checkpoint does not have are padding; their weights are the model's
             assert isinstance(stored, TensorStorageMetadata)
             items += create_read_items_for_chunk_list(box.key, stored, [box.chunk])

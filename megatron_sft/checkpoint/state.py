@@ -56,6 +56,13 @@ def content_metadata(use_distributed_optimizer: bool, in_part: bool = False) -> 
     return metadata
 
 
+def content_for(optimizer: Any, content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's content_metadata, for this optimizer to load: states of one that was not distributed are whole tensors."""
+    if optimizer is None or "distrib_optim_sharding_type" in content or optimizer_shards.distributed_parts(optimizer) is None:
+        return content
+    return {**content, "distrib_optim_sharding_type": optimizer_shards.FORMAT}
+
+
 def own_shards(optimizer: Any, metadata: dict[str, Any]) -> list[DistributedOptimizer] | None:
     """The distributed optimizers whose states optimizer_shards.py writes and reads; None: megatron-core does (other formats)."""
     is_ours = metadata.get("distrib_optim_sharding_type") == optimizer_shards.FORMAT
