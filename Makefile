@@ -19,7 +19,7 @@ demo: $(MODEL)/config.json
 	$(BIN)/python -u examples/demo/demo.py
 
 test: $(MODEL)/config.json
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests --ignore=tests/soak --numprocesses 2 --dist loadfile --durations=15
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests --ignore=tests/soak --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 check: $(READY)
 	$(BIN)/ruff check .

