@@ -315,7 +315,7 @@ def _writers(root: str) -> dict[str, list[str]]:
         writer = MetricsWriter(run, 1, 10)
         writer._log_interval = 100
         for iteration in range(2, 5):
-            writer.write({"iteration": iteration, "text": "x" * 300})
+            writer.write({"iteration": iteration, "sft/trained_tokens": 1, "sft/loss": 1.0, "text": "x" * 300})
         writer.close()
 
     model = model_config_from_hf(read_hf_config(folder))
