@@ -123,6 +123,19 @@ def export(argv: Sequence[str], world_size: int) -> int:
     return 0
 
 
+def merge(argv: Sequence[str], world_size: int) -> int:
+    """Weights and a LoRA adapter -> HF folder of a plain model: BASE ADAPTER OUT [--bf16 and layout flags]."""
+    places = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    if len(places) != 3:
+        raise ConfigError([f"merge: {len(places)} places; expected BASE ADAPTER OUT, then flags. See --help."])
+    named = [word for pair in zip(("--load", "--lora-load", "--save-hf"), places, strict=True) for word in pair]
+    run, _ = _model_run([*named, *argv[3:]], world_size)
+    from megatron_sft.conversion import merge as write
+
+    write(run)
+    return 0
+
+
 def verify(argv: Sequence[str], world_size: int) -> int:
     """Compares with transformers: HF_FOLDER [MEGATRON_CHECKPOINT]; exit status 1 if they differ."""
     places = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
@@ -203,7 +216,7 @@ def by_script(name: str, argv: Sequence[str], world_size: int) -> int:
 
 COMMANDS: Mapping[str, Callable[[Sequence[str], int], int]] = {
     function.__name__: function
-    for function in (finetune, prepare, preview, report, generate, mmlu, convert, export, verify, conf, plan, doctor)
+    for function in (finetune, prepare, preview, report, generate, mmlu, convert, export, merge, verify, conf, plan, doctor)
 }
 
 

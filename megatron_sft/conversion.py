@@ -11,10 +11,11 @@ from megatron_sft.config.folders import folder_problems
 from megatron_sft.config.run import CheckpointConfig, RunConfig
 from megatron_sft.errors import CheckpointError, ConfigError
 from megatron_sft.hf.exporter import save_hf, try_places
+from megatron_sft.hf.peft import save_peft
 from megatron_sft.hf.verify import changed_tensors, first_difference, rounded_tensors
 from megatron_sft.hf.weights import require_finite
 from megatron_sft.log import logger
-from megatron_sft.weights import build, resolve
+from megatron_sft.weights import WeightSource, build, resolve
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -54,7 +55,8 @@ def convert(run: RunConfig, explicit: frozenset[str] = NOTHING) -> None:
 
 
 def export(run: RunConfig, explicit: frozenset[str] = NOTHING) -> None:
-    """Megatron checkpoint -> HF folder, in the dtypes of the folder that it is like, or in bf16. All ranks call it.
+    """Megatron checkpoint -> HF folder, in the dtypes of the folder that it is like, or in bf16; of adapters, PEFT folder,
+    or with lora.lora_merge an HF folder that has them in its weights. All ranks call it.
 
     Args:
         run: checkpoint.load and save_hf, and the layout to read with. data.tokenizer_model may be the HF folder that
@@ -73,15 +75,47 @@ def export(run: RunConfig, explicit: frozenset[str] = NOTHING) -> None:
         raise CheckpointError(f"{folder}: holds a Megatron checkpoint; expected a folder for an HF model. Change --save-hf.")
     if found := folder_problems(run):
         raise ConfigError(found)
-    run = dataclasses.replace(run, train=dataclasses.replace(run.train, params_dtype="bf16"))
-    run, source = resolve(run, explicit, training=False, like=_like(run))
+    run, source = resolve(_in_dtype(run, "bf16"), explicit, training=False, like=_like(run))
+    if source.base is not None:  # adapters are written as they were trained
+        run = _in_dtype(run, source.run_config.get("train", {}).get("params_dtype", "bf16"))
+    _write_folder(run, source, folder, _like(run))
+
+
+def _in_dtype(run: RunConfig, dtype: str) -> RunConfig:
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, params_dtype=dtype))
+
+
+def merge(run: RunConfig) -> None:
+    """Weights and an adapter of them -> HF folder of a plain model. All ranks call it.
+
+    Args:
+        run: checkpoint.load and save_hf, lora.lora_load, and the layout to read with.
+
+    Raises:
+        UserError: as convert's; the adapter belongs to other weights.
+    """
+    load, folder = str(run.checkpoint.load), str(run.checkpoint.save_hf)
+    if found := folder_problems(run):
+        raise ConfigError(found)
+    like = _like(run) or (load if not is_megatron_checkpoint(load) else None)
+    checkpoint = dataclasses.replace(run.checkpoint, verify_conversion=False)
+    run = dataclasses.replace(run, lora=dataclasses.replace(run.lora, lora_merge=True), checkpoint=checkpoint)
+    run, source = resolve(run, NOTHING, training=False, like=like)
+    _write_folder(run, source, folder, like)
+
+
+def _write_folder(run: RunConfig, source: WeightSource, folder: str, like: str | None) -> None:
+    """Builds the model and writes it as an HF folder, or its adapters as a PEFT folder. All ranks call it."""
     ranks = parallel.initialize(run.parallel, run.train.seed)
-    try_places([folder], ranks, _like(run))
+    try_places([folder], ranks, like)
     chunks = build(run, source, ranks)
     require_finite(chunks, ranks, folder)
-    save_hf(chunks, run.model, folder, ranks, _like(run))
+    if run.lora.lora_rank and not run.lora.lora_merge:
+        save_peft(chunks, run, folder, ranks, source.whole.path)
+    else:
+        save_hf(chunks, run.model, folder, ranks, like)
     parallel.finalize()
-    logger.info("exported %s to %s", load, folder)
+    logger.info("wrote %s to %s", source.path, folder)
 
 
 def _require_no_other_use(save: str, load: str) -> None:

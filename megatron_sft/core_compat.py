@@ -6,6 +6,7 @@ CPU mode: megatron-core asks torch.cuda for devices, streams and rng states in c
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import inspect
 import logging
@@ -420,6 +421,29 @@ def balance_experts_by_row() -> None:
         count_bias(self, routing_map, None if padding_mask is None else padding_mask.reshape(-1, 1))
 
     router.TopKRouter._apply_expert_bias = counted_bias
+
+
+def keep_frozen_expert_bias() -> None:
+    """Lets the bias by which experts are chosen stand still where its router says `frozen_expert_bias`.
+
+    megatron/core/distributed/finalize_model_grads.py:_update_router_expert_bias; 0.19 asks for it, 0.16 does not.
+    """
+    module: Any = importlib.import_module(
+        "megatron.core.distributed.finalize_model_grads"
+    )  # its package has a function so called
+    update = module._update_router_expert_bias
+    if getattr(update, "keeps_frozen", False):
+        return
+
+    def updated(model: Any, *args: Any, **kwargs: Any) -> None:
+        modules = [part for chunk in model for part in chunk.modules() if getattr(part, "frozen_expert_bias", False)]
+        kept = [part.expert_bias.clone() for part in modules]
+        update(model, *args, **kwargs)
+        for part, bias in zip(modules, kept, strict=True):
+            part.expert_bias.copy_(bias)
+
+    updated.keeps_frozen = True  # type: ignore[attr-defined]
+    module._update_router_expert_bias = updated
 
 
 def fuse_gradient_norm() -> None:

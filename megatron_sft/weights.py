@@ -9,6 +9,9 @@ The weights are, in this order:
 1. those of --save, if it holds a checkpoint already: the run goes on from it, whatever --load says;
 2. those of --load, a Megatron checkpoint: the run goes on from it, or takes its weights alone with --finetune;
 3. those of --load, an HF folder: they are converted.
+
+Where one of these is an adapter (a checkpoint of a run with --lora-rank, a PEFT folder), the weights that it belongs to are
+those of --load, or what it was trained on. --lora-load names an adapter beside --load.
 """
 
 import dataclasses
@@ -19,18 +22,22 @@ from typing import Any
 
 from megatron_sft.checkpoint.distributed import latest_iteration, load_checkpoint, read_run_config
 from megatron_sft.checkpoint.tracker import RELEASE, is_megatron_checkpoint
+from megatron_sft.config.fields import flag_of, shown
 from megatron_sft.config.problems import problems
-from megatron_sft.config.run import ModelConfig, RunConfig, model_config_from_json
+from megatron_sft.config.run import BASE_IDENTITY, LoraConfig, ModelConfig, RunConfig, model_config_from_json
 from megatron_sft.core_compat import process_environment
 from megatron_sft.errors import CheckpointError, ConfigError
+from megatron_sft.hf.adapters import attach, fingerprint, freeze
 from megatron_sft.hf.config import family_of, model_config_from_hf, read_hf_config
 from megatron_sft.hf.conflicts import conflicts, merged
 from megatron_sft.hf.folder import stored_tensors
 from megatron_sft.hf.importer import architecture_of, load_weights
+from megatron_sft.hf.peft import is_peft_folder, load_peft, read_settings
 from megatron_sft.hf.verify import quick_check
 from megatron_sft.hf.weights import LAYER_NUMBER, predicts
 from megatron_sft.log import logger
 from megatron_sft.model.build import SFTModel, build_model, transformer_config
+from megatron_sft.model.lora import adapters_of
 from megatron_sft.parallel import Ranks
 
 
@@ -46,6 +53,18 @@ class WeightSource:
     """The configuration that the checkpoint was written with; empty for HF folders and Megatron-LM's checkpoints."""
     iteration: int | None = None
     """Which checkpoint of the folder (--ckpt-step); None: the newest that is whole."""
+    base: "WeightSource | None" = None
+    """Of the weights that an adapter at `path` belongs to; None: `path` has all weights."""
+
+    @property
+    def whole(self) -> "WeightSource":
+        """Where the weights beside adapters are."""
+        return self.base or self
+
+    @property
+    def base_weights(self) -> str:
+        """Fingerprint of the weights that the adapter belongs to, where it says it."""
+        return str(self.run_config.get(BASE_IDENTITY) or "") if self.base else ""
 
 
 def resolve(
@@ -64,7 +83,9 @@ def resolve(
         CheckpointError: --load is neither an HF folder nor a Megatron checkpoint, or does not say its architecture.
     """
     source = find_source(run, training)
-    run = dataclasses.replace(run, model=resolve_model(run, explicit, source, like))
+    run = dataclasses.replace(
+        run, model=resolve_model(run, explicit, source.whole, like), lora=adapter_settings(run, explicit, source)
+    )
     if found := problems(run, process_environment()[1], training):
         raise ConfigError(found)
     transformer_config(run.model, run.parallel, run.train)  # what only megatron-core refuses, before a row is read
@@ -82,16 +103,43 @@ def build(run: RunConfig, source: WeightSource, ranks: Ranks) -> list[SFTModel]:
     Raises:
         CheckpointError: on every rank, when the weights are not this model's or do not compute what transformers computes.
     """
-    chunks = build_model(run.model, run.parallel, run.train)
-    if source.is_hf:
-        load_weights(chunks, run, source.path, ranks)
-        logger.info("converted the HF weights of %s", source.path)
+    chunks, whole = build_model(run.model, run.parallel, run.train), source.whole
+    if whole.is_hf:
+        load_weights(chunks, run, whole.path, ranks)
+        logger.info("converted the HF weights of %s", whole.path)
         if run.checkpoint.verify_conversion:
-            quick_check(chunks, run.model, source.path, ranks)
-    elif not source.resumes:
+            quick_check(chunks, run.model, whole.path, ranks)
+    elif not whole.resumes:
         verify = run.checkpoint.verify_integrity
-        load_checkpoint(source.path, chunks, None, None, ranks, source.iteration, weights_only=True, verify=verify)
+        load_checkpoint(whole.path, chunks, None, None, ranks, whole.iteration, weights_only=True, verify=verify)
+    if run.lora.lora_rank:
+        _add_adapters(chunks, run, source, ranks)
+    freeze(chunks, run, ranks)
     return chunks
+
+
+def _add_adapters(chunks: list[SFTModel], run: RunConfig, source: WeightSource, ranks: Ranks) -> None:
+    """Adapters at the end of build: fresh ones, or those of the source where the run does not resume from it."""
+    own, said = fingerprint(chunks, run.model, ranks), source.base_weights
+    attach(chunks, run, ranks)
+    for chunk in chunks:
+        chunk.base_weights = own
+    if source.base and is_peft_folder(source.path):
+        said = load_peft(chunks, source.path, ranks)
+    elif source.base and not source.resumes:
+        load_checkpoint(
+            source.path, chunks, None, None, ranks, source.iteration, weights_only=True, verify=run.checkpoint.verify_integrity
+        )
+    if said not in ("", own):
+        raise CheckpointError(
+            f"{source.path}: its adapter was trained on other weights (sha256 {said[:12]}) than those of {source.whole.path} "
+            f"({own[:12]}); expected the same. Pass the model that it was trained on as --load."
+        )
+    trained = sum(
+        parameter.numel() for chunk in chunks for adapter in adapters_of(chunk).values() for parameter in adapter.parameters()
+    )
+    every = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    logger.info("adapters: rank %d, %d of %d parameters of this rank are trained", run.lora.lora_rank, trained, every)
 
 
 def restore(run: RunConfig, source: WeightSource, ranks: Ranks, chunks: list[Any], optimizer: Any) -> dict[str, Any]:
@@ -122,36 +170,92 @@ def restore(run: RunConfig, source: WeightSource, ranks: Ranks, chunks: list[Any
 
 
 def find_source(run: RunConfig, training: bool = True) -> WeightSource:
-    """Looks at --save and --load.
+    """Looks at --save, --load and --lora-load.
 
     Args:
-        run: its `checkpoint` and what it says of HF folders.
+        run: its `checkpoint`, `lora`, and what it says of HF folders.
         training: False looks at --load alone, and takes its weights alone.
 
     Raises:
-        ConfigError: there is no --load.
+        ConfigError: there is no --load, or --lora-load is no adapter.
         CheckpointError: --load is neither an HF folder nor a Megatron checkpoint, or has none of --ckpt-step.
     """
-    save, load, step = run.checkpoint.save, run.checkpoint.load, run.checkpoint.ckpt_step
+    save, load, step, adapter = run.checkpoint.save, run.checkpoint.load, run.checkpoint.ckpt_step, run.lora.lora_load
     if training and save and is_megatron_checkpoint(save) and latest_iteration(save) is not None:
         is_load = bool(load) and os.path.realpath(str(load)) == os.path.realpath(save)
         if step is not None and not is_load:
             logger.info("--ckpt-step %d has no effect: it is about --load, and the run goes on from --save %s.", step, save)
-        return _megatron_source(save, True, step if is_load else None)
-    if not load:
+        return _with_base(run, _megatron_source(save, True, step if is_load else None), load)
+    if not load and adapter is None:
         raise ConfigError(
             ["--load is missing: expected an HF folder or a Megatron checkpoint. Set HF_MODEL_CKPT or MLM_MODEL_CKPT."]
         )
-    if is_megatron_checkpoint(load):
-        return _megatron_source(load, training and not run.checkpoint.finetune, step)
+    resumes = training and not run.checkpoint.finetune and adapter is None
+    source = _place(run, str(adapter or load), resumes, step)
+    if adapter is not None and not _is_adapter(source):
+        raise ConfigError([f"--lora-load {adapter}: no adapter. Expected a PEFT folder, or a checkpoint of a LoRA run."])
+    return _with_base(run, source, load if adapter is not None else None)
+
+
+def _place(run: RunConfig, path: str, resumes: bool = False, step: int | None = None) -> WeightSource:
+    """What is at a path: a Megatron checkpoint, a PEFT folder or an HF folder."""
+    if is_megatron_checkpoint(path):
+        return _megatron_source(path, resumes, step)
     if step is not None:
-        raise ConfigError([f"--ckpt-step {step}: {load} has no checkpoints; expected a Megatron checkpoint. Leave it out."])
-    if os.path.isfile(os.path.join(load, "config.json")):
-        return hf_source(run, load)
+        raise ConfigError([f"--ckpt-step {step}: {path} has no checkpoints; expected a Megatron checkpoint. Leave it out."])
+    if is_peft_folder(path):
+        settings, base = read_settings(path)
+        return WeightSource(path, False, False, {"lora": settings, "checkpoint": {"load": base}})
+    if os.path.isfile(os.path.join(path, "config.json")):
+        return hf_source(run, path)
     raise CheckpointError(
-        f"{load}: neither an HF folder (config.json and *.safetensors) nor a Megatron checkpoint "
+        f"{path}: neither an HF folder (config.json and *.safetensors) nor a Megatron checkpoint "
         "(latest_checkpointed_iteration.txt). Check the path given to --load."
     )
+
+
+def _is_adapter(source: WeightSource) -> bool:
+    return bool(source.run_config.get("lora", {}).get("lora_rank"))
+
+
+def _with_base(run: RunConfig, source: WeightSource, load: str | None) -> WeightSource:
+    """The source; of an adapter, with that of the weights which it belongs to: --load's, or what it was trained on."""
+    if not _is_adapter(source):
+        return source
+    if load is None or os.path.realpath(load) == os.path.realpath(source.path):
+        load = source.run_config.get("checkpoint", {}).get("load")
+    if not load or not os.path.isdir(load):
+        raise CheckpointError(
+            f"{source.path}: an adapter alone, trained on {load or 'weights that it does not name'}, which is not there; "
+            f"expected the whole model too. Pass its folder as --load, and --lora-load {source.path}."
+        )
+    base = _place(run, load)
+    if _is_adapter(base):
+        raise CheckpointError(f"{load}: an adapter alone; expected the whole model that {source.path} belongs to. Change --load.")
+    return dataclasses.replace(source, base=base)
+
+
+def adapter_settings(run: RunConfig, explicit: frozenset[str], source: WeightSource) -> LoraConfig:
+    """What an adapter says of itself, where the source is one; a flag may say the same, dropout and merging also other things.
+
+    Raises:
+        ConfigError: a flag contradicts the adapter; all of them at once.
+    """
+    if source.base is None:
+        return run.lora
+    saved = source.run_config["lora"]
+    values: dict[str, Any] = {}
+    found = []
+    for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_type"):
+        value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+        given = getattr(run.lora, name)
+        if name not in explicit:
+            values[name] = value
+        elif given != value and name != "lora_dropout" and not source.resumes:
+            found.append(f"{flag_of(name)} {shown(given)}: {source.path} has {shown(value)}. Leave the flag out.")
+    if found:
+        raise ConfigError(found)
+    return dataclasses.replace(run.lora, **values)
 
 
 def _megatron_source(root: str, resumes: bool, iteration: int | None) -> WeightSource:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_sft.config.core_fields import RECORDS
-from megatron_sft.config.run import DATA_IDENTITY, ROW_FIELDS, RunConfig, TrainConfig, model_config_from_json
+from megatron_sft.config.run import BASE_IDENTITY, DATA_IDENTITY, ROW_FIELDS, RunConfig, TrainConfig, model_config_from_json
 from megatron_sft.errors import CheckpointError
 from megatron_sft.log import logger
 
@@ -42,7 +42,8 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
         "eod_mask_loss",
     ),
     "optim": ("optimizer",),
-    "train": ("seed", "global_batch_size", "params_dtype"),
+    "train": ("seed", "global_batch_size", "params_dtype", "freeze", "train_only"),
+    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_type"),
 }
 BY_DATA: Mapping[str, tuple[str, ...]] = {
     "data": (
@@ -88,6 +89,7 @@ FREE: Mapping[str, tuple[str, ...]] = {
     "data": ("data_cache_path", "num_workers", "prefetch"),
     "train": ("skip_train", "exit_interval", "exit_duration_in_mins", "exit_signal_handler"),
     "checkpoint": tuple(_DEFAULTS["checkpoint"]),
+    "lora": ("lora_init", "lora_load", "lora_merge"),
     "log": tuple(_DEFAULTS["log"]),
 }
 
@@ -96,6 +98,7 @@ def run_config_json(run: RunConfig, state: Mapping[str, Any]) -> str:
     """What is written beside a checkpoint: the resolved configuration and the identity of the data."""
     content = json.loads(run.to_json())
     content |= {name: state.get(name) for name in DATA_IDENTITY}
+    content[BASE_IDENTITY] = state.get(BASE_IDENTITY)
     return json.dumps(content, indent=1, sort_keys=True)
 
 

@@ -45,6 +45,12 @@ SPELLINGS: Mapping[str, str] = {
     "--prompt-data-weights": "data.train_weights",
     "--label-smoothing-factor": "train.label_smoothing",
     "--data": "own.prompts_path",
+    "--lora-dim": "lora.lora_rank",
+    "--target-modules": "lora.lora_target_modules",
+    "--lora-target": "lora.lora_target_modules",
+    "--adapter-path": "lora.lora_load",
+    "--lora-adapter-path": "lora.lora_load",
+    "--merge-lora": "lora.lora_merge",
 }
 """Flag with a value -> the one field it is another name of."""
 
@@ -163,6 +169,5 @@ REFUSED: Mapping[str, str] = {
         "stages are cut by layers. Use --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
     ),
     r"inference-.*|flash-decode|cache-mla-latents": "generation here has no such setting. Leave it out.",
-    r"lora-.*": "there are no adapters here: all weights are trained. Leave it out.",
 }
 """Pattern of flags, without --, of what this project does not do -> why, and what to do."""

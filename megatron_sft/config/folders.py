@@ -56,7 +56,7 @@ def folder_problems(run: RunConfig) -> list[str]:
     if not save_hf:
         return []
     target = os.path.realpath(export_folders(save_hf)[-1])
-    read = {"--load": run.checkpoint.load, "--tokenizer-model": run.data.tokenizer_model}
+    read = {"--load": run.checkpoint.load, "--lora-load": run.lora.lora_load, "--tokenizer-model": run.data.tokenizer_model}
     read |= {f"data set {number}": path for number, path in enumerate((*run.data.train_data, *run.data.valid_data), start=1)}
     written = {"--save": run.checkpoint.save, "--data-cache-path": run.data.data_cache_path}
     written |= {"--tensorboard-dir": run.log.tensorboard_dir}

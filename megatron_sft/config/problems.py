@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from megatron_sft.config.adapters import trained_problems
 from megatron_sft.config.core_fields import RECORD_OF, RECORDS, CoreTraining, has_part
 from megatron_sft.config.fields import Factor, flag_of, kind_of, kinds, range_problems, shown
 from megatron_sft.config.folders import folder_problems
@@ -49,7 +50,7 @@ def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str
     """
     if found := _range_problems(run):  # what follows counts with these values
         return found
-    found = _layout_problems(run, world_size) + model_problems(run.model)
+    found = _layout_problems(run, world_size) + model_problems(run.model) + trained_problems(run)
     if training:
         found += _training_problems(run) + _optim_problems(run) + _folder_problems(run.checkpoint)
         found += folder_problems(run) + _allowed_problems(run) + _log_problems(run)

@@ -22,12 +22,16 @@ from megatron_sft.config.core_fields import (
     record_fields,
 )
 from megatron_sft.config.fields import Amount, Count, Kind, Length, Number, Precision, Seed, Share, Weight, Words, kinds
+from megatron_sft.config.lora import LoraConfig
 from megatron_sft.errors import CheckpointError
 
 RecomputedModule = Annotated[str, Words("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")]
 
 DATA_IDENTITY = ("data_tokens", "data_packs")
 """What run_config.json says of the data beside the flags: sha256 of all tokens and masks; of the packs and their order."""
+
+BASE_IDENTITY = "base_weights"
+"""What it says of the weights that an adapter belongs to, as does the header of a PEFT folder's file: their fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -381,6 +385,10 @@ class TrainConfig:
     """Training embeddings get noise of up to alpha / sqrt(L d), L the document's tokens, d the hidden size; 5 is usual."""
     seed: Seed = 1234
     """Of whatever is drawn."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions for parameters that are not trained, by Megatron's or Hugging Face's name."""
+    train_only: tuple[str, ...] = ()
+    """The same for the only ones that are."""
     skip_train: bool = False
     """Validate only."""
     check_for_nan: bool = True
@@ -467,6 +475,7 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    lora: LoraConfig = LoraConfig()
     log: LogConfig = LogConfig()
 
     def to_json(self) -> str:

@@ -9,7 +9,7 @@ Not here: reading (weights.py), what may be replaced (target.py), file formats (
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import nn
 from megatron_sft.config.run import ModelConfig
 from megatron_sft.core_compat import device
 from megatron_sft.errors import CheckpointError
+from megatron_sft.hf.adapters import with_adapters
 from megatron_sft.hf.config import family_of, hf_config_from_model, model_config_from_hf, read_hf_config, same_architecture
 from megatron_sft.hf.families import Family
 from megatron_sft.hf.folder import INDEX, StoredTensor, TensorWriter, one_thread, stored_tensors
@@ -84,9 +85,40 @@ def save_hf(
         CheckpointError: there is no HF tensor for a parameter.
     """
     export = _prepared(chunks, model, ranks, source_folder, dtype)
+
+    def begin(temporary: Path) -> TensorWriter:
+        (temporary / "config.json").write_text(json.dumps(export.config, indent=2) + "\n", encoding="utf-8")
+        return TensorWriter(temporary, export.announced)
+
     if ranks.rank != 0:
         _send(export.plan, export.held, ranks)
-    agree(lambda: _write(Path(folder), export, source_folder) if ranks.rank == 0 else None)
+    agree(lambda: _write(Path(folder), export, source_folder, begin) if ranks.rank == 0 else None)
+
+
+def write_tensors(
+    folder: Path,
+    held: Shards,
+    ranks: Ranks,
+    source_folder: str | Path | None,
+    begin: Callable[[Path, Announced], TensorWriter],
+) -> None:
+    """Writes a new folder from shards that every rank holds, in their own dtypes. All ranks call it; rank 0 writes.
+
+    Args:
+        folder: new folder; an HF folder there is replaced when the new one is complete.
+        held: this rank's shards.
+        ranks: this process's place.
+        source_folder: whose tokenizer and other companions the folder gets; None: none.
+        begin: writes what stands beside the tensors into a folder, and makes the writer of these.
+
+    Raises:
+        SavingError: on every rank when the folder cannot be written; what was there is untouched.
+    """
+    plan = _plan(gather(_offers(held)))
+    export = _Export({}, plan, held, _announced(plan, {}, None), {})
+    if ranks.rank != 0:
+        _send(plan, held, ranks)
+    agree(lambda: _write(folder, export, source_folder, lambda new: begin(new, export.announced)) if ranks.rank == 0 else None)
 
 
 def try_places(folders: Sequence[str], ranks: Ranks, source_folder: str | Path | None = None) -> None:
@@ -153,23 +185,28 @@ def exported_tensors(
 
 def _offered(chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ranks: Ranks) -> tuple[Shards, list[list[_Offer]]]:
     """This rank's shards, and what every rank offers."""
+    shards = agree(lambda: [(chunk, list(held_shards([chunk], model, family, ranks))) for chunk in chunks])
     held = {
         (item.name, item.part): item
-        for item in agree(lambda: list(held_shards(chunks, model, family, ranks)))
+        for chunk, found in shards
+        for item in with_adapters(chunk, found)
         if not (item.name == TIED and model.share_embeddings_and_output_weights)
     }
-    offers = [
+    return held, gather(_offers(held))
+
+
+def _offers(held: Shards) -> list[_Offer]:
+    return [
         _Offer(item.name, item.part, tuple(item.local.shape), item.local.dtype, item.placement, item.sources)
         for item in held.values()
     ]
-    return held, gather(offers)
 
 
 def _send(plan: Plan, held: Shards, ranks: Ranks) -> None:
     """The part of every rank but 0: its shards, in the order in which rank 0 asks for them."""
     for holder, offer in plan:
         if holder == ranks.rank:
-            dist.send(held[offer.name, offer.part].local.contiguous().view(torch.uint8), 0)
+            dist.send(held[offer.name, offer.part].value().contiguous().view(torch.uint8), 0)
 
 
 def _announced(plan: Plan, stored: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> Announced:
@@ -237,14 +274,13 @@ def _prepared(
     return _Export(config, plan, held, announced, copies)
 
 
-def _write(folder: Path, export: _Export, source_folder: str | Path | None) -> None:
+def _write(folder: Path, export: _Export, source_folder: str | Path | None, begin: Callable[[Path], TensorWriter]) -> None:
     """Rank 0's part of save_hf. Raises SavingError."""
     shards = _shards(export.plan, export.held)
     try:
         with new_folder(folder, _folder(source_folder)) as temporary, one_thread():
             _copy_companions(source_folder, temporary)
-            (temporary / "config.json").write_text(json.dumps(export.config, indent=2) + "\n", encoding="utf-8")
-            writer = TensorWriter(temporary, export.announced)
+            writer = begin(temporary)
             try:
                 for name, tensor in _assembled(shards, export.plan, export.announced):
                     writer.write(name, tensor)
@@ -305,7 +341,7 @@ def _shards(plan: Plan, held: Shards) -> Iterator[tuple[_Offer, torch.Tensor]]:
     """Every shard of the model on rank 0, in the plan's order, one at a time."""
     for holder, offer in plan:
         if holder == 0:
-            yield offer, held[offer.name, offer.part].local
+            yield offer, held[offer.name, offer.part].value()
         else:
             local = torch.empty(offer.shape, dtype=offer.dtype, device=device())
             dist.recv(local.view(torch.uint8), holder)

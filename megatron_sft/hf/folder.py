@@ -181,14 +181,21 @@ class TensorWriter:
     Format: 8 bytes header length, JSON header, data (https://huggingface.co/docs/safetensors/index#format).
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]):
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        single: str = SINGLE,
+        notes: Mapping[str, str] | None = None,
+    ):
+        self._notes = {"format": "pt", **(notes or {})}
         self._places: dict[str, tuple[int, int]] = {}
         self._descriptors: list[int] = []
         self._cached_bytes = 0
         groups = _shards(tensors)
         total, weight_map = 0, {}
         for number, names in enumerate(groups, start=1):
-            file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            file = single if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             total += self._create(folder / file, {name: tensors[name] for name in names})
             weight_map.update(dict.fromkeys(names, file))
         if len(groups) > 1:
@@ -196,7 +203,7 @@ class TensorWriter:
             (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def _create(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": self._notes}
         offset = 0
         for name, (shape, dtype) in tensors.items():
             end = offset + _num_bytes(shape, dtype)

@@ -24,7 +24,7 @@ from megatron_sft.log import logger
 REPLACED = re.compile(
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
-    r"|chat_template\.(jinja|json)|\w*processor_config\.json"
+    r"|adapter_config\.json|adapter_model\.safetensors|chat_template\.(jinja|json)|\w*processor_config\.json"
 )
 """Files of an HF folder. Others that come from the source (README.md, LICENSE, code) are replaced where they are equal."""
 SPARE_BYTES = 2**26

@@ -7,7 +7,7 @@ Not here: the way back (exporter.py), config.json (config.py), file formats (fol
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from megatron_sft.hf.folder import (
 )
 from megatron_sft.hf.layout import LAYOUTS, REPLICATED, Placement, Shard, read_shard
 from megatron_sft.log import logger
+from megatron_sft.model.lora import is_adapter
 from megatron_sft.parallel import Ranks, agree, gather
 
 TIED = "output_layer.weight"
@@ -49,6 +50,15 @@ class Held(NamedTuple):
     sources: tuple[str, ...]
     part: tuple[int, int]
     """Which of how many tensor-parallel shards; (0, 1) for a tensor that every rank has."""
+    layout: str = ""
+    local_name: str = ""
+    """In its model chunk."""
+    changed: Callable[[], torch.Tensor] | None = None
+    """Gives what is written in place of `local`: the weight with its adapter in it."""
+
+    def value(self) -> torch.Tensor:
+        """What is written, in the dtype of `local`."""
+        return self.local if self.changed is None else self.changed().to(self.local.dtype)
 
 
 def is_hf_folder(path: str | Path) -> bool:
@@ -106,12 +116,12 @@ def held_shards(chunks: Sequence[nn.Module], model: ModelConfig, family: Family,
             shard = Shard(tuple(parameter.shape), part[0], part[1], model, expert)
             placement = LAYOUTS[layout](shard)
             names = tuple(source.format(layer=layer, expert=expert) for source in sources)
-            yield Held(name, parameter.detach(), placement, names, (0, 1) if layout in REPLICATED else part)
+            yield Held(name, parameter.detach(), placement, names, (0, 1) if layout in REPLICATED else part, layout, local_name)
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, and the one kind of buffer that HF checkpoints hold: the router's expert bias."""
-    yield from module.named_parameters()
+    """Parameters of the model itself, and the one kind of buffer that HF checkpoints hold: the router's expert bias."""
+    yield from ((name, parameter) for name, parameter in module.named_parameters() if not is_adapter(name))
     for name, buffer in module.named_buffers():
         if name.endswith("router.expert_bias") and buffer is not None:
             yield name, buffer
@@ -119,7 +129,9 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def first_not_finite(chunks: Sequence[nn.Module]) -> str | None:
     """Name of the first parameter on this rank with a NaN or an infinity. One sum a tensor, and one wait for the device."""
-    named = [(name, tensor.detach()) for chunk in chunks for name, tensor in _weights(core_module(chunk))]
+    modules = [core_module(chunk) for chunk in chunks]
+    named = [(name, tensor.detach()) for module in modules for name, tensor in _weights(module)]
+    named += [(name, tensor.detach()) for module in modules for name, tensor in module.named_parameters() if is_adapter(name)]
     if not named:
         return None
     sums = torch.stack([tensor.sum(dtype=torch.float32) for _, tensor in named])

@@ -1,5 +1,6 @@
 """From ModelConfig to megatron-core's GPTModel with packed attention and a head that never holds full logits."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,12 +23,19 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_sft.config.problems import core_problems
 from megatron_sft.config.run import ModelConfig, ParallelConfig, TrainConfig
-from megatron_sft.core_compat import apply_gathered_rope, balance_experts_by_row, device, provide_latent_projections
+from megatron_sft.core_compat import (
+    apply_gathered_rope,
+    balance_experts_by_row,
+    device,
+    keep_frozen_expert_bias,
+    provide_latent_projections,
+)
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.attention import PackedAttention
 from megatron_sft.model.context import token_lengths
 from megatron_sft.model.head import Head, Output
 from megatron_sft.model.layers import HeadsNorm, WholeLinear, wait_for_parameters
+from megatron_sft.model.lora import adapters_of
 from megatron_sft.model.loss import CROSS_ENTROPY, TokenLoss
 from megatron_sft.model.noise import add_noise
 from megatron_sft.model.rope import RotaryTable, rotate
@@ -71,6 +79,23 @@ class SFTModel(GPTModel):
         """What a token costs in training; one that is held out costs its cross-entropy."""
         latent_dim = config.qk_pos_emb_head_dim if config.multi_latent_attention else None
         self.rotary_table = RotaryTable(model, latent_dim) if model.position_embedding_type != "none" else None
+
+    base_weights = ""
+    """Fingerprint of the weights beside adapters (hf/adapters.py); "" without adapters."""
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """megatron-core's description of all parameters; of a model with adapters, theirs alone."""
+        adapters = adapters_of(self)
+        if not adapters:
+            return dict(super().sharded_state_dict(prefix, sharded_offsets, metadata))
+        parts = (adapter.sharded_parameters(f"{prefix}{name}.") for name, adapter in adapters.items())
+        return {name: value for part in parts for name, value in part.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; a model with adapters takes them alone."""
+        adapters = {f"{name}.{key}" for name, adapter in adapters_of(self).items() for key, _ in adapter.named_parameters()}
+        assert not (adapters and strict) or state_dict.keys() == adapters, "a checkpoint of adapters has all of them, and no more"
+        return super().load_state_dict(state_dict, strict and not adapters, assign)
 
     def head(self) -> Head:
         """The head of the last stage's chunk, with its weight as it is now."""
@@ -139,6 +164,8 @@ class SFTModel(GPTModel):
         self, tokens: torch.Tensor, position_ids: torch.Tensor, noise: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
         hidden = self.embedding(input_ids=tokens, position_ids=position_ids)
+        if self.config.recompute_granularity and torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden = hidden.requires_grad_()  # of a frozen embedding: torch recomputes only what an input's gradient asks for
         if self.embedding_scale is not None:  # rounded, as transformers does
             hidden = hidden * torch.full((), self.embedding_scale, dtype=hidden.dtype, device=hidden.device)
         if noise is None:
@@ -254,6 +281,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
     """
     apply_gathered_rope(rotate)
     balance_experts_by_row()
+    keep_frozen_expert_bias()
     provide_latent_projections(WholeLinear)
     config = transformer_config(model, parallel, train)
     stages = parallel.virtual_pipeline_model_parallel_size

@@ -114,7 +114,8 @@ class NormedRowParallelLinear(RowParallelLinear):
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
         """[tokens, 1, input_size / tp] -> [tokens, 1, output_size] and no bias."""
         output, _ = super().forward(input_)
-        return self.post_layernorm(output), None
+        adapter = getattr(self, "lora", None)
+        return self.post_layernorm(output if adapter is None else adapter(input_, output)), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """megatron-core's description of the matrix, cut along its input, and of the norm, whole on every rank."""

@@ -13,7 +13,8 @@ from megatron_sft.checkpoint.distributed import CheckpointSaver
 from megatron_sft.checkpoint.lock import Lock
 from megatron_sft.config.folders import PLACEHOLDERS, export_folder, export_folders
 from megatron_sft.config.run import RunConfig
-from megatron_sft.hf.exporter import save_hf, try_hf
+from megatron_sft.hf.exporter import save_hf, try_hf, try_places
+from megatron_sft.hf.peft import save_peft
 from megatron_sft.hf.weights import require_finite
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
@@ -57,8 +58,13 @@ class Saving:
         self._unmarked: tuple[int, float] | None = None
         self._unsaid: tuple[int, float] | None = None
         self._exported: int | None = None
+        self._is_adapter = run.lora.lora_rank > 0 and not run.lora.lora_merge
         if run.checkpoint.save_hf:
-            try_hf(chunks, run.model, export_folders(run.checkpoint.save_hf)[-1], ranks, run.data.tokenizer_model)
+            place, like = export_folders(run.checkpoint.save_hf)[-1], run.data.tokenizer_model
+            if self._is_adapter:
+                try_places([place], ranks, like)
+            else:
+                try_hf(chunks, run.model, place, ranks, like)
 
     def checkpoint(self, state: TrainState, valid_loss: float | None) -> None:
         """Collective: writes a checkpoint, and an HF folder where --save-hf names one an iteration.
@@ -120,7 +126,10 @@ class Saving:
         self._watch.tell("writing the HF folder")
         folder = export_folder(self._run.checkpoint.save_hf, iteration)
         require_finite(self._chunks, self._ranks, folder)
-        save_hf(self._chunks, self._run.model, folder, self._ranks, self._run.data.tokenizer_model)
+        if self._is_adapter:
+            save_peft(self._chunks, self._run, folder, self._ranks)
+        else:
+            save_hf(self._chunks, self._run.model, folder, self._ranks, self._run.data.tokenizer_model)
         self._exported = iteration
         logger.info("wrote the HF folder %s", folder)
 

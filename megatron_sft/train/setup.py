@@ -18,7 +18,7 @@ from megatron_sft import parallel
 from megatron_sft.checkpoint.lock import Lock, held
 from megatron_sft.checkpoint.resume import kept_batch_size, refuse_changed
 from megatron_sft.config.folders import export_folders, written_place
-from megatron_sft.config.run import DATA_IDENTITY, RunConfig
+from megatron_sft.config.run import BASE_IDENTITY, DATA_IDENTITY, RunConfig
 from megatron_sft.core_compat import use_deterministic_algorithms
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.data.loader import TrainLoader, ValidLoader, order_digest, steps_of_samples
@@ -202,7 +202,10 @@ def build_job(
     identity = dict(zip(DATA_IDENTITY, (data.store.content, packs), strict=True))
     if source.resumes:
         refuse_changed(source.run_config, run, run.checkpoint.allow_changed, identity)
-    wrapped = wrap_ddp(build(run, source, ranks), run.parallel, run.optim.main_grads_dtype)
+    chunks = build(run, source, ranks)
+    if run.lora.lora_rank:
+        identity[BASE_IDENTITY] = chunks[0].base_weights
+    wrapped = wrap_ddp(chunks, run.parallel, run.optim.main_grads_dtype)
     optimizer = build_optimizer(wrapped, run)
     restored = restore(run, source, ranks, wrapped, optimizer)
     state = _state_of(restored, source)

@@ -179,7 +179,7 @@ def model_of(name: str, folder: str) -> ModelConfig:
     from megatron_sft.weights import padded
 
     model = padded(model_config_from_hf(read_hf_config(folder)), 8)
-    return model.with_core(MODELS[name])
+    return model.with_core(MODELS.get(name, {}))
 
 
 def loader_of(run: RunConfig, ranks: Any) -> Any:

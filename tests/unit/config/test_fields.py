@@ -94,7 +94,8 @@ def test_every_numeric_field_says_its_range() -> None:
         assert kind.rule.least <= kind.rule.most < 2**63 and (kind.base is float or kind.rule.most <= 10**12), name
     wordless = {name for name, kind in named.items() if kind.base is str and not isinstance(kind.rule, Words)}
     assert {name.split(".")[0] for name in wordless} <= {
-        "DataConfig", "CheckpointConfig", "LogConfig", "GenerateConfig", "ViewConfig", "PlanConfig", "MMLUConfig", "core"
+        "DataConfig", "CheckpointConfig", "LoraConfig", "TrainConfig", "LogConfig",
+        "GenerateConfig", "ViewConfig", "PlanConfig", "MMLUConfig", "core"
     }  # fmt: skip
 
 

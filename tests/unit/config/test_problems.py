@@ -73,7 +73,6 @@ REFUSED = {
     "--cpu-offloading": "activations stay on the device here. Leave it out, and use --recompute-granularity.",
     "--moe-expert-capacity-factor 2": "experts take every token that is routed to them here, in every layout. Leave it out.",
     "--hidden-dropout 0.1": "expected 0. Correct it.",
-    "--lora-rank 8": "there are no adapters here: all weights are trained. Leave it out.",
     "--no-create-attention-mask-in-dataloader": "unknown flag. See --help.",
     "--no-reset-attention-maks": "unknown flag. See --help.",
     "--reset-attention-maks": "unknown flag. Did you mean --reset-attention-mask?",

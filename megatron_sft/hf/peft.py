@@ -1,0 +1,182 @@
+"""Folders of an adapter, as PEFT writes and reads them.
+
+    adapter_config.json          rank, alpha, kind, modules, the base model's place
+    adapter_model.safetensors    base_model.model.MODULE.lora_A.weight [rank, in], .lora_B.weight [out, rank] ...
+
+Experts have a module each, though transformers 5 keeps them in one tensor: PEFT 0.21 puts them there itself. It takes
+rsLoRA's scale of gate and up twice then, so that rsLoRA is written as LoRA with the alpha that gives the same scale.
+Not here: which weights have adapters (adapters.py), what they compute (model/lora.py).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_sft.config.run import BASE_IDENTITY, LoraConfig, ModelConfig, RunConfig
+from megatron_sft.errors import CheckpointError
+from megatron_sft.files import regular
+from megatron_sft.hf.adapters import adaptable, adapter_shards, family_for
+from megatron_sft.hf.exporter import write_tensors
+from megatron_sft.hf.folder import DTYPES, TensorWriter, open_file
+from megatron_sft.hf.layout import read_shard
+from megatron_sft.hf.weights import core_module
+from megatron_sft.model.lora import can_adapt
+from megatron_sft.parallel import Ranks, agree, gather
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+ADVICE = "Expected a LoRA adapter of linear layers alone, as PEFT writes it. Check --lora-load, or merge it with PEFT."
+PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "target_parameters": (None, []),
+    "layers_to_transform": (None,),
+    "layer_replication": (None,),
+    "exclude_modules": (None, []),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (None,),
+    "alora_invocation_tokens": (None,),
+    "megatron_config": (None,),
+}
+"""Settings of adapter_config.json that must have one of these values, where they are there."""
+
+
+def is_peft_folder(path: str | Path) -> bool:
+    """A folder with an adapter as PEFT writes it."""
+    return (Path(path) / CONFIG_FILE).is_file()
+
+
+def read_settings(folder: str | Path) -> tuple[dict[str, Any], str]:
+    """(fields of LoraConfig, the base model's place or "") of a PEFT folder.
+
+    Raises:
+        CheckpointError: it is damaged, or an adapter of another kind.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config = json.loads(regular(path).read_text(encoding="utf-8"))
+        faults = [name for name, values in PLAIN.items() if config.get(name, values[0]) not in values]
+        targets = config["target_modules"]
+        settings: dict[str, Any] = {
+            "lora_rank": int(config["r"]),
+            "lora_alpha": float(config["lora_alpha"]),
+            "lora_dropout": float(config.get("lora_dropout") or 0.0),
+            "lora_target_modules": (targets,) if isinstance(targets, str) else tuple(sorted(map(str, targets))),
+            "lora_type": "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora",
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error!r}). {ADVICE}") from None
+    if config.get("use_dora") and config.get("use_rslora"):
+        faults.append("use_rslora with use_dora")
+    if faults:
+        raise CheckpointError(f"{path}: {', '.join(f'{name} is {config.get(name)!r}' for name in faults)}. {ADVICE}")
+    return settings, str(config.get("base_model_name_or_path") or "")
+
+
+def load_peft(chunks: Sequence[nn.Module], folder: str | Path, ranks: Ranks) -> str:
+    """Fills the adapters from a PEFT folder. Collective.
+
+    Args:
+        chunks: with the adapters that read_settings says.
+        folder: PEFT folder.
+        ranks: of this process.
+
+    Returns:
+        The fingerprint of the weights that it was trained on; "" where the folder does not say it.
+
+    Raises:
+        CheckpointError: on every rank: other tensors or shapes than the adapters have; before anything is copied.
+    """
+    path = Path(folder) / WEIGHTS_FILE
+    held = list(adapter_shards(chunks, PREFIX))
+    wanted = {name: shape for item in held for name, shape in zip(item.sources, item.placement.shapes, strict=True)}
+    for other in gather(wanted):
+        wanted |= other
+
+    def read() -> str:
+        with open_file(path) as file:
+            stored = {name: file.get_slice(name) for name in file.keys()}
+            faults = [f"{name} is missing" for name in sorted(wanted.keys() - stored.keys())]
+            faults += [f"{name} belongs to no adapter" for name in sorted(stored.keys() - wanted.keys())]
+            for name in wanted.keys() & stored.keys():
+                shape, dtype = tuple(stored[name].get_shape()), stored[name].get_dtype()
+                if shape != wanted[name] or dtype not in DTYPES:
+                    faults.append(f"{name} is {dtype} {list(shape)}, not {list(wanted[name])}")
+            if faults:
+                more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+                raise CheckpointError(f"{path}: {'; '.join(faults[:4])}{more}. {ADVICE}")
+            with torch.no_grad():
+                for item in held:
+                    read_shard(item.placement, item.local, {n: file.get_tensor(name) for n, name in enumerate(item.sources)})
+            return str((file.metadata() or {}).get(BASE_IDENTITY, ""))
+
+    return agree(read)
+
+
+def save_peft(chunks: Sequence[nn.Module], run: RunConfig, folder: str | Path, ranks: Ranks, trained_on: str = "") -> None:
+    """Writes a PEFT folder. All ranks call it; rank 0 writes.
+
+    Args:
+        chunks: this rank's model chunks, wrapped or not.
+        run: its `lora` and `model`.
+        folder: new folder; a PEFT folder there is replaced when the new one is complete.
+        ranks: of this process.
+        trained_on: the place of the base model; "": --load's.
+
+    Raises:
+        SavingError: on every rank when the folder cannot be written; what was there is untouched.
+    """
+    base = core_module(chunks[0]).base_weights
+    targets = _target_modules(chunks, run.model, ranks)
+    held = {(item.name, item.part): item for item in adapter_shards(chunks, PREFIX)}
+
+    def write(temporary: Path, announced: Any) -> TensorWriter:
+        text = json.dumps(_config(run.lora, targets, trained_on or str(run.checkpoint.load or "")), indent=2)
+        (temporary / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        return TensorWriter(temporary, announced, WEIGHTS_FILE, {BASE_IDENTITY: base} if base else {})
+
+    write_tensors(Path(folder), held, ranks, run.data.tokenizer_model, write)
+
+
+def _target_modules(chunks: Sequence[nn.Module], model: ModelConfig, ranks: Ranks) -> list[str]:
+    """Last parts of the names of all modules with an adapter; their whole names where that would mean others too."""
+    family = agree(lambda: family_for(model))
+    every = {
+        name for chunk in chunks for _, base, names in adaptable(chunk, model, family, ranks) for name in names if can_adapt(base)
+    }
+    own = {source.split(".lora_")[0] for item in adapter_shards(chunks) for source in item.sources}
+    every, own = (set().union(*parts) for parts in zip(*gather((every, own)), strict=True))
+    last = {name.rpartition(".")[2] for name in own}
+    return sorted(last if {name for name in every if name.rpartition(".")[2] in last} == own else own)
+
+
+def _config(lora: LoraConfig, targets: list[str], base: str) -> dict[str, Any]:
+    alpha = lora.scale * lora.lora_rank
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.lora_rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": targets,
+        "use_dora": lora.lora_type == "dora",
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
