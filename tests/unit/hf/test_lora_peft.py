@@ -1,0 +1,195 @@
+"""Adapters against peft on transformers, fp32: outputs, 20 steps of training, folders both ways, merged weights."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_sft.config.run import LoraConfig, ParallelConfig, RunConfig
+from megatron_sft.errors import CheckpointError, ConfigError
+from megatron_sft.hf.adapters import attach, fingerprint, freeze
+from megatron_sft.hf.exporter import save_hf
+from megatron_sft.hf.peft import load_peft, read_settings, save_peft
+from megatron_sft.model.lora import adapters_of
+from megatron_sft.parallel import finalize, initialize
+from tests.distributed.lora_rig import fill_b
+from tests.unit.model.test_families import Pair, make_pair, make_row, ours
+
+CASES = {
+    "qwen3": LoraConfig(lora_rank=4, lora_alpha=8.0),
+    "qwen3 rslora": LoraConfig(lora_rank=4, lora_alpha=8.0, lora_type="rslora"),
+    "qwen3 dora": LoraConfig(lora_rank=4, lora_alpha=8.0, lora_type="dora"),
+    "qwen3 some": LoraConfig(lora_rank=3, lora_target_modules=("k_proj", "v_proj", "down_proj", "up_proj")),
+    "gemma2": LoraConfig(lora_rank=4),
+    "phi3": LoraConfig(lora_rank=4),
+    "nemotron_h": LoraConfig(lora_rank=4, lora_target_modules=("in_proj", "out_proj", "v_proj")),
+    "qwen3_moe": LoraConfig(lora_rank=4, lora_alpha=4.0),
+    "qwen3_moe rslora": LoraConfig(lora_rank=4, lora_alpha=4.0, lora_type="rslora"),
+    "deepseek_v3": LoraConfig(lora_rank=4),
+}
+TRAINED = ("qwen3", "qwen3 rslora", "qwen3 dora", "qwen3_moe", "deepseek_v3")
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Any]:
+    yield initialize(ParallelConfig(), 1)
+    finalize()
+
+
+def adapted(name: str, folder: Path, ranks: Any) -> tuple[Pair, RunConfig]:
+    """A model with random adapters, saved beside it in folder/adapter."""
+    pair = make_pair(name.split()[0], folder / "base", ranks, 2)
+    run = RunConfig(pair.model, lora=CASES[name])
+    attach([pair.chunk], run, ranks)
+    fill_b([pair.chunk])
+    freeze([pair.chunk], run, ranks)
+    save_peft([pair.chunk], run, folder / "adapter", ranks, str(folder / "base"))
+    return pair, run
+
+
+def peft_model(folder: Path, adapter: str = "adapter", trains: bool = False) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation="eager")
+    return PeftModel.from_pretrained(base, folder / adapter, is_trainable=trains).eval()
+
+
+def their_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peft_loads_the_folder_and_merging_gives_the_same(name: str, ranks: Any, tmp_path: Path) -> None:
+    pair, _ = adapted(name, tmp_path, ranks)
+    row = make_row([12], pair.model.vocab_size, 3)
+    with torch.no_grad():
+        own = ours(pair, row, with_labels=False)
+    expected, plain = their_logits(peft_model(tmp_path), row.tokens), their_logits(pair.theirs, row.tokens)
+    largest = expected.abs().max()
+    assert (own - expected).abs().max() < 1e-5 * largest
+    assert (expected - plain).abs().max() > 1e-2 * largest
+    save_hf([pair.chunk], pair.model, tmp_path / "merged", ranks, tmp_path / "base")
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager").eval()
+    assert (their_logits(merged, row.tokens) - expected).abs().max() < 1e-4 * largest
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_equals_peft(name: str, ranks: Any, tmp_path: Path) -> None:
+    pair, run = adapted(name, tmp_path, ranks)
+    theirs = peft_model(tmp_path, trains=True)
+    if run.lora.lora_type == "rslora":  # with peft's own formula
+        path = tmp_path / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": True, "lora_alpha": run.lora.lora_alpha}))
+        theirs = peft_model(tmp_path, trains=True)
+    optimizers = [
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-6, weight_decay=0.0)
+        for model in (pair.chunk, theirs)
+    ]
+    for step in range(STEPS):
+        row = make_row([12], pair.model.vocab_size, step)
+        own = (ours(pair, row) * row.mask).sum() / row.mask.sum()
+        token_loss = torch.nn.functional.cross_entropy(theirs(row.tokens).logits[0], row.labels[0], reduction="none")
+        loss = (token_loss * row.mask[0]).sum() / row.mask.sum()
+        assert abs(own.item() - loss.item()) < 1e-5 * loss.item(), step
+        for value, optimizer in zip((own, loss), optimizers, strict=True):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    theirs.save_pretrained(tmp_path / "theirs")
+    save_peft([pair.chunk], run, tmp_path / "ours", ranks)
+    if pair.model.moe.num_moe_experts is None:
+        found, wanted = (load_file(tmp_path / place / "adapter_model.safetensors") for place in ("ours", "theirs"))
+        assert found.keys() == wanted.keys()
+        apart = {key: float((found[key] - wanted[key]).abs().max() / wanted[key].abs().max()) for key in wanted}
+        assert max(apart.values()) < 1e-4, apart
+    else:  # peft writes experts otherwise: its folder is compared by what it computes
+        row = make_row([12], pair.model.vocab_size, 99)
+        with torch.no_grad():
+            assert (ours(pair, row, with_labels=False) - theirs(row.tokens).logits).abs().max() < 1e-4
+
+
+def test_a_folder_of_peft_is_read_and_a_wrong_one_refused(ranks: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig as TheirConfig
+    from peft import get_peft_model
+
+    pair = make_pair("qwen3", tmp_path / "base", ranks, 2)
+    model = get_peft_model(
+        pair.theirs, TheirConfig(r=2, lora_alpha=6, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    settings, _ = read_settings(tmp_path / "adapter")
+    run = RunConfig(pair.model, lora=LoraConfig(**settings))
+    assert run.lora.scale == 3.0 and run.lora.lora_target_modules == ("o_proj", "q_proj")
+    before = fingerprint([pair.chunk], pair.model, ranks)
+    attach([pair.chunk], run, ranks)
+    assert load_peft([pair.chunk], tmp_path / "adapter", ranks) == "" and fingerprint([pair.chunk], pair.model, ranks) == before
+    row = make_row([12], pair.model.vocab_size, 3)
+    with torch.no_grad():
+        apart = ours(pair, row, with_labels=False) - model.eval()(row.tokens).logits
+    assert apart.abs().max() < 1e-4
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bias": "all", "rank_pattern": {"q_proj": 8}}))
+    with pytest.raises(CheckpointError, match="bias is 'all', rank_pattern is"):
+        read_settings(tmp_path / "adapter")
+
+
+def test_names_that_no_weight_has_are_refused_at_once(ranks: Any, tmp_path: Path) -> None:
+    pair = make_pair("qwen3", tmp_path / "base", ranks, 2)
+    lora = LoraConfig(lora_rank=2, lora_target_modules=("q_proj", "qproj", "w1"))
+    with pytest.raises(ConfigError) as error:
+        attach([pair.chunk], RunConfig(pair.model, lora=lora), ranks)
+    assert [problem.split(":")[0] for problem in error.value.problems] == [
+        "--lora-target-modules qproj",
+        "--lora-target-modules w1",
+    ]
+    assert "down_proj, gate_proj, k_proj" in error.value.problems[0]
+
+
+def test_the_fingerprint_sees_every_change_and_no_adapter(ranks: Any, tmp_path: Path) -> None:
+    pair = make_pair("qwen3", tmp_path / "base", ranks, 2)
+    first = fingerprint([pair.chunk], pair.model, ranks)
+    weight = pair.chunk.decoder.layers[1].mlp.linear_fc1.weight
+    with torch.no_grad():
+        kept = weight.clone()
+        weight[[0, 1]] = weight[[1, 0]]
+        assert fingerprint([pair.chunk], pair.model, ranks) != first
+        weight.copy_(kept)
+        weight[3, 5] *= 1.01
+        assert fingerprint([pair.chunk], pair.model, ranks) != first
+        weight.copy_(kept)
+    attach([pair.chunk], RunConfig(pair.model, lora=CASES["qwen3"]), ranks)
+    assert fingerprint([pair.chunk], pair.model, ranks) == first and len(adapters_of(pair.chunk)) == 8
+
+
+def test_parameters_are_chosen_by_either_name(ranks: Any, tmp_path: Path) -> None:
+    pair = make_pair("qwen3_moe", tmp_path / "base", ranks, 2)
+    run = RunConfig(pair.model)
+
+    def trained(**settings: Any) -> set[str]:
+        for parameter in pair.chunk.parameters():
+            parameter.requires_grad_(True)
+        freeze([pair.chunk], dataclasses.replace(run, train=dataclasses.replace(run.train, **settings)), ranks)
+        return {name for name, parameter in pair.chunk.named_parameters() if parameter.requires_grad}
+
+    every = trained()
+    assert trained(freeze=(r"layers\.0\.", "embed_tokens")) == {
+        name for name in every if ".layers.0." not in name and "embedding" not in name
+    }
+    assert trained(train_only=("router",)) == {name for name in every if "router" in name} != set()
+    for word, text in (
+        ("q_proj", "means a part of a fused parameter"),
+        ("nothing", "no parameter has it"),
+        (".", "nothing is left"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            trained(freeze=(word,))
