@@ -19,7 +19,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ from megatron_sft.config.options import PlanConfig
 from megatron_sft.config.problems import problems
 from megatron_sft.config.run import ModelConfig, ParallelConfig, RunConfig
 from megatron_sft.errors import ConfigError
+from megatron_sft.hf.adapters import add_adapters, family_for
 from megatron_sft.hf.conf import conf_of_folder
 from megatron_sft.model.activations import Activations
 from megatron_sft.model.build import build_model, transformer_config
 from megatron_sft.model.flops import computed_flops
+from megatron_sft.model.lora import is_adapter
 from megatron_sft.model.pattern import layer_kinds
-from megatron_sft.parallel import imagined
+from megatron_sft.parallel import Ranks, imagined
 from megatron_sft.shell import confs
 from megatron_sft.weights import padded
 
@@ -72,6 +74,8 @@ class Weights:
     head: int
     """Of the output layer; 0 where the embedding is."""
     norm: int
+    adapters: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """With --lora-rank: trained parameters of one layer of each kind, beside routed experts and of those."""
 
 
 @dataclass(frozen=True)
@@ -218,16 +222,24 @@ def _weights(hashed: _Hashed, world_size: int) -> Weights:
     run = hashed.run
     kinds = sorted(set(layer_kinds(run.model)))
     with imagined(run.parallel, world_size), torch.device("meta"):
-        (chunk,) = build_model(one_of_each_layer(run.model, kinds), run.parallel, run.train)
-    sizes = {name: parameter.numel() for name, parameter in chunk.named_parameters()}
+        model = one_of_each_layer(run.model, kinds)
+        (chunk,) = build_model(model, run.parallel, run.train)
+        if run.lora.lora_rank:
+            layout = run.parallel
+            ranks = Ranks(tp_size=layout.tensor_model_parallel_size, ep_size=layout.expert_model_parallel_size)
+            add_adapters(chunk, model, family_for(run.model), run.lora, ranks)
+    named = {name: parameter.numel() for name, parameter in chunk.named_parameters()}
 
-    def total(prefix: str, experts: bool = False) -> int:
-        return sum(size for name, size in sizes.items() if name.startswith(prefix) and (".experts." in name) == experts)
+    def total(prefix: str, experts: bool = False, adapters: bool = False) -> int:
+        counted = [name for name in named if name.startswith(prefix) and is_adapter(name) == adapters]
+        return sum(named[name] for name in counted if (".experts." in name) == experts)
 
     layers = {kind: f"decoder.layers.{number}." for number, kind in enumerate(kinds)}
     dense, experts = ({kind: total(prefix, routed) for kind, prefix in layers.items()} for routed in (False, True))
-    parts = Weights(dense, experts, total("embedding."), total("output_layer."), total("decoder.final_layernorm."))
-    assert sum(sizes.values()) == sum([*dense.values(), *experts.values(), parts.embedding, parts.head, parts.norm]), sizes
+    adapters = {kind: (total(prefix, False, True), total(prefix, True, True)) for kind, prefix in layers.items()}
+    ends = (total("embedding."), total("output_layer."), total("decoder.final_layernorm."))
+    parts = Weights(dense, experts, *ends, adapters)
+    assert total("") + total("", True) == sum([*dense.values(), *experts.values(), *ends]), named
     return parts
 
 
@@ -267,6 +279,16 @@ def rank_parameters(run: RunConfig, gpus: int) -> list[tuple[int, int]]:
     return counts
 
 
+def trained_parameters(run: RunConfig, gpus: int) -> list[tuple[int, int]]:
+    """As rank_parameters, those that have gradients and optimizer states: all, or with --lora-rank the adapters'."""
+    if not run.lora.lora_rank:
+        return rank_parameters(run, gpus)
+    weights = weights_of(run, gpus)
+    assert weights is not None, "layouts() leaves out what cannot be built"
+    pairs = [[weights.adapters[kind] for kind in layers] for layers in stages_of(run)]
+    return [(sum(dense for dense, _ in stage), sum(experts for _, experts in stage)) for stage in pairs]
+
+
 def state_bytes(run: RunConfig) -> tuple[int, int, int]:
     """Bytes a parameter of weights, gradients and optimizer states (train/optim.py:build_optimizer)."""
     optim, size = run.optim, {"fp32": 4, "bf16": 2}
@@ -302,21 +324,24 @@ def row_of(run: RunConfig, options: PlanConfig, conf: str, extra: Sequence[str])
     """The layout that the run has; arguments as plan's."""
     layout, train = run.parallel, run.train
     shares = _Shares(run, options.gpus)
-    stages, counts = stages_of(run), rank_parameters(run, options.gpus)
+    stages, counts, trained = stages_of(run), rank_parameters(run, options.gpus), trained_parameters(run, options.gpus)
     saved = Activations(run.model, layout, train)
     per_weight, per_gradient, per_state = state_bytes(run)
     rows = []
     for number, (layers, (dense, experts)) in enumerate(zip(stages, counts, strict=True)):
         sharded = layout.use_distributed_optimizer
-        states = dense / (shares.copies if sharded else 1) + experts / (shares.expert_copies if sharded else 1)
+        own, routed = trained[number]
+        adapters = own + routed if run.lora.lora_rank else 0
+        states = own / (shares.copies if sharded else 1) + routed / (shares.expert_copies if sharded else 1)
         is_last = number == len(stages) - 1
         kept = shares.tokens * (saved.stage(layers) * _in_flight(run, number, shares.micro_batches) + is_last * saved.last())
         longest = max((saved.layer(kind) for kind in set(layers)), default=0.0)
         work = [saved.head_workspace(shares.tokens) if is_last else 0, shares.tokens * (saved.recomputed(layers) + longest)]
-        memory = [per_weight * (dense + experts), per_gradient * (dense + experts), per_state * states, kept, max(work)]
+        held = dense + experts + adapters
+        memory = [per_weight * held, per_gradient * (own + routed), per_state * states, kept, max(work)]
         rows.append((sum(memory) / GB + RESERVED_GB, dense + experts, *(value / GB for value in memory)))
     total, parameters, *memory_gb = max(rows)
-    sent = {name: value / GB for name, value in _sent(run, shares, stages, counts).items()}
+    sent = {name: value / GB for name, value in _sent(run, shares, stages, trained).items()}
     sizes = {name: getattr(layout, field) for name, field in SIZES.items()} | {"DP": shares.dp}
     return Row(
         sizes=sizes,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_sft.config.lora import LoraConfig
 from megatron_sft.config.run import ModelConfig, RunConfig
 from megatron_sft.errors import ConfigError
 from megatron_sft.hf.config import family_of, hf_config_from_model
@@ -62,24 +63,44 @@ def attach(chunks: Sequence[nn.Module], run: RunConfig, ranks: Ranks) -> None:
         ConfigError: on every rank: a name that no weight has, or of weights that cannot have an adapter.
     """
     family, words = agree(lambda: family_for(run.model)), run.lora.lora_target_modules
-    said: list[set[str]] = [set(), set(), set()]
-    hits, others, known = said
+    said = [add_adapters(chunk, run.model, family, run.lora, ranks) for chunk in chunks]
     for chunk in chunks:
-        for held, base, modules in list(adaptable(chunk, run.model, family, ranks)):
-            fits = can_adapt(base) and held.layout in BY_ROWS | BY_COLUMNS
-            named = [(number, word) for number, name in enumerate(modules) for word in _words_for(name, held.name, words)]
-            chosen = sorted({number for number, word in named if fits or word != ALL})
-            (hits if fits else others).update(word for _, word in named if fits or word != ALL)
-            known.update(name.rpartition(".")[2] for name in modules if fits)
-            if chosen and fits:
-                add_adapter(base, _place(held, modules, chosen), run.lora).draw(run.lora.lora_init, run.train.seed)
-    hits, others, known = (set().union(*parts) for parts in zip(*gather(said), strict=True))
+        for adapter in adapters_of(core_module(chunk)).values():
+            adapter.draw(run.lora.lora_init, run.train.seed)
+    every = [item for other in gather(said) for item in other]
+    hits, others, known = (set().union(*parts) for parts in zip(*every, strict=True))
     found = [f"--lora-target-modules {word}: such weights cannot have an adapter." for word in sorted(others - hits)]
     found += [f"--lora-target-modules {word}: no module has this name." for word in words if word not in hits | others]
     if found:
         raise ConfigError(
             [f"{text} Expected {ALL}, an expression, or of {', '.join(sorted(known))}. Correct it." for text in found]
         )
+
+
+def add_adapters(
+    chunk: nn.Module, model: ModelConfig, family: Family, lora: LoraConfig, ranks: Ranks
+) -> tuple[set[str], set[str], set[str]]:
+    """Gives a chunk its adapters, without values.
+
+    Returns:
+        Words of --lora-target-modules that name weights with an adapter; weights that cannot have one; names there are.
+    """
+    hits: set[str] = set()
+    others: set[str] = set()
+    known: set[str] = set()
+    for held, base, modules in list(adaptable(chunk, model, family, ranks)):
+        fits = can_adapt(base) and held.layout in BY_ROWS | BY_COLUMNS
+        named = [
+            (number, word)
+            for number, name in enumerate(modules)
+            for word in _words_for(name, held.name, lora.lora_target_modules)
+            if fits or word != ALL
+        ]
+        (hits if fits else others).update(word for _, word in named)
+        known.update(name.rpartition(".")[2] for name in modules if fits)
+        if named and fits:
+            add_adapter(base, _place(held, modules, sorted({number for number, _ in named})), lora)
+    return hits, others, known
 
 
 def _words_for(module: str, ours: str, words: Sequence[str]) -> list[str]:
@@ -102,7 +123,7 @@ def _place(held: Held, modules: tuple[str, ...], chosen: Sequence[int]) -> Place
     names = tuple(modules[number] for number in chosen)
     if held.layout not in BY_ROWS:
         first = held.part[0] * width
-        return Place(names, (Part(0, 0, height),), tuple(range(height)), (height,), first, placement.shapes[0][1])
+        return Place(names, (Part(0, 0, height),), ((0, height),), (height,), first, placement.shapes[0][1])
     runs: list[tuple[int, int, int, int]] = []  # module, row there, rows, first output
     output = 0
     for piece in placement.pieces:
@@ -117,7 +138,7 @@ def _place(held: Held, modules: tuple[str, ...], chosen: Sequence[int]) -> Place
             parts[-1] = parts[-1]._replace(length=parts[-1].length + length)
         else:
             parts.append(Part(module, row, length))
-    outputs = tuple(first + step for _, _, length, first in sorted(runs) for step in range(length))
+    outputs = tuple((first, length) for _, _, length, first in sorted(runs))
     heights = tuple(placement.shapes[number][0] for number in chosen)
     return Place(names, tuple(parts), outputs, heights, 0, width)
 

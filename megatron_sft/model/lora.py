@@ -12,6 +12,7 @@ Not here: which weights have adapters and what they are called (hf/peft.py), fre
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -57,8 +58,8 @@ class Place(NamedTuple):
     """Hugging Face names of the projections that it adapts; a fused weight has several."""
     rows: tuple[Part, ...]
     """What the rows of B are, module by module."""
-    outputs: tuple[int, ...]
-    """Which output each row of B adds to."""
+    outputs: tuple[tuple[int, int], ...]
+    """Which outputs the rows of B add to: (first, how many), one run after the other."""
     heights: tuple[int, ...]
     """Outputs of each whole module."""
     first_column: int
@@ -105,8 +106,9 @@ class Adapter(torch.nn.Module):
         weight, count = base.weight, len(place.modules)
         settings: dict[str, Any] = dict(dtype=weight.dtype, device=weight.device)
         self.a = torch.nn.Parameter(torch.zeros(count * self.rank, weight.shape[1], **settings))
-        self.b = torch.nn.Parameter(torch.zeros(len(place.outputs), self.rank, **settings))
-        self.magnitude = torch.nn.Parameter(torch.zeros(len(place.outputs), **settings)) if lora.lora_type == "dora" else None
+        height = sum(length for _, length in place.outputs)
+        self.b = torch.nn.Parameter(torch.zeros(height, self.rank, **settings))
+        self.magnitude = torch.nn.Parameter(torch.zeros(height, **settings)) if lora.lora_type == "dora" else None
         for parameter, dim in ((self.a, 1), (self.b, 0), (self.magnitude, 0)):
             if parameter is not None:
                 _mark(self, parameter, weight, dim)
@@ -194,8 +196,8 @@ class Adapter(torch.nn.Module):
         squares = squares + (2 * F.linear(weight, a).float() + b @ (a.float() @ a.float().T)).mul_(b).sum(1)
         if self.cut == "columns" and self.group.size() > 1:
             dist.all_reduce(squares, group=self.group)
-        outputs = torch.tensor(self.place.outputs, device=weight.device)
-        return squares.clamp_(min=0).sqrt_()[outputs]
+        lengths = squares.clamp_(min=0).sqrt_()
+        return torch.cat([lengths[first : first + length] for first, length in self.place.outputs])
 
     @torch.no_grad()
     def merged(self, share: torch.Tensor | None) -> torch.Tensor:
@@ -295,12 +297,17 @@ def _kind_of(base: Any) -> type:
     return next(kind for kind in KINDS if isinstance(base, kind))
 
 
-def _order(outputs: Sequence[int], height: int) -> torch.Tensor | None:
-    """Which row of B each output has, len(outputs) for none; None: they are the same. outputs (0, 3), 4 -> [0, 2, 2, 1]."""
-    if list(outputs) == list(range(height)):
+def _order(outputs: Sequence[tuple[int, int]], height: int) -> torch.Tensor | None:
+    """Which row of B each output has, the number of rows for none; None: they are the same.
+
+    Example: outputs (0, 1), (3, 1) of 4 -> [0, 2, 2, 1].
+    """
+    starts = [0, *itertools.accumulate(length for _, length in outputs)]
+    if starts[-1] == height and all(first == start for (first, _), start in zip(outputs, starts, strict=False)):
         return None
-    order = torch.full((height,), len(outputs))
-    order[torch.tensor(outputs)] = torch.arange(len(outputs))
+    order = torch.full((height,), starts[-1])
+    for (first, length), start in zip(outputs, starts, strict=False):
+        order[first : first + length] = torch.arange(start, start + length)
     return order
 
 

@@ -217,3 +217,15 @@ def test_the_pages_commands_fit(capsys: pytest.CaptureFixture) -> None:
     asked = [line.split()[1:] for line in lines if line.startswith("megatron-sft plan ")]
     assert [main(argv) for argv in asked] == [0, 0, 0]
     assert next(line for line in lines if line.endswith("./finetune.sh Qwen/Qwen3-8B")) in capsys.readouterr().out
+
+
+def test_adapters_alone_have_gradients_and_optimizer_states() -> None:
+    from megatron_sft.plan import rank_parameters, trained_parameters
+
+    flags = ["--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "96", "--num-attention-heads", "4"]
+    flags += ["--num-query-groups", "2", "--kv-channels", "16", "--vocab-size", "128", "--padded-vocab-size", "128", "--swiglu"]
+    flags += ["--disable-bias-linear", "--normalization", "RMSNorm", "--max-position-embeddings", "64", "--lora-rank", "4"]
+    run = parse([*flags, "--train-data", "any", "--tokenizer-model", "any", "--load", "any"], 1)[0]
+    widths = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]
+    assert trained_parameters(run, 1) == [(2 * 4 * sum(a + b for a, b in widths), 0)]
+    assert trained_parameters(run, 1)[0][0] * 4 < rank_parameters(run, 1)[0][0]

@@ -49,8 +49,11 @@ SIGNATURES: dict[str, str] = {
     "dist_checkpointing/state_dict_utils.py:load_preprocess": "sharded_state_dict",
     # the schedules call what train/optim.py and train/step.py set
     "distributed/finalize_model_grads.py:finalize_model_grads": "model num_tokens",
+    "distributed/finalize_model_grads.py:_update_router_expert_bias": "model config",
     "distributed/finalize_model_grads.py:_allreduce_embedding_grad": "model embd_group pp_group weight_getter skip_if_none",
     # model/ overrides or goes around these
+    "tensor_parallel/layers.py:ColumnParallelLinear.forward": "self input_",
+    "tensor_parallel/layers.py:RowParallelLinear.forward": "self input_",
     "ssm/mamba_layer.py:MambaLayer.__init__": "self config submodules layer_number",
     "models/common/language_module/language_module.py:LanguageModule.shared_embedding_or_output_weight": "self",
 }
@@ -86,6 +89,7 @@ WORDS: dict[str, list[str]] = {
     ],
     "optimizer/distrib_optimizer.py": ["HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"],
     "pipeline_parallel/schedules.py": ["config.finalize_model_grads_func(", "no_sync_func = config.no_sync_func"],
+    "optimizer/optimizer.py": ["is_not_shared = param_is_not_shared(param)"],  # model/lora.py sets `shared`
     "distributed/distributed_data_parallel.py": ["getattr(param, 'allreduce', True)"],
     "ssm/mamba_layer.py": ["class MambaLayer(GraphableMegatronModule)"],  # whose __init__ ours calls past MambaLayer's
 }
