@@ -6,7 +6,7 @@ _LENGTH = "A run's length is --num-epoch, --train-iters or --train-samples."
 _ONE_RATE = "All weights have one learning rate here: --lr."
 _MIXTURE = "Rows come from files here: --prompt-data NAME FILE ... with --prompt-data-epochs, one number a source."
 _TASKS = "megatron-sft mmlu scores a model here; no other task is there."
-_LORA = "See --help for adapters, or train all weights."
+_LORA = "See docs/lora.md."
 ELSEWHERE: Mapping[str, str] = {
     "--run": "Names of a run are --wandb-project and --wandb-exp-name here.",
     "--device-type": "The device is CUDA where there is a GPU, else the CPU, here; --distributed-backend chooses nccl or gloo.",

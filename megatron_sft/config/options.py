@@ -202,8 +202,15 @@ COMMANDS: Mapping[str, Command] = {
         "Megatron checkpoint -> HF folder.",
         "[CONF]",
         groups=_LAYOUT,
-        flags=("--load", "--tokenizer-model", "--save-hf", "--ckpt-step", "--verify-integrity"),
+        flags=("--load", "--tokenizer-model", "--save-hf", "--ckpt-step", "--verify-integrity", "--lora-load", "--lora-merge"),
         examples=("megatron-sft export --load OUT --tokenizer-model HF_FOLDER --save-hf OUT_HF",),
+    ),
+    "merge": Command(
+        "Weights and a LoRA adapter -> HF folder of a plain model.",
+        "BASE ADAPTER OUT",
+        groups=_LAYOUT,
+        flags=("--bf16", "--tokenizer-model", "--verify-integrity"),
+        examples=("megatron-sft merge /path/to/hf-folder OUT OUT_HF",),
     ),
     "verify": Command(
         "Compares a checkpoint, or a conversion in memory, with transformers; exit status 1 if they differ.",
