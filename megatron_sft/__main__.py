@@ -6,6 +6,7 @@ Not here: what a command does; each is one function elsewhere.
 
 import functools
 import itertools
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -168,6 +169,8 @@ def plan(argv: Sequence[str], world_size: int) -> int:
     from megatron_sft import plan as planning
 
     needed = ["--use-distributed-optimizer"]
+    if os.path.isfile(os.path.join(argv[0], "config.json")):
+        needed += ["--load", argv[0]]
     run, given, options = parse([*needed, *planning.conf_flags(argv[0]), *argv[1:]], world_size, options=PlanConfig)
     _check_outputs(json=options.json)
     rows = planning.plan(run, given, options, argv[0], planning.run_flags(argv[1:]))

@@ -42,7 +42,7 @@ from megatron_sft.model.lora import is_adapter
 from megatron_sft.model.pattern import layer_kinds
 from megatron_sft.parallel import Ranks, imagined
 from megatron_sft.shell import confs
-from megatron_sft.weights import padded
+from megatron_sft.weights import model_type_of, padded
 
 OWN_CONF = re.compile(r"\.{0,2}/.*\.sh", re.DOTALL)
 """A conf of the user's own, which stands elsewhere."""
@@ -227,7 +227,8 @@ def _weights(hashed: _Hashed, world_size: int) -> Weights:
         if run.lora.lora_rank:
             layout = run.parallel
             ranks = Ranks(tp_size=layout.tensor_model_parallel_size, ep_size=layout.expert_model_parallel_size)
-            add_adapters(chunk, model, family_for(run.model), run.lora, ranks)
+            chunk.hf_model_type = model_type_of(run, (run.checkpoint.load, run.data.tokenizer_model))
+            add_adapters(chunk, model, family_for([chunk], run.model), run.lora, ranks)
     named = {name: parameter.numel() for name, parameter in chunk.named_parameters()}
 
     def total(prefix: str, experts: bool = False, adapters: bool = False) -> int:

@@ -16,7 +16,7 @@ those of --load, or what it was trained on. --lora-load names an adapter beside 
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,17 +28,21 @@ from megatron_sft.config.run import BASE_IDENTITY, LoraConfig, ModelConfig, RunC
 from megatron_sft.core_compat import process_environment
 from megatron_sft.errors import CheckpointError, ConfigError
 from megatron_sft.hf.adapters import attach, fingerprint, freeze
-from megatron_sft.hf.config import family_of, model_config_from_hf, read_hf_config
+from megatron_sft.hf.config import family_of, model_config_from_hf, read_hf_config, text_config
 from megatron_sft.hf.conflicts import conflicts, merged
+from megatron_sft.hf.families import FAMILIES
 from megatron_sft.hf.folder import stored_tensors
 from megatron_sft.hf.importer import architecture_of, load_weights
-from megatron_sft.hf.peft import is_peft_folder, load_peft, read_settings
+from megatron_sft.hf.peft import is_peft_folder, load_peft, read_settings, refuse_unreadable
 from megatron_sft.hf.verify import quick_check
 from megatron_sft.hf.weights import LAYER_NUMBER, predicts
 from megatron_sft.log import logger
 from megatron_sft.model.build import SFTModel, build_model, transformer_config
 from megatron_sft.model.lora import adapters_of
-from megatron_sft.parallel import Ranks
+from megatron_sft.parallel import Ranks, agree
+
+SAME_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+"""Of a config.json that belongs to a model; how it is trained may differ."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,9 @@ def build(run: RunConfig, source: WeightSource, ranks: Ranks) -> list[SFTModel]:
         CheckpointError: on every rank, when the weights are not this model's or do not compute what transformers computes.
     """
     chunks, whole = build_model(run.model, run.parallel, run.train), source.whole
+    model_type = agree(lambda: base_model_type(run, source))
+    for chunk in chunks:
+        chunk.hf_model_type = model_type
     if whole.is_hf:
         load_weights(chunks, run, whole.path, ranks)
         logger.info("converted the HF weights of %s", whole.path)
@@ -122,6 +129,8 @@ def _add_adapters(chunks: list[SFTModel], run: RunConfig, source: WeightSource, 
     """Adapters at the end of build: fresh ones, or those of the source where the run does not resume from it."""
     own, said = fingerprint(chunks, run.model, ranks), source.base_weights
     attach(chunks, run, ranks)
+    if run.checkpoint.save_hf and not run.lora.lora_merge:
+        refuse_unreadable(chunks, run, ranks)
     for chunk in chunks:
         chunk.base_weights = own
     if source.base and is_peft_folder(source.path):
@@ -132,14 +141,46 @@ def _add_adapters(chunks: list[SFTModel], run: RunConfig, source: WeightSource, 
         )
     if said not in ("", own):
         raise CheckpointError(
-            f"{source.path}: its adapter was trained on other weights (sha256 {said[:12]}) than those of {source.whole.path} "
-            f"({own[:12]}); expected the same. Pass the model that it was trained on as --load."
+            f"{source.path}: its adapter was trained on other weights ({_short(said)}) than those of {source.whole.path} "
+            f"({_short(own)}); expected the same. Pass the model that it was trained on as --load."
         )
     trained = sum(
         parameter.numel() for chunk in chunks for adapter in adapters_of(chunk).values() for parameter in adapter.parameters()
     )
     every = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     logger.info("adapters: rank %d, %d of %d parameters of this rank are trained", run.lora.lora_rank, trained, every)
+
+
+def _short(fingerprint: str) -> str:
+    model_type, _, digest = fingerprint.rpartition(":")
+    return f"{model_type} sha256 {digest[:12]}".strip()
+
+
+def base_model_type(run: RunConfig, source: WeightSource) -> str:
+    """model_type of the weights' config.json, "" where there is none.
+
+    It is what the adapter was trained as, else that of the first folder with a config.json of this architecture: the
+    weights', --load, what the checkpoint was trained from, --tokenizer-model.
+    """
+    trained_as = source.base_weights.rpartition(":")[0]
+    if trained_as in FAMILIES:
+        return trained_as
+    saved = source.run_config.get("checkpoint", {}).get("load")
+    return model_type_of(run, (source.whole.path, run.checkpoint.load, saved, run.data.tokenizer_model))
+
+
+def model_type_of(run: RunConfig, folders: Iterable[str | None]) -> str:
+    """model_type of the first of some folders whose config.json has run.model's sizes; "" where none has."""
+    for folder in folders:
+        if folder and os.path.isfile(os.path.join(folder, "config.json")):
+            try:
+                hf = read_hf_config(folder)
+                model = model_config_from_hf(hf, run.data.trust_remote_code)
+            except CheckpointError:
+                continue
+            if all(getattr(model, name) == getattr(run.model, name) for name in SAME_SIZES):
+                return str(text_config(hf)["model_type"])
+    return ""
 
 
 def restore(run: RunConfig, source: WeightSource, ranks: Ranks, chunks: list[Any], optimizer: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from torch import nn
 from megatron_sft.config.lora import LoraConfig
 from megatron_sft.config.run import ModelConfig, RunConfig
 from megatron_sft.errors import ConfigError
-from megatron_sft.hf.config import family_of, hf_config_from_model
-from megatron_sft.hf.families import Family
+from megatron_sft.hf.config import likely_model_type
+from megatron_sft.hf.families import FAMILIES, Family
 from megatron_sft.hf.layout import Piece, Placement
 from megatron_sft.hf.weights import TIED, Held, core_module, held_shards
 from megatron_sft.model.lora import Adapter, Part, Place, adapters_of, add_adapter, can_adapt
@@ -37,9 +37,14 @@ ENDINGS = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_magnitu
 """Of the names that PEFT gives the parameters of a module's adapter."""
 
 
-def family_for(model: ModelConfig) -> Family:
-    """The family that writes this architecture. Raises CheckpointError where none does."""
-    return family_of(hf_config_from_model(model, None))
+def family_for(chunks: Sequence[nn.Module], model: ModelConfig) -> Family:
+    """The family whose names the weights have: what the chunks say (weights.build), else the first that could write them."""
+    return FAMILIES[model_type_for(chunks, model)]
+
+
+def model_type_for(chunks: Sequence[nn.Module], model: ModelConfig) -> str:
+    """As family_for, the family's name."""
+    return core_module(chunks[0]).hf_model_type or likely_model_type(model)
 
 
 def adaptable(chunk: nn.Module, model: ModelConfig, family: Family, ranks: Ranks) -> Iterator[tuple[Held, Any, tuple[str, ...]]]:
@@ -62,7 +67,7 @@ def attach(chunks: Sequence[nn.Module], run: RunConfig, ranks: Ranks) -> None:
     Raises:
         ConfigError: on every rank: a name that no weight has, or of weights that cannot have an adapter.
     """
-    family, words = agree(lambda: family_for(run.model)), run.lora.lora_target_modules
+    family, words = agree(lambda: family_for(chunks, run.model)), run.lora.lora_target_modules
     said = [add_adapters(chunk, run.model, family, run.lora, ranks) for chunk in chunks]
     for chunk in chunks:
         for adapter in adapters_of(core_module(chunk)).values():
@@ -199,7 +204,7 @@ def freeze(chunks: Sequence[nn.Module], run: RunConfig, ranks: Ranks) -> None:
 
 def _freeze_named(chunks: Sequence[nn.Module], run: RunConfig, ranks: Ranks, patterns: Sequence[str]) -> None:
     flag = "--freeze" if run.train.freeze else "--train-only"
-    family = agree(lambda: family_for(run.model))
+    family = agree(lambda: family_for(chunks, run.model))
     hits: set[str] = set()
     in_part: set[str] = set()
     some_trained = False
@@ -232,12 +237,12 @@ def _freeze_named(chunks: Sequence[nn.Module], run: RunConfig, ranks: Ranks, pat
 
 
 def fingerprint(chunks: Sequence[nn.Module], model: ModelConfig, ranks: Ranks) -> str:
-    """sha256 of all weights but the adapters', the same in every layout and dtype. Collective.
+    """MODEL_TYPE:sha256 of all weights but the adapters', the same in every layout and dtype. Collective.
 
     Of each tensor, in bf16 whatever it is kept in, sums of its elements' bits by row and by column of the Hugging Face
     tensor, each times a number of its place, modulo 2^64: sums over parts of a tensor add up to those over the whole.
     """
-    family = agree(lambda: family_for(model))
+    family = agree(lambda: family_for(chunks, model))
     sums: dict[tuple[str, tuple[int, int]], int] = {}
     for held in (item for chunk in chunks for item in held_shards([chunk], model, family, ranks)):
         if not (held.name == TIED and model.share_embeddings_and_output_weights):
@@ -248,7 +253,7 @@ def fingerprint(chunks: Sequence[nn.Module], model: ModelConfig, ranks: Ranks) -
     by_name: dict[str, int] = {}
     for (name, _), value in everyone.items():
         by_name[name] = (by_name.get(name, 0) + value) % 2**64
-    return hashlib.sha256(repr(sorted(by_name.items())).encode()).hexdigest()
+    return f"{model_type_for(chunks, model)}:{hashlib.sha256(repr(sorted(by_name.items())).encode()).hexdigest()}"
 
 
 def _place_sum(held: Held) -> int:

@@ -242,6 +242,12 @@ def hf_config_from_model(model: ModelConfig, like: Keys | None) -> dict[str, Any
     )
 
 
+def likely_model_type(model: ModelConfig) -> str:
+    """The first family that can express the model, however its experts are balanced. Raises CheckpointError where none can."""
+    balanced = model.with_core({"moe_aux_loss_coeff": 0.001}) if model.moe.num_moe_experts else model
+    return str(hf_config_from_model(balanced, None)["model_type"])
+
+
 def _try_write(model: ModelConfig, model_type: str) -> dict[str, Any] | None:
     """config.json of the model as this family writes it, or None when reading it would give another model."""
     try:

@@ -3,12 +3,16 @@
     adapter_config.json          rank, alpha, kind, modules, the base model's place
     adapter_model.safetensors    base_model.model.MODULE.lora_A.weight [rank, in], .lora_B.weight [out, rank] ...
 
+Names are cut to layers.NUMBER...: transformers 5 renames what stands before it in some families (nemotron_h).
 Experts have a module each, though transformers 5 keeps them in one tensor: PEFT 0.21 puts them there itself. It takes
 rsLoRA's scale of gate and up twice then, so that rsLoRA is written as LoRA with the alpha that gives the same scale.
+What PEFT would read otherwise, or not at all, is refused before training (refuse_unreadable).
 Not here: which weights have adapters (adapters.py), what they compute (model/lora.py).
 """
 
+import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,9 @@ import torch
 from torch import nn
 
 from megatron_sft.config.run import BASE_IDENTITY, LoraConfig, ModelConfig, RunConfig
-from megatron_sft.errors import CheckpointError
+from megatron_sft.errors import CheckpointError, ConfigError
 from megatron_sft.files import regular
-from megatron_sft.hf.adapters import adaptable, adapter_shards, family_for
+from megatron_sft.hf.adapters import adaptable, adapter_shards, family_for, model_type_for
 from megatron_sft.hf.exporter import write_tensors
 from megatron_sft.hf.folder import DTYPES, TensorWriter, open_file
 from megatron_sft.hf.layout import read_shard
@@ -49,6 +53,14 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
 }
 """Settings of adapter_config.json that must have one of these values, where they are there."""
+
+
+EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of an expert's module."""
+FUSED_EXPERTS = frozenset({"qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3"})
+"""Families whose experts are one tensor in transformers 5, to which PEFT 0.21 moves every target with an expert's last name."""
+GATED = ({"gate_proj", "up_proj"}, {"w1", "w3"})
+"""Last names of two modules of an expert that are one tensor there."""
 
 
 def is_peft_folder(path: str | Path) -> bool:
@@ -137,27 +149,71 @@ def save_peft(chunks: Sequence[nn.Module], run: RunConfig, folder: str | Path, r
         SavingError: on every rank when the folder cannot be written; what was there is untouched.
     """
     base = core_module(chunks[0]).base_weights
-    targets = _target_modules(chunks, run.model, ranks)
+    every, own = _modules(chunks, run.model, ranks)
+    is_fused = any(map(EXPERT.search, own)) and agree(lambda: model_type_for(chunks, run.model)) in FUSED_EXPERTS
+    lora = dataclasses.replace(run.lora, lora_dropout=0.0) if is_fused else run.lora  # PEFT refuses any other there
     held = {(item.name, item.part): item for item in adapter_shards(chunks, PREFIX)}
 
     def write(temporary: Path, announced: Any) -> TensorWriter:
-        text = json.dumps(_config(run.lora, targets, trained_on or str(run.checkpoint.load or "")), indent=2)
+        text = json.dumps(_config(lora, _target_modules(every, own), trained_on or str(run.checkpoint.load or "")), indent=2)
         (temporary / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         return TensorWriter(temporary, announced, WEIGHTS_FILE, {BASE_IDENTITY: base} if base else {})
 
     write_tensors(Path(folder), held, ranks, run.data.tokenizer_model, write)
 
 
-def _target_modules(chunks: Sequence[nn.Module], model: ModelConfig, ranks: Ranks) -> list[str]:
-    """Last parts of the names of all modules with an adapter; their whole names where that would mean others too."""
-    family = agree(lambda: family_for(model))
+def _modules(chunks: Sequence[nn.Module], model: ModelConfig, ranks: Ranks) -> tuple[set[str], set[str]]:
+    """Names of all modules that could have an adapter, and of those that have one. Collective."""
+    family = agree(lambda: family_for(chunks, model))
     every = {
         name for chunk in chunks for _, base, names in adaptable(chunk, model, family, ranks) for name in names if can_adapt(base)
     }
     own = {source.split(".lora_")[0] for item in adapter_shards(chunks) for source in item.sources}
     every, own = (set().union(*parts) for parts in zip(*gather((every, own)), strict=True))
+    return every, own
+
+
+def _target_modules(every: set[str], own: set[str]) -> list[str]:
+    """Last parts of the names in `own`; the names from layers.NUMBER on where that would mean others of `every` too."""
     last = {name.rpartition(".")[2] for name in own}
-    return sorted(last if {name for name in every if name.rpartition(".")[2] in last} == own else own)
+    is_enough = {name for name in every if name.rpartition(".")[2] in last} == own
+    return sorted(last if is_enough else {name[name.index("layers.") :] for name in own})
+
+
+def refuse_unreadable(chunks: Sequence[nn.Module], run: RunConfig, ranks: Ranks) -> None:
+    """Before training: adapters that PEFT would put elsewhere, or refuse. Collective.
+
+    Raises:
+        ConfigError: on every rank, with all that is wrong.
+    """
+    every, own = _modules(chunks, run.model, ranks)
+    model_type = agree(lambda: model_type_for(chunks, run.model))
+    found = [
+        f"--save-hf with --lora-target-modules {' '.join(run.lora.lora_target_modules)}: {text} in {model_type} models. "
+        "Expected adapters that PEFT can load. Add --lora-merge, leave out --save-hf, or name other modules."
+        for text in unreadable(model_type, every, own, run.lora.lora_type)
+    ]
+    if found:
+        raise ConfigError(found)
+
+
+def unreadable(model_type: str, every: set[str], own: set[str], lora_type: str) -> list[str]:
+    """What PEFT 0.21 makes of the adapters of `own`, of the modules `every`, otherwise than here; one clause each."""
+    last = {name: name.rpartition(".")[2] for name in every}
+    experts = {name for name in every if EXPERT.search(name)}
+    routed, shared_names = own & experts, {last[name] for name in experts}
+    found = []
+    if model_type == "nemotron_h":
+        found += ["PEFT refuses adapters of out_proj"] if "out_proj" in {last[name] for name in own} else []
+        found += ["PEFT does not find experts' adapters"] if routed else []
+    if model_type in FUSED_EXPERTS:
+        chosen = {last[name] for name in routed}
+        if others := sorted(name for name in own - experts if last[name] in shared_names):
+            found.append(f"PEFT puts adapters of {others[0]} and its like on experts alone")
+        if routed != {name for name in experts if last[name] in chosen} or any(len(pair & chosen) == 1 for pair in GATED):
+            found.append("PEFT has no adapters of some experts without the others, or of gate without up,")
+        found += ["PEFT has no DoRA of experts"] if routed and lora_type == "dora" else []
+    return found
 
 
 def _config(lora: LoraConfig, targets: list[str], base: str) -> dict[str, Any]:

@@ -80,6 +80,8 @@ class SFTModel(GPTModel):
         latent_dim = config.qk_pos_emb_head_dim if config.multi_latent_attention else None
         self.rotary_table = RotaryTable(model, latent_dim) if model.position_embedding_type != "none" else None
 
+    hf_model_type = ""
+    """Of the config.json that the weights came with, where one is known: the family whose names adapters have."""
     base_weights = ""
     """Fingerprint of the weights beside adapters (hf/adapters.py); "" without adapters."""
 

@@ -149,6 +149,7 @@ def train_cases(cases: dict[str, Case], hf: dict[str, str]) -> dict[str, Outcome
 def train(case: Case, ranks: Any, folder: str) -> Outcome:
     """STEPS steps from the weights of `folder`."""
     from megatron_sft.hf.adapters import attach, freeze
+    from megatron_sft.hf.config import read_hf_config
     from megatron_sft.hf.weights import load_hf_weights
     from megatron_sft.model.build import build_model
     from megatron_sft.train.optim import build_optimizer, whole_parameters, wrap_ddp
@@ -165,6 +166,8 @@ def train(case: Case, ranks: Any, folder: str) -> Outcome:
     loader = loader_of(run, ranks)
     chunks = build_model(model, parallel, run.train)
     load_hf_weights(chunks, model, folder, ranks)
+    for chunk in chunks:
+        chunk.hf_model_type = read_hf_config(folder)["model_type"]
     attach(chunks, run, ranks)
     fill_b(chunks)
     freeze(chunks, run, ranks)
@@ -254,3 +257,29 @@ def faults(outcomes: list[Outcome], reference: Outcome) -> list[str]:
     found += [] if apart[worst] <= MOVE_BAR else [f"{worst} moved {apart[worst]:.1e} otherwise"]
     found += ["base changed"] if not all(outcome.base_kept for outcome in outcomes) else []
     return found + [f"copies differ: {name}" for name in outcomes[0].differing[:3]]
+
+
+def frozen_tables(folder: str) -> dict[str, bool]:
+    """{name of this stage's copy of the tied table: whether it is trained}, for two stages and three patterns."""
+    from megatron.core import parallel_state
+
+    from megatron_sft.hf.adapters import freeze
+    from megatron_sft.model.build import build_model
+    from megatron_sft.parallel import finalize, initialize
+
+    found = {}
+    model, parallel = model_of("llama-tied", folder), ParallelConfig(**PP2)
+    ranks = initialize(parallel, 1)
+    for settings in (
+        dict(freeze=("embed_tokens",)),
+        dict(freeze=("^embedding",)),
+        dict(train_only=(r"word_embeddings\.weight$",)),
+    ):
+        train_config = TrainConfig(**settings)
+        (chunk,) = build_model(model, parallel, train_config)
+        freeze([chunk], RunConfig(model=model, parallel=parallel, train=train_config), ranks)
+        tables = [(name, item) for name, item in chunk.named_parameters() if "embedding" in name or "output_layer" in name]
+        found |= {f"{name} {settings}": parameter.requires_grad for name, parameter in tables}
+    parallel_state.destroy_model_parallel()
+    finalize()
+    return found

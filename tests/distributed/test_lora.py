@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.lora_rig import ALONE, CASES, EVERY, faults, folders, same_alone, train_cases
+from tests.distributed.lora_rig import ALONE, CASES, EVERY, faults, folders, frozen_tables, same_alone, train_cases
 from tests.gloo import run_ranks
 
 CHOSEN = {
@@ -46,3 +46,10 @@ def test_the_trained_parameters_are_those_of_the_formula(alone: dict[str, Any]) 
     widths = [(64, 128), (64, 64), (64, 64), (128, 64), (64, 96), (64, 96), (96, 64)]
     assert alone["qwen3"].trained == 4 * sum(EVERY.lora_rank * (a + b) for a, b in widths)
     assert alone["qwen3 some"].trained == 4 * 3 * sum(a + b for a, b in (widths[0], widths[2], widths[3], widths[5]))
+
+
+def test_a_pattern_for_the_embedding_means_both_copies_of_a_tied_table(hf: dict[str, str]) -> None:
+    first, last = run_ranks(frozen_tables, 2, hf["llama-tied"])
+    assert list(first.values()) == list(last.values()) == [False, False, True]
+    assert all(name.startswith("embedding.word_embeddings.weight") for name in first)
+    assert all(name.startswith("output_layer.weight") for name in last)
