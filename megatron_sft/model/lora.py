@@ -102,7 +102,7 @@ class Adapter(torch.nn.Module):
         self.group: Any = base.tp_group if self.cut else parallel_state.get_tensor_model_parallel_group()
         self.is_expert = bool(getattr(base, "is_expert", False))
         self.explicit = self.is_expert and base.explicit_expert_comm
-        marked = base.weight if isinstance(base, WholeLinear) else base.config
+        marked: Any = base.weight if isinstance(base, WholeLinear) else base.config
         self.sequence_parallel = marked.sequence_parallel and not self.is_expert
         weight, count = base.weight, len(place.modules)
         settings: dict[str, Any] = dict(dtype=weight.dtype, device=weight.device)
