@@ -86,7 +86,13 @@ WHO = f"rank 1 (process {{pid}} on {socket.gethostname()}) "
 DIED, SILENT = WHO + "died while ", WHO + "has been silent for 4 s while "
 CASES = {
     "killed-training": (signal.SIGKILL, trains, [], DIED + "training."),
-    "stopped-saving": (signal.SIGSTOP, saves, ["--save-interval", "1", "--async-save"], SILENT + "saving iteration"),
+    # stopped while saving, or in the step after it
+    "stopped-saving": (
+        signal.SIGSTOP,
+        saves,
+        ["--save-interval", "1", "--async-save"],
+        SILENT,
+    ),  # while saving, or in the step after it
     # before training a launcher's SIGTERM ends the others at once, and the launcher names the rank
     "killed-reading": (signal.SIGKILL, reads, ["--custom-dataset"], "launch: rank 1 (process {pid}) was ended by SIGKILL."),
     "stopped-reading": (signal.SIGSTOP, reads, ["--custom-dataset"], SILENT + "reading the data, and is ended."),

@@ -108,7 +108,7 @@ def pipe(name):
 
 def adapter(folder):
     os.rename(folder / WEIGHTS, folder / "adapter_model.safetensors")
-    os.rename(folder / "config.json", folder / "adapter_config.json")
+    os.rename(folder / "config.json", folder / "adapter_config.json")  # without what PEFT writes
 
 
 def quantised(**keys):
@@ -205,7 +205,7 @@ CONFIGS = {  # found in config.json
     "missing keys": (config(model_type="deepseek_v3"), "n_routed_experts is missing; "),
 }
 NO_FOLDER = {
-    "adapter": (adapter, r"an adapter \(LoRA\) alone|neither an HF folder"),
+    "adapter": (adapter, r"Expected a LoRA adapter of linear layers alone|neither an HF folder"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json|neither an HF folder"),
     "config a folder": (directory("config.json"), "no config.json|neither an HF folder"),
     "config a pipe": (pipe("config.json"), r"no config.json \(no regular file\)|neither an HF folder"),

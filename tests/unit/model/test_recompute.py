@@ -1,6 +1,5 @@
 """Recomputation changes memory, not numbers: the loss is identical, gradients are, up to rounding, those without it."""
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -34,21 +33,8 @@ MODULES = {
 """Dense, windows with a rotary table of their own, experts, sinks, latent attention, Mamba; what selective can name of each."""
 
 
-def forget_layers() -> None:
-    """Empties megatron-core's tracker of balancing losses: other models of this process had other numbers of layers."""
-    if importlib.util.find_spec("megatron.core.transformer.moe.moe_logging"):  # megatron-core 0.19
-        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-
-        destroy_moe_metrics_tracker()
-    else:
-        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-
-        get_moe_layer_wise_logging_tracker().clear()
-
-
 @pytest.fixture(scope="module")
 def ranks():
-    forget_layers()
     yield initialize(ParallelConfig(), 1)
     finalize()
 
