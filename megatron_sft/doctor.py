@@ -45,6 +45,7 @@ from megatron_sft.hf.target import try_target
 from megatron_sft.hf.verify import reference_losses
 from megatron_sft.hf.weights import first_not_finite
 from megatron_sft.log import logger
+from megatron_sft.train.overview import host_bytes
 from megatron_sft.train.step import run_schedule
 from megatron_sft.weights import WeightSource, build, resolve
 
@@ -265,7 +266,7 @@ def masks(patient: Patient) -> str:
 def layout(patient: Patient) -> str:
     """The fullest rank fits in its memory, as `megatron-sft plan` counts it."""
     count, cuda = patient.options.processes, torch.cuda.is_available()
-    available = torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total / count
+    available = torch.cuda.mem_get_info()[1] if cuda else host_bytes() / count
     memory = patient.options.gpu_memory or available / GB
     size = patient.run.parallel.tensor_model_parallel_size
     run = dataclasses.replace(patient.run, model=plan.padded(patient.run.model, size))
