@@ -108,9 +108,10 @@ def build(run: RunConfig, source: WeightSource, ranks: Ranks) -> list[SFTModel]:
         CheckpointError: on every rank, when the weights are not this model's or do not compute what transformers computes.
     """
     chunks, whole = build_model(run.model, run.parallel, run.train), source.whole
-    model_type = agree(lambda: base_model_type(run, source))
-    for chunk in chunks:
-        chunk.hf_model_type = model_type
+    if run.lora.lora_rank or run.train.freeze or run.train.train_only:  # what goes by Hugging Face's names
+        model_type = agree(lambda: base_model_type(run, source))
+        for chunk in chunks:
+            chunk.hf_model_type = model_type
     if whole.is_hf:
         load_weights(chunks, run, whole.path, ranks)
         logger.info("converted the HF weights of %s", whole.path)
