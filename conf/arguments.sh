@@ -87,6 +87,8 @@ find_conf() {
 use_python() {
   PYTHON="${PYTHON:-python3}"
   type -P -- "${PYTHON}" > /dev/null || fail "PYTHON=${PYTHON} is no program. Set it to a Python interpreter."
+  "${PYTHON}" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null ||
+    fail "PYTHON=${PYTHON} does not run as Python 3.11 or later. Name the interpreter that megatron-sft is installed in."
   local paths=":${PYTHONPATH:-}:"
   while [[ ${paths} == *::* ]]; do paths=${paths//::/:}; done # an empty entry is the current folder
   paths=${paths%:}

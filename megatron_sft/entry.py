@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from megatron_sft import log
 from megatron_sft.config.help import help_of
 from megatron_sft.core_compat import allow_open_files, process_environment, silence_missing_kernels
-from megatron_sft.errors import UserError
+from megatron_sft.errors import UserError, missing_package
 
 
 def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_stderr: bool = False) -> int:
@@ -42,6 +42,9 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
                 print(text)
             return 0
         return command(argv, world_size)
+    except ModuleNotFoundError as error:
+        log.logger.error("%s", missing_package(error))
+        return UserError.exit_status
     except KeyboardInterrupt:
         if rank == 0:
             log.logger.error("interrupted: nothing half-written is kept. Give the command again to go on.")

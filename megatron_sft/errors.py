@@ -4,6 +4,7 @@ Each message has four parts: where, what was found, what was expected, what to d
 Entry scripts print the message without a traceback and exit with `exit_status`.
 """
 
+import sys
 from collections.abc import Sequence
 
 
@@ -50,3 +51,18 @@ class TrainingError(UserError):
     """Training met a value or a state that it must not continue from (NaN, a dead rank, a full disk)."""
 
     exit_status = 3
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """The message for a Python without what megatron-sft needs, most often one whose environment is not active.
+
+    Raises:
+        ModuleNotFoundError: `error` itself, if a module of our own is missing.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "megatron_sft"):
+        raise error
+    return (
+        f"{sys.executable}: this Python has no package {package}; expected the one that megatron-sft is installed in. Activate "
+        "its environment (. .venv/bin/activate), or name its interpreter (PYTHON=.venv/bin/python for the scripts)."
+    )

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sft.core_compat import be_patient_launcher
-from megatron_sft.errors import ConfigError, TrainingError
+from megatron_sft.errors import ConfigError, TrainingError, missing_package
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,10 +19,14 @@ def main(argv: Sequence[str]) -> int:
     be_patient_launcher()
     import logging
 
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    try:
+        from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous import RendezvousError
+    except ModuleNotFoundError as error:
+        print(f"launch: {missing_package(error)}", file=sys.stderr)
+        return ConfigError.exit_status
 
     logging.disable(logging.CRITICAL)  # torch's, each of whose modules has a logger of its own
     try:

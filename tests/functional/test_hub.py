@@ -3,6 +3,7 @@
 import io
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,4 +77,5 @@ def test_several_processes_say_once_what_the_hub_lacks(hub: Hub, tmp_path: Path)
 
 
 def run(script: str, conf: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    variables = {**variables, "PYTHON": sys.executable}
     return subprocess.run([SCRIPTS / script, str(conf)], env=variables, capture_output=True, text=True, check=False, timeout=300)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,25 @@ def test_one_process_needs_no_torchrun(tmp_path: Path) -> None:
     python.chmod(0o755)
     done = run("finetune.sh", CONF, PYTHON=str(python))
     assert done.stdout.split("\n")[0] == str(SCRIPTS / "finetune.py")
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_python_without_our_packages_is_one_line(tmp_path: Path, processes: str) -> None:
+    venv.create(tmp_path / "bare", symlinks=True, with_pip=False)
+    python = tmp_path / "bare/bin/python"
+    done = run("finetune.sh", CONF, PYTHON=str(python), DP=processes)
+    assert done.returncode == 2
+    assert f"{python}: this Python has no package" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_python_that_does_not_run_is_refused(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/bash\nexit 1\n")
+    python.chmod(0o755)
+    done = run("finetune.sh", CONF, PYTHON=str(python))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"PYTHON={python} does not run as Python 3.11 or later" in done.stderr
 
 
 def test_unknown_model_and_missing_model_are_errors(launcher: str) -> None:
