@@ -4,6 +4,8 @@ It is a pickle of torch.distributed.checkpoint's Metadata, read as a description
 objects of it, field by field, and takes a place in a file only where that file is one of the checkpoint's own.
 """
 
+import collections
+import itertools
 import math
 import pickle
 from collections.abc import Mapping
@@ -24,9 +26,11 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_sft.checkpoint.archive import DTYPES, shape_of
 from megatron_sft.checkpoint.pickles import Name, Record, describe, quoted
 from megatron_sft.checkpoint.reading import is_plain_name, read_limited
+from megatron_sft.errors import CheckpointError
 
 METADATA = ".metadata"
 _MAX_BYTES = 1 << 28
+_MAX_DIMENSIONS = 8
 _TORCH = "torch.distributed.checkpoint."
 _MCORE = "megatron.core.dist_checkpointing.strategies.torch."
 _METADATA_CLASSES = (_TORCH + "metadata.Metadata", _MCORE + "MCoreMetadata")
@@ -77,6 +81,32 @@ def read_metadata(folder: Path) -> Metadata:
         raise pickle.UnpicklingError("its tensors have more parts than it has bytes")
     stored = {name: _stored(value) for name, value in tensors.items()}
     return Metadata(stored, storage_data={_index(index, stored): _place(place) for index, place in places.items()})
+
+
+def require_whole(folder: Path, key: str, stored: TensorStorageMetadata) -> None:
+    """Raises CheckpointError unless a tensor's parts make it up: what no part covers would keep what was in memory before."""
+    if not _is_whole(stored):
+        raise CheckpointError(
+            f"{folder}: the parts of {key} leave some of it out, or overlap; expected each element once. Load another iteration."
+        )
+
+
+def _is_whole(stored: TensorStorageMetadata) -> bool:
+    """Whether its parts cover a tensor once, without a gap and without an overlap.
+
+    Exact in linear time: take the difference along every axis of the function that counts the parts over an element. What is
+    left is +1 or -1 at each part's corners, and equals that of one part of the tensor's size only where each element counts 1.
+    """
+    dimensions = len(stored.size)
+    if dimensions > _MAX_DIMENSIONS:
+        return False
+    corners: collections.Counter[tuple[int, ...]] = collections.Counter()
+    whole = ChunkStorageMetadata(torch.Size([0] * dimensions), stored.size)
+    for part, sign in [(whole, -1), *((part, 1) for part in stored.chunks)]:
+        for ends in itertools.product((0, 1), repeat=dimensions):
+            corner = tuple(start + end * size for start, end, size in zip(part.offsets, ends, part.sizes, strict=True))
+            corners[corner] += sign * (-1) ** sum(ends)
+    return not any(corners.values())
 
 
 def _fields(value: Any, name: str) -> dict[str, Any]:

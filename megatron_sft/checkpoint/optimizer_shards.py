@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_sft.checkpoint.metadata import require_whole
 from megatron_sft.errors import CheckpointError
 
 FORMAT = "fully_reshardable"
@@ -181,6 +182,9 @@ class BoxPlanner(DefaultLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         items: list[ReadItem] = []
+        for key in {box.key for box in self._wanted.values()}:
+            if self.metadata and isinstance(stored := self.metadata.state_dict_metadata.get(key), TensorStorageMetadata):
+                require_whole(self._folder, key, stored)
         for box in self._wanted.values():
             stored = self.metadata.state_dict_metadata.get(box.key) if self.metadata else None
             shape = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else None

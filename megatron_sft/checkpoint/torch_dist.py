@@ -156,8 +156,11 @@ def _require_kinds(folder: Path, by_key: Mapping[str, list[Any]], metadata: Meta
     """Every key is there, as a tensor where a tensor is wanted."""
     for key, parts in by_key.items():
         kind = BytesStorageMetadata if isinstance(parts[0], ShardedObject) else TensorStorageMetadata
-        if not isinstance(metadata.state_dict_metadata.get(key), kind):
+        stored = metadata.state_dict_metadata.get(key)
+        if not isinstance(stored, kind):
             raise CheckpointError(f"{folder}: cannot be loaded: it has no {key}. {_OTHER_MODEL}")
+        if isinstance(stored, TensorStorageMetadata):
+            metadata_file.require_whole(folder, key, stored)
 
 
 def read_with(planner: DefaultLoadPlanner, folder: Path, metadata: Metadata) -> None:

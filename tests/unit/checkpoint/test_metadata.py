@@ -1,6 +1,7 @@
 """The .metadata file: places, parts and names that are not what a checkpoint has."""
 
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_sft.checkpoint.metadata import METADATA, read_metadata
+from megatron_sft.checkpoint.metadata import METADATA, read_metadata, require_whole
+from megatron_sft.errors import CheckpointError
 
 
 def stored(size: tuple[int, ...] = (4,), chunks: Any = None) -> TensorStorageMetadata:
@@ -70,3 +72,43 @@ def test_places_are_of_parts_inside_their_tensor(tmp_path: Path, name: str, offs
 def test_no_tensor_has_more_elements_than_numbers_count(tmp_path: Path) -> None:
     with pytest.raises(pickle.UnpicklingError, match="it has a tensor of shape"):
         read(tmp_path, {"a": stored((2**40, 2**40))}, {})
+
+
+def part(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+
+
+PINWHEEL = [part((0, 0), (1, 2)), part((0, 2), (2, 1)), part((2, 1), (1, 2)), part((1, 0), (2, 1))]
+WHOLE = [
+    stored(()),
+    stored((0, 3)),
+    stored((3, 3)),
+    stored((3, 3), [*PINWHEEL, part((1, 1), (1, 1))]),
+    stored(
+        (4, 2, 3),
+        [part((0, 0, 0), (4, 1, 3)), part((0, 1, 0), (2, 1, 3)), part((2, 1, 0), (2, 1, 3)), part((1, 1, 1), (0, 1, 2))],
+    ),
+]
+NOT_WHOLE = [
+    stored((), []),
+    stored((3, 3), []),
+    stored((3, 3), PINWHEEL),
+    stored((3, 3), [*PINWHEEL, part((0, 0), (1, 1))]),  # as many elements as there are, one twice and one never
+    stored((3, 3), [part((0, 0), (3, 3)), part((0, 0), (3, 3))]),
+    stored((1,) * 40),
+]
+
+
+def test_parts_that_do_not_make_up_their_tensor_are_refused(tmp_path: Path) -> None:
+    for tensor in WHOLE:
+        require_whole(tmp_path, "a", tensor)
+    for tensor in NOT_WHOLE:
+        with pytest.raises(CheckpointError, match="the parts of a leave some of it out, or overlap"):
+            require_whole(tmp_path, "a", tensor)
+
+
+def test_ten_thousand_parts_take_no_time() -> None:
+    parts = [part((row, column), (1, 1)) for row in range(100) for column in range(100)]
+    begin = time.process_time()
+    require_whole(Path("x"), "a", stored((100, 100), parts))
+    assert time.process_time() - begin < 5
