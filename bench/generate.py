@@ -31,7 +31,7 @@ def seconds_of(action: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def compare(folder: str, dtype: str, new_tokens: int) -> None:
-    """Prints tokens a second of both, and their ratio, after one run of each to warm up."""
+    """Prints tokens per second of both, and their ratio, after one run of each to warm up."""
     from transformers import AutoModelForCausalLM
 
     train = TrainConfig(params_dtype=dtype)

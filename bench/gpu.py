@@ -4,7 +4,7 @@
     python bench/gpu.py --out gpu.json --cpu
 
 Shapes come from conf/Qwen; weights are random, documents have the lengths of ShareGPT's chats, packed to 4,096 tokens,
-16,384 tokens a step, every token trained. A cell is a process of its own, given its share of the budget; one that does not
+16,384 tokens per step, every token trained. A cell is a process of its own, given its share of the budget; one that does not
 fit is tried with smaller micro-batches, then with full recomputation, and is a row all the same. Useful tokens are those
 that are no padding, FLOPs those of attention within documents (model/flops.py). The floor is the time that an H200 needs
 at the least (its derivation: docs/gpu.md). --cpu: a tiny shape through the same code. bench/gpu.sh runs this after tests/gpu.

@@ -224,7 +224,7 @@ def timed_steps(step: Callable[[], tuple[float, float]], until: float) -> dict[s
 
 
 def rates(seconds: Sequence[float], tokens: Sequence[float]) -> dict[str, Any]:
-    """Useful tokens a second over steps."""
+    """Useful tokens per second over steps."""
     each = [t / s for t, s in zip(tokens, seconds, strict=True)]
     return {
         "steps": len(each),
@@ -262,7 +262,7 @@ def kernels(step: Callable[[], object], count: int = 15) -> list[dict[str, Any]]
 
 
 def trl_cell(shape: str, packs: int, recompute: bool, until: float, liger: bool, attention: str) -> dict[str, Any]:
-    """TRL's SFTTrainer with packing on the same documents, fp32 weights under bf16 autocast (16 bytes a parameter)."""
+    """TRL's SFTTrainer with packing on the same documents, fp32 weights under bf16 autocast (16 bytes per parameter)."""
     import torch
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback

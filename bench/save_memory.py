@@ -95,7 +95,7 @@ def ratios(runs: dict[str, Run]) -> dict[str, float]:
 
 
 def run(flags: list[str], processes: int) -> Run:
-    """Starts one process a rank and waits for all of them."""
+    """Starts one process per rank and waits for all of them."""
     world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **world, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryFile("w+") as output:

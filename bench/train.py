@@ -1,4 +1,4 @@
-"""Training tokens a second beside TRL's SFTTrainer: the same model, rows, length and steps, one after the other.
+"""Training tokens per second beside TRL's SFTTrainer: the same model, rows, length and steps, one after the other.
 
     python bench/train.py [--model demo/SmolLM2-135M-Instruct] [--steps 8] [--rounds 2]
 
@@ -44,7 +44,7 @@ def trl(model: str, steps: int, folder: str) -> list[float]:
 
 
 def peer(model: str, steps: int) -> None:
-    """TRL with packing, its documentation's way of fine-tuning a chat model; prints its tokens a second."""
+    """TRL with packing, its documentation's way of fine-tuning a chat model; prints its tokens per second."""
     import torch
     from datasets import load_dataset
     from transformers import TrainerCallback

@@ -405,7 +405,7 @@ def balance_experts_by_row() -> None:
         return int(parallel_state.get_tensor_and_context_parallel_group().size())
 
     def counted(*args: Any, reduce_group: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        """(tokens an expert, tokens that the loss is multiplied by, tokens that it is a mean of)."""
+        """(tokens per expert, tokens that the loss is multiplied by, tokens that it is a mean of)."""
         by_expert, _, total = count(*args, reduce_group=reduce_group, **kwargs)
         total = total.clamp(min=1) if hasattr(total, "clamp") else total
         row = total * row_ranks() / reduce_group.size()  # global_aux_loss: the group holds a row a data-parallel rank
@@ -450,7 +450,7 @@ def fuse_gradient_norm() -> None:
     """Norm and scaling of all gradients in a few kernels, in fp32.
 
     megatron/core/utils.py:local_multi_tensor_l2_norm, which megatron-core takes without TransformerEngine and Apex,
-    waits for the device once a parameter and rounds each norm to the gradient's dtype.
+    waits for the device once per parameter and rounds each norm to the gradient's dtype.
     """
     import torch
     from megatron.core.optimizer import clip_grads

@@ -39,7 +39,7 @@ from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
 from megatron_sft.data.sources import open_source
 from megatron_sft.data.store import Document, MemoryStore
-from megatron_sft.data.tokens import Chunk, encode_rows
+from megatron_sft.data.tokens import Portion, encode_rows
 from megatron_sft.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_sft.hf.target import try_target
 from megatron_sft.hf.verify import reference_losses
@@ -199,8 +199,8 @@ def tokenizer(patient: Patient) -> str:
                     "one that the weights were trained with. Leave --tokenizer-model (TOKENIZER_MODEL) out."
                 ]
             )
-    where = "--chat-template" if config.chat_template else "its own template"
-    return f"{config.tokenizer_model}, {len(patient.tokenizer):,} tokens, {where}"
+    template = "--chat-template" if config.chat_template else "its own template"
+    return f"{config.tokenizer_model}, {len(patient.tokenizer):,} tokens, {template}"
 
 
 def _has_tokenizer(folder: str) -> bool:
@@ -215,7 +215,7 @@ def rows(patient: Patient) -> str:
     for path in config.train_data:
         patient.rows += itertools.islice(open_source(path, config), limit)
     encoder = ChatEncoder(patient.tokenizer, config)
-    encoded = encode_rows(encoder, config, Chunk(0, patient.rows))
+    encoded = encode_rows(encoder, config, Portion(0, patient.rows))
     ends = encoded.lengths.cumsum()
     bounds = zip(ends - encoded.lengths, ends, strict=True)
     patient.documents = [Document(encoded.tokens[a:b], encoded.loss_mask[a:b]) for a, b in bounds]

@@ -1,4 +1,4 @@
-"""Logging of rank 0, to standard output, one plain line a message. Not for metrics (metrics.py)."""
+"""Logging of rank 0, to standard output, one plain line per message. Not for metrics (metrics.py)."""
 
 import logging
 import sys

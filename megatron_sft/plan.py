@@ -360,7 +360,7 @@ def row_of(run: RunConfig, options: PlanConfig, conf: str, extra: Sequence[str])
 class _Shares:
     """What a layout makes of the batch: copies of weights, micro-batches of a rank, tokens of one on a rank.
 
-    Without --global-batch-size a step is one micro-batch a GPU, so that layouts do the same work.
+    Without --global-batch-size a step is one micro-batch per GPU, so that layouts do the same work.
     """
 
     def __init__(self, run: RunConfig, gpus: int):
@@ -461,7 +461,7 @@ def _conf_name(conf: str) -> str:
 
 
 def as_table(rows: Sequence[Row], options: PlanConfig) -> str:
-    """The first layouts, one a line, and the command of the best."""
+    """The first layouts, one per line, and the command of the best."""
     parts = (*PARTS, "total")
     sent = ("TP", "PP", "CP", "EP", "DP")
     head = [*rows[0].sizes, "parameters", *parts, *(f"{name} sent" for name in sent), ""]

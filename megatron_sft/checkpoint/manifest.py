@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 MEGATRON_MANIFEST = "integrity.json"
 RUN_CONFIG = "run_config.json"
 _SMALL = (RUN_CONFIG, ".metadata", "common.pt", "metadata.json")
-_CHUNK_BYTES = 4 << 20
+_PIECE_BYTES = 4 << 20
 _SMALL_BYTES = 1 << 20
 _MANIFEST_BYTES = 1 << 28
 _ANY_SIZE = -1
@@ -64,17 +64,17 @@ class ChecksumFile:
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self._size += view.nbytes
-        for start in range(0, view.nbytes, _CHUNK_BYTES):
+        for start in range(0, view.nbytes, _PIECE_BYTES):
             if self._error is not None:
                 break
-            chunk = view[start : start + _CHUNK_BYTES]
+            part = view[start : start + _PIECE_BYTES]
             try:
-                written = os.write(self._descriptor, chunk)
-                while written < chunk.nbytes:
-                    written += os.write(self._descriptor, chunk[written:])
+                written = os.write(self._descriptor, part)
+                while written < part.nbytes:
+                    written += os.write(self._descriptor, part[written:])
             except OSError as error:
                 self._error = error
-            self._crc = zlib.crc32(chunk, self._crc)
+            self._crc = zlib.crc32(part, self._crc)
         return view.nbytes
 
     def flush(self) -> None:
@@ -181,7 +181,7 @@ def _file_problem(path: Path, entry: tuple[int, str, str], content: bool) -> str
 def _checksum(file: BinaryIO, algorithm: str) -> str:
     if algorithm == "sha256":
         return hashlib.file_digest(file, algorithm).hexdigest()  # type: ignore[arg-type]  # unbuffered files have readinto
-    crc, buffer = 0, memoryview(bytearray(_CHUNK_BYTES))
+    crc, buffer = 0, memoryview(bytearray(_PIECE_BYTES))
     while count := file.readinto(buffer):  # type: ignore[attr-defined]
         crc = zlib.crc32(buffer[:count], crc)
     return f"{crc:08x}"

@@ -273,7 +273,7 @@ DERIVED: Mapping[str, Derived] = {
         _window_layers, "model.window_layers", help="which layers have the window", group="model", unit="layers"
     ),
     "--num-layers-per-virtual-pipeline-stage": Derived(
-        _virtual_layers, help="layers a model chunk", group="parallel", unit="layers"
+        _virtual_layers, help="layers per model chunk", group="parallel", unit="layers"
     ),
     "--hf-checkpoint": Derived(_hf_checkpoint, help="HF folder of tokenizer and weights", group="checkpoint", unit="folder"),
     "--ref-load": Derived(_ref_load, help="weights to start from", group="checkpoint", unit="place"),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 _LENGTH = "A run's length is --num-epoch, --train-iters or --train-samples."
 _ONE_RATE = "All weights have one learning rate here: --lr."
-_MIXTURE = "Rows come from files here: --prompt-data NAME FILE ... with --prompt-data-epochs, one number a source."
+_MIXTURE = "Rows come from files here: --prompt-data NAME FILE ... with --prompt-data-epochs, one number per source."
 _TASKS = "megatron-sft mmlu scores a model here; no other task is there."
 _LORA = "See docs/lora.md."
 ELSEWHERE: Mapping[str, str] = {

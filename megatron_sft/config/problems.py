@@ -231,7 +231,7 @@ def rope_problems(scaling: Mapping[str, Any] | None) -> list[str]:
 
 
 def _layer_problems(model: ModelConfig) -> list[str]:
-    """Lists with one entry a layer."""
+    """Lists with one entry per layer."""
     layers, pattern, found = model.num_layers, model.mamba.hybrid_layer_pattern, []
     every = {"--moe-layer-freq": model.moe.moe_layer_freq, "--no-rope-freq": model.no_rope_freq}
     lists = {"--window-attn-skip-freq": model.window_layers, **every, "--hybrid-layer-pattern": pattern}
@@ -317,7 +317,7 @@ def data_problems(data: DataConfig) -> list[str]:
     for name in ("train_names", "train_epochs", "train_weights"):
         count = len(getattr(data, name))
         if count and count != len(data.train_data):
-            found.append(f"{count} values of {name} for {len(data.train_data)} sources; expected one a source.")
+            found.append(f"{count} values of {name} for {len(data.train_data)} sources; expected one per source.")
     if len(data.split) != 3 or not data.split[0]:
         found.append(f"--split is {data.split}; expected shares of training, validation and test, the first above 0.")
     return found

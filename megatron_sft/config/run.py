@@ -178,7 +178,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: Annotated[Count, "processes"] = 1
     """The layers are dealt to so many stages (PP)."""
     virtual_pipeline_model_parallel_size: Annotated[Count, "chunks"] | None = None
-    """Model chunks a pipeline rank."""
+    """Model chunks per pipeline rank."""
     context_parallel_size: Annotated[Count, "processes"] = 1
     """Each pack is cut over so many (CP)."""
     expert_model_parallel_size: Annotated[Count, "processes"] = 1
@@ -340,7 +340,7 @@ class OptimConfig:
     clip_grad: Annotated[float, Number(0, 1e6), "norm"] = 1.0
     """The gradient is scaled down to it; 0: never."""
     use_precision_aware_optimizer: bool = False
-    """The dtypes below count: with bf16 gradients and moments 12 bytes a parameter in place of 18. Master weights stay fp32."""
+    """The dtypes below count: with bf16 gradients and moments 12 bytes per parameter in place of 18. Master weights stay fp32."""
     main_grads_dtype: Precision = "fp32"
     """fp32 or bf16: gradients as they are added up, reduced and kept for the step."""
     exp_avg_dtype: Precision = "fp32"
@@ -452,7 +452,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LogConfig:
     log_interval: Annotated[Length, "iterations"] = 1
-    """Of a console line; metrics.jsonl has one an iteration all the same."""
+    """Of a console line; metrics.jsonl has one per iteration all the same."""
     tensorboard_dir: Annotated[str, "folder"] | None = None
     """Where TensorBoard files go; None: none."""
     wandb_project: str | None = None

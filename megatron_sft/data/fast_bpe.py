@@ -3,7 +3,7 @@
 `text_tokenizer(tokenizer, samples)` reads the merges and the split pattern from tokenizer.json, compares on samples,
 and falls back to the Hugging Face tokenizer with one log line when it is of another kind or any id or offset differs.
 
-Why: on one core tiktoken makes 2-4 million tokens a second from the same merges, the tokenizers library 0.3-0.6.
+Why: on one core tiktoken makes 2-4 million tokens per second from the same merges, the tokenizers library 0.3-0.6.
 Offsets come from the byte lengths of the tokens, so they cost one cumulative sum.
 Not here: templates and masks (chat.py), processes (tokens.py).
 """

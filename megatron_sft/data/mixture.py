@@ -15,7 +15,7 @@ def mixture_documents(documents: np.ndarray, source_ids: np.ndarray, epochs: Seq
     Args:
         documents: int64 [n], ids of the store's documents that are trained on.
         source_ids: [documents of the store], the source of each document.
-        epochs: one a source, fractions allowed; empty: each source once.
+        epochs: one per source, fractions allowed; empty: each source once.
         seed: of the choice of documents for a fraction.
 
     Returns:

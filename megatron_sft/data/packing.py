@@ -39,8 +39,8 @@ def pack(lengths: np.ndarray, capacity: int, method: str, multiple: int = 1) -> 
     """Puts documents into packs of at most `capacity` tokens.
 
     Args:
-        lengths: int [docs], tokens a document, each in 1..capacity.
-        capacity: tokens a pack (seq_length).
+        lengths: int [docs], tokens per document, each in 1..capacity.
+        capacity: tokens per pack (seq_length).
         method: best-fit (documents from long to short, each into the fullest pack that still has room), sequential
             (in order, a new pack when the next document does not fit) or none (one document a pack).
         multiple: every document is padded up to a multiple of it (context parallelism).

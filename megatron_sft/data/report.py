@@ -24,7 +24,7 @@ def data_report(store: DocumentStore, plan: PackPlan, seq_length: int) -> dict[s
     Args:
         store: its ledger has rows, kept, truncated, split, dropped, documents, tokens, trained_tokens a source.
         plan: the packs of those documents.
-        seq_length: tokens a pack.
+        seq_length: tokens per pack.
 
     Returns:
         sources (the ledger), total (its sum), packing (packing.packing_figures), lengths and fill (histograms).
@@ -51,7 +51,7 @@ def data_report(store: DocumentStore, plan: PackPlan, seq_length: int) -> dict[s
 
 
 def as_table(report: Mapping[str, Any]) -> str:
-    """A plain-text table, one line a source, then why rows were dropped, then the packs."""
+    """A plain-text table, one line per source, then why rows were dropped, then the packs."""
     rows = [_table_row(name, entry) for name, entry in report["sources"].items()]
     if len(rows) > 1:
         rows.append(_table_row("total", report["total"]))

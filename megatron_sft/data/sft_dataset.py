@@ -58,7 +58,7 @@ class SFTDataset(torch.utils.data.Dataset):
     Args:
         store: the documents (store.py).
         plan: which documents share a pack (packing.py), made with the same `multiple`.
-        seq_length: tokens an item.
+        seq_length: tokens per item.
         pad_token_id: fills the tail of an item; never trained.
         multiple: every document is padded up to a multiple of it (context parallelism).
         reset_position_ids: positions restart at every document. False: they run on through the pack.
@@ -103,7 +103,7 @@ class SFTDataset(torch.utils.data.Dataset):
         Args:
             paths: files or folders that sources.open_source reads.
             tokenizer: a Hugging Face tokenizer with a chat template.
-            seq_length: tokens an item.
+            seq_length: tokens per item.
             config: everything else (packing, truncation, train_on ...); None: the defaults.
             context_parallel_size: documents are padded to multiples of twice as many tokens, which Megatron cuts each into.
 

@@ -9,7 +9,7 @@ Folder (little-endian, no pickles):
     lengths.npy           int32 [docs]
     source_ids.npy        int16 [docs]
     row_ids.npy           int64 [docs]: the row that each document comes from, counted over all sources
-    where.bin             UTF-8 "file:line" of each document, one a line
+    where.bin             UTF-8 "file:line" of each document, one per line
     where_offsets.npy     int64 [docs + 1], bytes in where.bin
 """
 
@@ -123,9 +123,9 @@ class MemoryStore:
 
     Args:
         documents: (tokens, loss_mask) or objects with those two attributes, in order.
-        source_ids: one a document; None: all 0.
-        row_ids: one a document; None: each is a row of its own.
-        where: one a document; None: `memory:1`, `memory:2` ...
+        source_ids: one per document; None: all 0.
+        row_ids: one per document; None: each is a row of its own.
+        where: one per document; None: `memory:1`, `memory:2` ...
     """
 
     def __init__(

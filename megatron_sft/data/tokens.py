@@ -30,7 +30,7 @@ from megatron_sft.data.limits import num_characters
 from megatron_sft.data.mask_gate import CHECKED_ROWS, check_masks
 from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.data.store import Document, MemoryStore, TokenStore, write_meta
-from megatron_sft.data.workers import LONG_TEXT, Chunk, MakeEncoder, Problem, Result, in_order, make_encoder
+from megatron_sft.data.workers import LONG_TEXT, MakeEncoder, Portion, Problem, Result, in_order, make_encoder
 from megatron_sft.errors import DataError
 from megatron_sft.files import publish_folder
 from megatron_sft.lock import if_free, only_one
@@ -42,8 +42,8 @@ NO_TRAINED_TOKEN = "no trained token"
 TOO_LONG = "longer than seq_length"
 HASHES = "hashes"
 """Folder beside the stores, for those of large files."""
-CHUNK_ROWS = 256
-CHUNK_CHARACTERS = 4 * 2**20
+PORTION_ROWS = 256
+PORTION_CHARACTERS = 4 * 2**20
 LISTED_PROBLEMS = 20
 PROGRESS_S = 10.0
 
@@ -133,8 +133,8 @@ def build_memory_store(config: DataConfig, sources: Sequence[Any], encoder: Any)
     where: list[str] = []
     names = list(collector.ledger)
     _check_masks(encoder, config, _first_rows(sources), names)
-    for chunk in _chunks(sources):
-        result = encode_rows(encoder, config, chunk)
+    for portion in _portions(sources):
+        result = encode_rows(encoder, config, portion)
         collector.add(result)
         ends = np.cumsum(result.lengths)[:-1]
         pairs = zip(np.split(result.tokens, ends), np.split(result.loss_mask, ends), strict=True)
@@ -146,8 +146,8 @@ def build_memory_store(config: DataConfig, sources: Sequence[Any], encoder: Any)
     return MemoryStore(documents, source_ids, where, tuple(names), collector.ledger, row_ids=row_ids)
 
 
-def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
-    """Tokenises one chunk of rows; bad rows are returned, not raised."""
+def encode_rows(encoder: Any, config: DataConfig, portion: Portion) -> Result:
+    """Tokenises one portion of rows; bad rows are returned, not raised."""
     tokens: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     rows_of: list[int] = []
@@ -157,7 +157,7 @@ def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
     routes, notes = getattr(encoder, "routes", Counter()), getattr(encoder, "notes", Counter())
     routes.clear()
     notes.clear()
-    for number, (where, record) in enumerate(chunk.rows):
+    for number, (where, record) in enumerate(portion.rows):
         try:
             row = to_row(record, where, config)
             counts[f"schemas:{row.schema}"] += 1
@@ -177,8 +177,8 @@ def encode_rows(encoder: Any, config: DataConfig, chunk: Chunk) -> Result:
     counts.update({f"routes:{route}": count for route, count in routes.items()})
     counts.update({f"notes:{note}": count for note, count in notes.items()})
     return Result(
-        source_id=chunk.source_id,
-        num_rows=len(chunk.rows),
+        source_id=portion.source_id,
+        num_rows=len(portion.rows),
         tokens=np.concatenate([np.zeros(0, np.int32), *tokens]).astype(np.int32, copy=False),
         loss_mask=np.concatenate([np.zeros(0, np.uint8), *masks]),
         lengths=np.array([len(t) for t in tokens], dtype=np.int32),
@@ -367,7 +367,7 @@ def _build(config: DataConfig, sources: Sequence[Any], fingerprint: str, folder:
         _check_masks(encoder, config, first, list(collector.ledger))
         # disable=None: in a terminal a bar, elsewhere a line every PROGRESS_S
         with tqdm(desc="tokens", total=total_rows, unit=" rows", unit_scale=True, disable=None, leave=False) as bar:
-            for result in in_order(_chunks(sources), config, encoder, encode_rows):
+            for result in in_order(_portions(sources), config, encoder, encode_rows):
                 if result is not None:
                     collector.add(result)
                     writer.write(result)
@@ -414,40 +414,40 @@ def _expected_rows(sources: Sequence[Any]) -> int | None:
     return total
 
 
-def _chunks(sources: Iterable[Any]) -> Iterator[Chunk]:
-    """Rows of one source, CHUNK_ROWS or about CHUNK_CHARACTERS at a time: memory does not grow."""
+def _portions(sources: Iterable[Any]) -> Iterator[Portion]:
+    """Rows of one source, PORTION_ROWS or about PORTION_CHARACTERS at a time: memory does not grow."""
     for source_id, source in enumerate(sources):
         rows: list[tuple[str, Any]] = []
         characters = 0
         for where, record in source:
             rows.append((where, record))
             characters += num_characters(record)
-            if len(rows) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
-                yield Chunk(source_id, rows, characters)
+            if len(rows) >= PORTION_ROWS or characters >= PORTION_CHARACTERS:
+                yield Portion(source_id, rows, characters)
                 rows, characters = [], 0
         if rows:
-            yield Chunk(source_id, rows, characters)
+            yield Portion(source_id, rows, characters)
 
 
-def _first_rows(sources: Sequence[Any]) -> list[Chunk]:
-    return [Chunk(index, list(itertools.islice(source, CHECKED_ROWS))) for index, source in enumerate(sources)]
+def _first_rows(sources: Sequence[Any]) -> list[Portion]:
+    return [Portion(index, list(itertools.islice(source, CHECKED_ROWS))) for index, source in enumerate(sources)]
 
 
-def _check_masks(encoder: Any, config: DataConfig, first: Sequence[Chunk], names: Sequence[str]) -> None:
+def _check_masks(encoder: Any, config: DataConfig, first: Sequence[Portion], names: Sequence[str]) -> None:
     """Checks the masks of every source's first rows (mask_gate.py), so that wrong ones fail before any work."""
     if not isinstance(encoder, ChatEncoder):  # another one masks as it likes
         return
-    for chunk in first:
-        rows = list(_good_rows(chunk, config))
+    for portion in first:
+        rows = list(_good_rows(portion, config))
         routes = check_masks(encoder, rows)
         found = ", ".join(f"{count} by {route}" for route, count in routes.items()) or "plain text"
         if rows:  # otherwise encode_rows says what is wrong with them
             schemas = ", ".join(Counter(row.schema for row in rows))
-            logger.info("rows: %s has %s; masks checked (%s)", names[chunk.source_id], schemas, found)
+            logger.info("rows: %s has %s; masks checked (%s)", names[portion.source_id], schemas, found)
 
 
-def _good_rows(chunk: Chunk, config: DataConfig) -> Iterator[Row]:
-    for where, record in chunk.rows:
+def _good_rows(portion: Portion, config: DataConfig) -> Iterator[Row]:
+    for where, record in portion.rows:
         try:
             row = to_row(record, where, config)
         except RowError:

@@ -23,7 +23,7 @@ from megatron_sft.errors import DataError, UserError
 
 MEMORY_BYTES = 2**30
 BYTES_PER_CHARACTER = 192
-"""What a worker may allocate for a chunk: MEMORY_BYTES, more for rows of many megabytes. A template must not fill the machine."""
+"""What a worker may allocate for a portion: MEMORY_BYTES, more for rows of many megabytes. No template fills the machine."""
 AHEAD_PER_WORKER = 4
 """Finished results that may wait for an earlier one, a worker."""
 WAIT_S = 5.0
@@ -37,7 +37,7 @@ LONG_TEXT = 2**20
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Portion:
     source_id: int
     rows: Sequence[tuple[str, Any]]
     """(file:line, record or RowError)."""
@@ -56,7 +56,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Result:
-    """The documents of one chunk, one after another."""
+    """The documents of one portion, one after another."""
 
     source_id: int
     num_rows: int
@@ -67,36 +67,36 @@ class Result:
     lengths: np.ndarray
     """int32 [documents]."""
     rows: np.ndarray
-    """int64 [documents]: each one's row in the chunk, from 0."""
+    """int64 [documents]: each one's row in the portion, from 0."""
     where: list[str]
     counts: dict[str, int]
     """Rows by fate (kept, truncated, split, dropped:REASON), and lost_tokens."""
     problems: list[Problem]
 
 
-Encode = Callable[[Any, DataConfig, Chunk], Result]
-MakeEncoder = Callable[[DataConfig, Sequence[Chunk]], Any]
+Encode = Callable[[Any, DataConfig, Portion], Result]
+MakeEncoder = Callable[[DataConfig, Sequence[Portion]], Any]
 
 
-def in_order(chunks: Iterator[Chunk], config: DataConfig, encoder: Any, encode: Encode) -> Iterator[Result | None]:
-    """Results of `encode(encoder, config, chunk)` in the order of the chunks; None when a few seconds brought none.
+def in_order(portions: Iterator[Portion], config: DataConfig, encoder: Any, encode: Encode) -> Iterator[Result | None]:
+    """Results of `encode(encoder, config, portion)` in the order of the portions; None when a few seconds brought none.
 
     Args:
-        chunks: read only as fast as they are worked on.
+        portions: read only as fast as they are worked on.
         config: num_workers processes; 0: one a core.
         encoder: forked into each process: loading a tokenizer takes seconds, and 200 MB that are shared so.
-        encode: what is done to a chunk.
+        encode: what is done to a portion.
 
     Raises:
         DataError: what a worker raised, or that more than max_bad_rows rows ended or killed one.
     """
     num_workers = config.num_workers or len(os.sched_getaffinity(0))
-    first = list(itertools.islice(chunks, num_workers))
+    first = list(itertools.islice(portions, num_workers))
     workers: list[_Worker] = []
     try:
         for _ in range(min(num_workers, len(first))):
             workers.append(_Worker(config, encoder, encode, workers))
-        yield from _deal(workers, itertools.chain(first, chunks))
+        yield from _deal(workers, itertools.chain(first, portions))
     finally:
         for worker in workers:
             worker.process.kill()  # before any of them is waited for
@@ -104,7 +104,7 @@ def in_order(chunks: Iterator[Chunk], config: DataConfig, encoder: Any, encode: 
             worker.close()
 
 
-def make_encoder(config: DataConfig, sample: Sequence[Chunk]) -> Any:
+def make_encoder(config: DataConfig, sample: Sequence[Portion]) -> Any:
     """The ChatEncoder of `config`; the fast tokeniser is checked on the sample's own texts before it is used."""
     from megatron_sft.data.chat import ChatEncoder, load_tokenizer
 
@@ -112,7 +112,7 @@ def make_encoder(config: DataConfig, sample: Sequence[Chunk]) -> Any:
         tokenizer = load_tokenizer(config)
         encoder = ChatEncoder(tokenizer, config)
         if getattr(tokenizer, "is_fast", False) and hasattr(encoder, "tokenise"):
-            texts = (text for chunk in sample for _, record in chunk.rows[:16] for text in _strings(record))
+            texts = (text for portion in sample for _, record in portion.rows[:16] for text in _strings(record))
             encoder.tokenise = text_tokenizer(tokenizer, [text for text in texts if len(text) < LONG_TEXT])
             if encoder.literal is not None:
                 encoder.literal.tokenise = text_tokenizer(encoder.literal.tokenizer)
@@ -141,7 +141,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class _Worker:
-    """One process, which has at most one chunk at a time: sending never waits for a process that waits for us.
+    """One process, which has at most one portion at a time: sending never waits for a process that waits for us.
 
     Not concurrent.futures' pool: that does not say what its dead process had or how it died, and outlives a killed owner.
     """
@@ -157,37 +157,37 @@ class _Worker:
         self.process = forked(_work, theirs, ours, *self._body)
         theirs.close()
 
-    def give(self, index: int, chunk: Chunk) -> None:
-        self.index, self._chunk = index, chunk
+    def give(self, index: int, portion: Portion) -> None:
+        self.index, self._portion = index, portion
         with contextlib.suppress(OSError):  # a dead process, which `take` meets
-            self.connection.send(chunk)
+            self.connection.send(portion)
 
     def take(self) -> tuple[int, Result]:
-        """The chunk's number and result; a row that ends the process is set aside, as any bad row is."""
-        assert self.index is not None, "only a worker that has a chunk gives a result"
-        index, chunk, (result, death) = self.index, self._chunk, self._answer()
-        if death == KILLED and len(chunk.rows) == 1:  # perhaps for the memory that others took
-            self.give(index, chunk)
+        """The portion's number and result; a row that ends the process is set aside, as any bad row is."""
+        assert self.index is not None, "only a worker that has a portion gives a result"
+        index, portion, (result, death) = self.index, self._portion, self._answer()
+        if death == KILLED and len(portion.rows) == 1:  # perhaps for the memory that others took
+            self.give(index, portion)
             result, death = self._answer()
         if result is None:
-            result = self._set_aside(chunk, death) if len(chunk.rows) == 1 else self._row_by_row(chunk)
+            result = self._set_aside(portion, death) if len(portion.rows) == 1 else self._row_by_row(portion)
         self.index = None
         return index, result
 
-    def _row_by_row(self, chunk: Chunk) -> Result:
+    def _row_by_row(self, portion: Portion) -> Result:
         results = []
-        for row in chunk.rows:
-            self.give(0, Chunk(chunk.source_id, [row], chunk.num_characters))
+        for row in portion.rows:
+            self.give(0, Portion(portion.source_id, [row], portion.num_characters))
             results.append(self.take()[1])
             if sum(result.problems != [] for result in results) > self._config.max_bad_rows:
                 raise DataError("\n".join(problem.message for result in results for problem in result.problems))
         return _joined(results)
 
-    def _set_aside(self, chunk: Chunk, death: str) -> Result:
-        ((where, record),) = chunk.rows
+    def _set_aside(self, portion: Portion, death: str) -> Result:
+        ((where, record),) = portion.rows
         message = f"{where}: {death}; expected a row like others. Correct or remove it, or pass another --chat-template."
         return Result(
-            source_id=chunk.source_id,
+            source_id=portion.source_id,
             num_rows=1,
             tokens=np.zeros(0, np.int32),
             loss_mask=np.zeros(0, np.uint8),
@@ -245,8 +245,8 @@ def _joined(results: Sequence[Result]) -> Result:
     )
 
 
-def _deal(workers: list[_Worker], chunks: Iterator[Chunk]) -> Iterator[Result | None]:
-    numbered = enumerate(chunks)
+def _deal(workers: list[_Worker], portions: Iterator[Portion]) -> Iterator[Result | None]:
+    numbered = enumerate(portions)
     following = next(numbered, None)
     finished: dict[int, Result] = {}
     next_index = 0
@@ -279,9 +279,9 @@ def _work(connection: Connection, ours: Sequence[Connection], config: DataConfig
     gc.freeze()  # a collection would touch, and so copy, every object of the tokenizer
     try:
         while True:
-            chunk = connection.recv()
-            with limited_memory(max(MEMORY_BYTES, BYTES_PER_CHARACTER * chunk.num_characters)):
-                result = encode(encoder, config, chunk)
+            portion = connection.recv()
+            with limited_memory(max(MEMORY_BYTES, BYTES_PER_CHARACTER * portion.num_characters)):
+                result = encode(encoder, config, portion)
             connection.send(result)
     except (UserError, MemoryError) as error:
         connection.send(error)

@@ -139,13 +139,13 @@ def first_not_finite(chunks: Sequence[nn.Module]) -> str | None:
     return next((named[i][0] for i in suspects if not bool(named[i][1].isfinite().all())), None)
 
 
-def require_finite(chunks: Sequence[nn.Module], ranks: Ranks, where: str) -> None:
+def require_finite(chunks: Sequence[nn.Module], ranks: Ranks, target: str) -> None:
     """Collective, before weights are written.
 
     Args:
         chunks: this rank's model chunks, wrapped or not.
         ranks: of this process.
-        where: begins the message: what is not written.
+        target: begins the message: what is not written.
 
     Raises:
         TrainingError: on every rank, naming a parameter that holds NaN or infinite values on one.
@@ -154,7 +154,7 @@ def require_finite(chunks: Sequence[nn.Module], ranks: Ranks, where: str) -> Non
     def check() -> None:
         if name := first_not_finite(chunks):
             raise TrainingError(
-                f"{where}: not saved. {name} on rank {ranks.rank} holds NaN or infinite values; expected numbers. Earlier "
+                f"{target}: not saved. {name} on rank {ranks.rank} holds NaN or infinite values; expected numbers. Earlier "
                 "checkpoints are untouched: lower --lr or mend --clip-grad, and resume."
             )
 

@@ -219,10 +219,10 @@ class _Decoder:
         if not self.live:
             idle(self._chunks)
             return
-        options, where = self._options, device()
+        options, target = self._options, device()
         logits = last_logits(self._chunks, *self._row)
-        chosen = torch.empty(len(self.live), dtype=torch.int64, device=where)
-        logprobs = torch.zeros(len(self.live), device=where)
+        chosen = torch.empty(len(self.live), dtype=torch.int64, device=target)
+        logprobs = torch.zeros(len(self.live), device=target)
         if logits is not None:
             logits = logits if self._spread is None else logits[self._spread]
             chosen = sample(logits, options, [answer.random.random() if options.temperature else 0.0 for answer in self.live])

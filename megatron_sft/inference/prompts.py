@@ -123,7 +123,7 @@ def read_prompts(options: GenerateConfig, config: DataConfig) -> list[Prompt]:
         prompts = [Prompt([{"role": "user", "content": text}], path) for text in options.prompt]
     elif path is None:
         path = "standard input"
-        logger.info("reading prompts from standard input, one a line, to its end%s", " (Ctrl-D)" if sys.stdin.isatty() else "")
+        logger.info("reading prompts from standard input, one per line, to its end%s", " (Ctrl-D)" if sys.stdin.isatty() else "")
         prompts = _from_lines(sys.stdin, path)
     elif os.path.isfile(path) and not any(ending in os.path.basename(path) for ending in ENDINGS):
         prompts = _from_lines(_text_lines(path), path)

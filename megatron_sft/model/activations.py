@@ -9,7 +9,7 @@ saves its input instead of logits. Not here: weights, gradients, optimizer state
 from dataclasses import dataclass
 
 from megatron_sft.config.run import ModelConfig, ParallelConfig, TrainConfig
-from megatron_sft.model.loss import chunk_rows
+from megatron_sft.model.loss import block_rows
 from megatron_sft.model.mamba import CHUNK
 
 
@@ -63,11 +63,11 @@ class Activations:
     def head_workspace(self, tokens: int) -> float:
         """Bytes, not a token's: what model/loss.py holds in its backward pass beside what is saved.
 
-        The gradient of the weight, that of the input in fp32 and twice in its own dtype, one chunk of logits in both.
+        The gradient of the weight, that of the input in fp32 and twice in its own dtype, one block of logits in both.
         """
         rows = self.model.padded_vocab_size // self.parallel.tensor_model_parallel_size
-        chunk, hidden = min(rows, chunk_rows(rows, tokens)), self.model.hidden_size
-        return self.width * rows * hidden + (4 + 2 * self.width) * tokens * hidden + (4 + self.width) * tokens * chunk
+        block, hidden = min(rows, block_rows(rows, tokens)), self.model.hidden_size
+        return self.width * rows * hidden + (4 + 2 * self.width) * tokens * hidden + (4 + self.width) * tokens * block
 
     def _recomputes(self, module: str) -> bool:
         return self.train.recompute_granularity == "selective" and module in (self.train.recompute_modules or ("core_attn",))

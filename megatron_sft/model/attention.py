@@ -21,15 +21,15 @@ QUERY_BLOCK = 512
 """Queries that share a mask of [QUERY_BLOCK, keys]."""
 
 
-def packed_seq_params(cu_seqlens: torch.Tensor, max_seqlen: int, where: torch.device | None = None) -> PackedSeqParams:
+def packed_seq_params(cu_seqlens: torch.Tensor, max_seqlen: int, target: torch.device | None = None) -> PackedSeqParams:
     """megatron-core's description of a packed row.
 
     Args:
         cu_seqlens: [documents + 1] int32; lengths [3, 2] -> [0, 3, 5].
         max_seqlen: longest document, in tokens.
-        where: device that cu_seqlens is moved to; None: it is where it is wanted. From page-locked host memory nothing waits.
+        target: device that cu_seqlens is moved to; None: it is where it is wanted. From page-locked host memory nothing waits.
     """
-    moved = cu_seqlens if where is None else cu_seqlens.to(where, non_blocking=True)
+    moved = cu_seqlens if target is None else cu_seqlens.to(target, non_blocking=True)
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=moved,
@@ -43,7 +43,7 @@ def packed_seq_params(cu_seqlens: torch.Tensor, max_seqlen: int, where: torch.de
 
 
 def _ends(packed: PackedSeqParams) -> list[int]:
-    """cu_seqlens_q on the host; a device is waited for once a row, not once a layer."""
+    """cu_seqlens_q on the host; a device is waited for once per row, not once per layer."""
     cached = getattr(packed, "sft_ends", None)
     if cached is None or cached[0] is not packed.cu_seqlens_q:
         assert packed.cu_seqlens_q is not None, "a packed row has cu_seqlens_q"
@@ -236,10 +236,10 @@ class PackedAttention(torch.nn.Module):
         return torch.cat(blocks, dim=2)[0].transpose(0, 1)
 
 
-def _seen(first: int, last: int, low: int, window: int | None, where: torch.device) -> torch.Tensor:
+def _seen(first: int, last: int, low: int, window: int | None, device: torch.device) -> torch.Tensor:
     """[last - first, last - low] bool: query positions first..last-1 over keys low..last-1."""
-    queries = torch.arange(first, last, device=where)[:, None]
-    keys = torch.arange(low, last, device=where)[None]
+    queries = torch.arange(first, last, device=device)[:, None]
+    keys = torch.arange(low, last, device=device)[None]
     seen = keys <= queries
     return seen & (keys > queries - window) if window else seen
 

@@ -37,7 +37,7 @@ class CachedSeqParams(PackedSeqParams):
     states: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     """By layer number and name: what does not grow with the tokens, [documents, ...]."""
     masks: dict[tuple[int | None, int | None], torch.Tensor | None] = field(default_factory=dict)
-    """By window and chunk: which cached tokens the new one sees, [documents, 1, 1, longest] bool; made once a step."""
+    """By window and chunk: which cached tokens the new one sees, [documents, 1, 1, longest] bool; made once per step."""
 
     def store(self, layer_number: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Puts a prompt row's keys and values [tokens, groups, head_dim] into the cache."""
@@ -72,9 +72,9 @@ class CachedSeqParams(PackedSeqParams):
 
     def advance(self, longest: int) -> None:
         """The next row has one more token a document; the longest document then has `longest` tokens."""
-        documents, where = len(self.lengths), self.cu_seqlens_q.device
+        documents, device = len(self.lengths), self.cu_seqlens_q.device
         self.lengths = self.lengths + (1 if self.decodes else self.cu_seqlens_q.diff().long())
-        offsets = torch.arange(documents + 1, dtype=torch.int32, device=where)
+        offsets = torch.arange(documents + 1, dtype=torch.int32, device=device)
         self.cu_seqlens_q: torch.Tensor = offsets
         self.cu_seqlens_kv = offsets
         self.decodes, self.tokens, self.longest, self.max_seqlen_q = True, documents, longest, 1

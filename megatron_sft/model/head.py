@@ -31,7 +31,7 @@ class Head:
     def losses(
         self, hidden: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor, token_loss: TokenLoss = CROSS_ENTROPY
     ) -> torch.Tensor:
-        """Per-token costs, by chunks of the vocabulary: full logits never exist.
+        """Per-token costs, by blocks of the vocabulary: full logits never exist.
 
         Args:
             hidden: [tokens, hidden], the same on every tensor-parallel rank.

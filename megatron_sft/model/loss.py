@@ -1,8 +1,8 @@
-"""Language-model head and cross-entropy in one, by chunks of the vocabulary: full logits never exist.
+"""Language-model head and cross-entropy in one, by blocks of the vocabulary: full logits never exist.
 
 Tokens that are not trained are left out before the head, so a masked prompt costs no FLOP there. Logits are formed twice,
-for the softmax's denominator (online, arXiv 1805.02867) and for the gradient. A chunk of the vocabulary gives its rows of
-the weight's gradient whole: nothing as large as the weight is added up chunk by chunk, as with chunks of tokens (Liger-
+for the softmax's denominator (online, arXiv 1805.02867) and for the gradient. A block of the vocabulary gives its rows of
+the weight's gradient whole: nothing as large as the weight is added up block by block, as with blocks of tokens (Liger-
 Kernel's fused linear cross-entropy, linkedin/Liger-Kernel src/liger_kernel/ops/fused_linear_cross_entropy.py).
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-CHUNK_LOGITS = 16 * 1024 * 1024
-"""Elements of one chunk's logits: 32 MB in bf16, 64 MB in fp32."""
-CHUNKS = 32
-"""The vocabulary has at most so many chunks: each one reads all hidden states and adds to their gradient."""
+BLOCK_LOGITS = 16 * 1024 * 1024
+"""Elements of one block's logits: 32 MB in bf16, 64 MB in fp32."""
+BLOCKS = 32
+"""The vocabulary has at most so many blocks: each one reads all hidden states and adds to their gradient."""
 
 
 EAFT_TOP = 20
@@ -73,7 +73,7 @@ CROSS_ENTROPY = TokenLoss()
 
 @dataclass
 class _Scores:
-    """What the costs of n trained tokens are made of, added up over chunks of the vocabulary; float32."""
+    """What the costs of n trained tokens are made of, added up over blocks of the vocabulary; float32."""
 
     denominator: torch.Tensor
     """[n] log of the softmax's denominator."""
@@ -123,7 +123,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forward keeps the log of the softmax's denominator a token; backward forms each chunk's logits again."""
+    """Forward keeps the log of the softmax's denominator per token; backward forms each block's logits again."""
 
     @staticmethod
     def forward(
@@ -147,7 +147,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scores = _Scores(peak, score, torch.zeros_like(peak) if token_loss.label_smoothing else None, None)
         if token_loss.kind == "eaft":
             scores.top = peak[:, None].expand(-1, min(EAFT_TOP, vocab_size))
-        for first, last in _chunks(ctx.valid_rows, len(index)):
+        for first, last in _blocks(ctx.valid_rows, len(index)):
             logits = _logits(chosen, weight[first:last], softcap)
             here, column = _local_targets(targets, ctx.first_row + first, last - first)
             score += torch.where(here, logits.gather(1, column[:, None])[:, 0], 0.0)
@@ -179,7 +179,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         if grad_weight is not None:
             grad_weight[ctx.valid_rows :] = 0
-        for first, last in _chunks(ctx.valid_rows, len(index)):
+        for first, last in _blocks(ctx.valid_rows, len(index)):
             rows = weight[first:last]
             logits = _logits(chosen, rows, ctx.softcap)
             slope = 1 - (logits / ctx.softcap).square_() if ctx.softcap is not None else None
@@ -224,14 +224,14 @@ def _greatest(parts: list[torch.Tensor], count: int) -> torch.Tensor:
     return torch.cat([part.topk(min(count, part.shape[1]), dim=1).values for part in parts], dim=1).topk(count, dim=1).values
 
 
-def chunk_rows(rows: int, tokens: int) -> int:
+def block_rows(rows: int, tokens: int) -> int:
     """Rows of the vocabulary whose logits for all trained tokens exist at a time."""
-    return max(1, CHUNK_LOGITS // max(tokens, 1), -(-rows // CHUNKS))
+    return max(1, BLOCK_LOGITS // max(tokens, 1), -(-rows // BLOCKS))
 
 
-def _chunks(rows: int, tokens: int) -> Iterator[tuple[int, int]]:
-    """First and last row (not included) of each chunk: 10 rows, 4 a chunk -> (0, 4), (4, 8), (8, 10)."""
-    size = chunk_rows(rows, tokens)
+def _blocks(rows: int, tokens: int) -> Iterator[tuple[int, int]]:
+    """First and last row (not included) of each block: 10 rows, 4 per block -> (0, 4), (4, 8), (8, 10)."""
+    size = block_rows(rows, tokens)
     return ((first, min(first + size, rows)) for first in range(0, rows, size))
 
 

@@ -260,7 +260,7 @@ def ssd_scan(
     parts = [F.pad(value.float(), [0, 0] * (value.dim() - 1) + [0, more]).unflatten(0, (-1, CHUNK)) for value in (x, step, b, c)]
     values, steps, keys, queries = parts
     owner = torch.cat((documents, documents[-1:].expand(more))).unflatten(0, (-1, CHUNK))  # [chunks, CHUNK]
-    values = (values * steps[..., None]).unflatten(2, (groups, -1))  # [chunks, CHUNK, groups, heads a group, head_dim]
+    values = (values * steps[..., None]).unflatten(2, (groups, -1))  # [chunks, CHUNK, groups, heads per group, head_dim]
     total = (steps * decay).cumsum(1).unflatten(2, (groups, -1))  # log of the decay since the chunk's first token
     seen = (owner[:, :, None] == owner[:, None, :]).tril()[..., None, None]
     weights = torch.where(seen, total[:, :, None] - total[:, None], -torch.inf).exp()  # [chunks, to, from, groups, heads]

@@ -70,10 +70,10 @@ class RotaryTable:
 
     def _rows(self, positions: torch.Tensor, max_seqlen: int) -> list[torch.Tensor]:
         """[T, 2, dim] a kind."""
-        rows, where = [], (max_seqlen, positions.device)
-        if where not in self._moved:  # once: a copy from the host waits for the device
-            self._moved[where] = [(f.to(positions.device), factor) for f, factor in self.inverse_frequencies(max_seqlen)]
-        for frequencies, factor in self._moved[where]:
+        rows, key = [], (max_seqlen, positions.device)
+        if key not in self._moved:  # once: a copy from the host waits for the device
+            self._moved[key] = [(f.to(positions.device), factor) for f, factor in self.inverse_frequencies(max_seqlen)]
+        for frequencies, factor in self._moved[key]:
             angles = torch.outer(positions, frequencies)
             angles = angles.repeat_interleave(2, dim=1) if self._interleaved else torch.cat((angles, angles), dim=1)
             rows.append(torch.stack((angles.cos() * factor, angles.sin() * factor), dim=1))

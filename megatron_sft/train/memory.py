@@ -22,19 +22,19 @@ def explained(run: RunConfig, ranks: Ranks) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info()
         peak = torch.cuda.max_memory_allocated() / _GIB
-        where = f"GPU {torch.cuda.current_device()} ({total / _GIB:.1f} GiB, {free / _GIB:.1f} free; our peak {peak:.1f})"
-        raise TrainingError(_message(run, ranks, where, str(error))) from None
+        device = f"GPU {torch.cuda.current_device()} ({total / _GIB:.1f} GiB, {free / _GIB:.1f} free; our peak {peak:.1f})"
+        raise TrainingError(_message(run, ranks, device, str(error))) from None
     except (MemoryError, RuntimeError, OSError) as error:
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in _HOST_MESSAGES):
             raise
         raise TrainingError(_message(run, ranks, "the host", str(error) or "MemoryError")) from None
 
 
-def _message(run: RunConfig, ranks: Ranks, where: str, found: str) -> str:
+def _message(run: RunConfig, ranks: Ranks, device: str, found: str) -> str:
     knobs = "; ".join(_knobs(run, ranks))
     return (
-        f"rank {ranks.rank}: out of memory on {where}: {found.splitlines()[0][:300]} Expected the run to fit. What saves memory, "
-        f"the cheapest first: {knobs}. `megatron-sft plan` with the same flags says which layouts fit."
+        f"rank {ranks.rank}: out of memory on {device}: {found.splitlines()[0][:300]} Expected the run to fit. What saves "
+        f"memory, the cheapest first: {knobs}. `megatron-sft plan` with the same flags says which layouts fit."
     )
 
 
@@ -51,7 +51,7 @@ def _knobs(run: RunConfig, ranks: Ranks) -> list[str]:
     if train.params_dtype == "fp32":
         knobs.append("--bf16")
     if not run.optim.use_precision_aware_optimizer:
-        knobs.append("--use-precision-aware-optimizer with bf16 moments and gradients (12 bytes a parameter in place of 18)")
+        knobs.append("--use-precision-aware-optimizer with bf16 moments and gradients (12 bytes per parameter in place of 18)")
     if not layout.use_distributed_optimizer:
         knobs.append("--use-distributed-optimizer with more data-parallel processes")
     for name, flag in (("tensor", "--tensor-"), ("pipeline", "--pipeline-"), ("context", "--context-")):

@@ -67,7 +67,7 @@ class Saving:
                 try_hf(chunks, run.model, place, ranks, like)
 
     def checkpoint(self, state: TrainState, valid_loss: float | None) -> None:
-        """Collective: writes a checkpoint, and an HF folder where --save-hf names one an iteration.
+        """Collective: writes a checkpoint, and an HF folder for each iteration where --save-hf asks for it.
 
         Args:
             state: after a step.

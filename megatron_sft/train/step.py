@@ -115,8 +115,8 @@ def train_step(
         _require_finite(chunks, reports, batches, totals, name_document, iteration)
     if loss_limit != float("inf") and _is_spike(totals.loss, loss_limit):
         rows = _rows_where(lambda loss: loss > loss_limit, reports, batches, name_document)
-        where = f", most of it in the rows {', '.join(rows[:8])}" if rows else ""
-        return StepResult(totals, 0.0, f"iteration {iteration}: loss {totals.loss:.4f} is above {loss_limit:.4f}{where}")
+        of_rows = f", most of it in the rows {', '.join(rows[:8])}" if rows else ""
+        return StepResult(totals, 0.0, f"iteration {iteration}: loss {totals.loss:.4f} is above {loss_limit:.4f}{of_rows}")
     if not totals.trained_tokens:
         rows = _rows_where(lambda loss: True, reports, batches, name_document)
         named = f" ({', '.join(rows[:8])})" if rows else ""
@@ -170,12 +170,12 @@ def _require_finite(
     if finite_loss and not flag:
         return
     if finite_loss:
-        where = f"; the loss is finite, the gradient is not: {_bad_gradients(chunks, batches, name_document)}"
+        of_what = f"; the loss is finite, the gradient is not: {_bad_gradients(chunks, batches, name_document)}"
     else:
         rows = _rows_where(lambda loss: not math.isfinite(loss), reports, batches, name_document)
-        where = f" in the rows {', '.join(rows[:8])}" if rows else ""
+        of_what = f" in the rows {', '.join(rows[:8])}" if rows else ""
     raise TrainingError(
-        f"iteration {iteration}: loss or gradient is not finite{where}. Expected finite numbers. "
+        f"iteration {iteration}: loss or gradient is not finite{of_what}. Expected finite numbers. "
         "Nothing was updated in this step: lower --lr, look at the rows, or pass --no-check-for-nan-in-loss-and-grad to go on."
     )
 

@@ -1,6 +1,6 @@
 """Ends a run of several processes within seconds when one of them dies, stalls or fails, and says which one and why.
 
-A thread on every rank writes a heartbeat to the process group's key-value store once a second, whatever the main thread
+A thread on every rank writes a heartbeat to the process group's key-value store once per second, whatever the main thread
 computes, tokenises or waits for: only a process that is stopped, dead or cut off falls silent. Ranks watch the next rank's
 heartbeat, and the processes of their own machine through /proc. The first to notice writes down the failure; everybody
 reads it, gives the main thread GRACE_S to end by itself, and ends.

@@ -46,7 +46,7 @@ def test_prompts_from_standard_input_and_raw_text(folder: Path) -> None:
     result = run("--load", str(folder), "--osl", "4", "--no-chat-template", stdin="one\ntwo\n")
     assert result.returncode == 0, result.stderr
     assert "user: one" in result.stdout and "user: two" in result.stdout
-    assert "reading prompts from standard input, one a line, to its end\n" in result.stderr
+    assert "reading prompts from standard input, one per line, to its end\n" in result.stderr
 
 
 def test_a_missing_model_is_one_clear_line(tmp_path: Path) -> None:

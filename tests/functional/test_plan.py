@@ -174,7 +174,7 @@ def test_8b_with_adam_fits_one_gpu_of_141_gb_at_12_bytes_a_parameter(tmp_path: P
     assert (row["parameters"], row["fits"]) == (8_190_735_360, True)
     assert sum(states) == pytest.approx(12 * 8.190735360)
     assert row["total_gb"] == pytest.approx(sum(states) + row["activations_gb"] + row["workspace_gb"] + 2)
-    assert main(asked) == 2  # 18 bytes a parameter
+    assert main(asked) == 2  # 18 bytes per parameter
 
 
 def test_problems_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

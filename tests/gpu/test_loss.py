@@ -18,7 +18,7 @@ def plain(hidden, weight, labels, mask, vocab_size, softcap):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_loss_and_gradients_are_those_of_full_logits(dtype, softcap, monkeypatch):
     """fp32: 1e-5 of the norm. bf16: twice the error of full logits in bf16, gradients too."""
-    monkeypatch.setattr("megatron_sft.model.loss.CHUNK_LOGITS", 1000 * 30)  # several chunks of the vocabulary
+    monkeypatch.setattr("megatron_sft.model.loss.BLOCK_LOGITS", 1000 * 30)  # several blocks of the vocabulary
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 64, generator=generator).to(dtype) * 0.3 for n in (200, 1000))
     labels = torch.randint(0, 990, (200,), generator=generator)

@@ -140,7 +140,7 @@ def test_store_has_documents_masks_places_and_a_ledger(tmp_path):
 
 
 def test_several_processes_give_the_same_store_as_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens_module, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(tokens_module, "PORTION_ROWS", 16)
     random = np.random.default_rng(0)
     rows = [
         chat("q " * random.integers(1, 9), "a " * random.integers(1, 9), **({"weight": 0.25} if i % 7 == 0 else {}))
@@ -172,7 +172,7 @@ def test_several_processes_give_the_same_store_as_one(tmp_path, monkeypatch):
     ],
 )
 def test_a_row_that_ends_its_process_is_one_bad_row(tmp_path, monkeypatch, poison, told):
-    monkeypatch.setattr(tokens_module, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(tokens_module, "PORTION_ROWS", 16)
     rows = [chat(f"q{i}", "a b" if i % 3 else "a") for i in range(100)]
     whole = build(tmp_path, [row for i, row in enumerate(rows) if i not in (40, 41, 90)], name="whole.jsonl")
     for i in (40, 90):
@@ -201,7 +201,7 @@ def test_a_worker_that_is_killed_once_does_its_rows_again(tmp_path, monkeypatch)
             (tmp_path / "killed").touch(exist_ok=False)
             ACTIONS["killed"]()
 
-    monkeypatch.setattr(tokens_module, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(tokens_module, "PORTION_ROWS", 16)
     monkeypatch.setitem(ACTIONS, "killed once", killed_once)
     store = build(tmp_path, [chat("q", "killed once" if i == 40 else "a") for i in range(100)], num_workers=2)
     assert len(store) == 100 and (tmp_path / "killed").exists()
@@ -422,9 +422,9 @@ class TurnEncoder(WordEncoder):
         return super().encode(row) * turns
 
 
-def test_documents_know_their_row_over_chunks_sources_and_bad_rows(tmp_path, monkeypatch):
+def test_documents_know_their_row_over_portions_sources_and_bad_rows(tmp_path, monkeypatch):
     """Rows 0 to 4 and 5 to 6; row 1 is bad, 0 and 6 have two turns, 3 is cut into two pieces."""
-    monkeypatch.setattr(tokens_module, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(tokens_module, "PORTION_ROWS", 2)
     twice = {"messages": [*chat("a", "b")["messages"], *chat("c", "d")["messages"]]}
     first = [twice, {"messages": "no"}, chat("a", "b"), chat("a", "b c d e f g h i j"), chat("a", "b")]
     config = DataConfig(seq_length=8, num_workers=1, max_bad_rows=1, truncation="split")

@@ -63,7 +63,7 @@ def apart(found, wanted):
 
 @pytest.mark.parametrize(("name", "softcap"), itertools.product(KINDS, (None, 2.0)))
 def test_a_loss_is_its_formula_on_full_logits(name, softcap, monkeypatch):
-    monkeypatch.setattr("megatron_sft.model.loss.CHUNK_LOGITS", 20 * 11)  # of 50 rows, for 20 trained tokens
+    monkeypatch.setattr("megatron_sft.model.loss.BLOCK_LOGITS", 20 * 11)  # of 50 rows, for 20 trained tokens
     hidden, weight, labels, mask = drawn()
     cost = linear_cross_entropy(hidden, weight, labels, mask, VOCABULARY, None, softcap, KINDS[name]) * mask
     found = cost.detach(), *torch.autograd.grad(cost.sum(), (hidden, weight))
