@@ -15,7 +15,8 @@ from megatron_sft.config.arguments import parse, read_flags
 from megatron_sft.config.help import ASKS, help_of, overview
 from megatron_sft.config.options import DoctorConfig, GenerateConfig, MMLUConfig, PlanConfig, ViewConfig
 from megatron_sft.config.run import RunConfig
-from megatron_sft.core_compat import leave_out_compiler, wants_colour
+from megatron_sft.core_compat import leave_out_compiler
+from megatron_sft.environment import wants_colour
 from megatron_sft.errors import ConfigError
 from megatron_sft.output import output_problems, write_output
 

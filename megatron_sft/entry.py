@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 from megatron_sft import log
 from megatron_sft.config.help import help_of
-from megatron_sft.core_compat import allow_open_files, process_environment, silence_missing_kernels
+from megatron_sft.core_compat import silence_missing_kernels
+from megatron_sft.environment import allow_open_files, process_environment
 from megatron_sft.errors import UserError, missing_package
 
 

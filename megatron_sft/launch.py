@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from megatron_sft.core_compat import be_patient_launcher
+from megatron_sft.environment import be_patient_launcher
 from megatron_sft.errors import ConfigError, TrainingError, missing_package
 
 

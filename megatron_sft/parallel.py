@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sft.config.run import ParallelConfig
-from megatron_sft.core_compat import install_cpu_mode, process_environment
+from megatron_sft.core_compat import install_cpu_mode
+from megatron_sft.environment import process_environment
 from megatron_sft.errors import ConfigError, UserError
 
 T = TypeVar("T")

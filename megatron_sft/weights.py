@@ -25,7 +25,7 @@ from megatron_sft.checkpoint.tracker import RELEASE, is_megatron_checkpoint
 from megatron_sft.config.fields import flag_of, shown
 from megatron_sft.config.problems import problems
 from megatron_sft.config.run import BASE_IDENTITY, LoraConfig, ModelConfig, RunConfig, model_config_from_json
-from megatron_sft.core_compat import process_environment
+from megatron_sft.environment import process_environment
 from megatron_sft.errors import CheckpointError, ConfigError
 from megatron_sft.hf.adapters import attach, fingerprint, freeze
 from megatron_sft.hf.config import family_of, model_config_from_hf, read_hf_config, text_config

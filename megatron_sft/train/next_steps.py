@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from megatron_sft.config.run import RunConfig
-from megatron_sft.core_compat import Started, process_environment, started
+from megatron_sft.environment import Started, process_environment, started
 from megatron_sft.train.state import TrainState
 
 SIZES = {

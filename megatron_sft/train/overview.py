@@ -13,10 +13,10 @@ import torch
 
 from megatron_sft import plan
 from megatron_sft.config.run import RunConfig
-from megatron_sft.core_compat import wants_colour
 from megatron_sft.data.loader import steps_of_samples
 from megatron_sft.data.preview import decoder, sample_text
 from megatron_sft.data.sft_dataset import SFTDataset
+from megatron_sft.environment import wants_colour
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
 from megatron_sft.train.state import TrainState

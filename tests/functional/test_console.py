@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from megatron_sft.config.arguments import parse
-from megatron_sft.core_compat import started
 from megatron_sft.data.preview import TRAINED, TRAINED_END
+from megatron_sft.environment import started
 from megatron_sft.train.next_steps import commands
 from tests.functional.conftest import metrics_of
 from tests.functional.terminal import on_terminal

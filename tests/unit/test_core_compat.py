@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
-from megatron_sft.core_compat import fuse_gradient_norm, process_environment, varlen_attention
+from megatron_sft.core_compat import fuse_gradient_norm, varlen_attention
+from megatron_sft.environment import process_environment
 from megatron_sft.errors import ConfigError
 
 

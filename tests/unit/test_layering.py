@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGE = "megatron_sft"
 ROOT = Path(__file__).resolve().parents[2]
-EVERY = {"config", "core_compat", "errors", "files", "lock", "log"}
+EVERY = {"config", "core_compat", "environment", "errors", "files", "lock", "log"}
 ALLOWED: Mapping[str, set[str]] = {
     "errors": set(),
     "files": set(),
@@ -19,9 +19,10 @@ ALLOWED: Mapping[str, set[str]] = {
     "output": {"errors", "files", "log"},
     "shell": {"errors"},
     "requirements": set(),
-    "core_compat": {"errors", "log"},
+    "core_compat": {"log"},
+    "environment": {"errors"},
     "entry": EVERY | {"parallel"},
-    "launch": {"core_compat", "errors"},
+    "launch": {"environment", "errors"},
     "hub": EVERY | {"checkpoint"},  # which run goes on from --save and needs no other weights
     "config": {"errors", "log", "core_compat"},
     "parallel": EVERY,
@@ -39,7 +40,9 @@ ALLOWED: Mapping[str, set[str]] = {
     "__main__": EVERY
     | set("checkpoint conversion data doctor entry hf hub inference output parallel plan shell tasks train".split()),
 }
-USES_CORE = set(ALLOWED) - set("errors files lock log config data entry hub launch output requirements shell __main__".split())
+USES_CORE = set(ALLOWED) - set(
+    "environment errors files lock log config data entry hub launch output requirements shell __main__".split()
+)
 
 
 def imported_modules(tree: ast.AST, dotted: str) -> Iterator[str]:
