@@ -56,6 +56,8 @@ class Words:
 
 Count = Annotated[int, Number(1)]
 """At least one."""
+Batch = Annotated[int, Number(1, 2**20)]
+"""More is a slip of the hand: what is planned of a step takes memory for each."""
 Amount = Annotated[int, Number(0)]
 """Perhaps none."""
 Length = Annotated[int, Number(1, 10**12)]

@@ -21,7 +21,7 @@ from megatron_sft.config.core_fields import (
     MoEConfig,
     record_fields,
 )
-from megatron_sft.config.fields import Amount, Count, Kind, Length, Number, Precision, Seed, Share, Weight, Words, kinds
+from megatron_sft.config.fields import Amount, Batch, Count, Kind, Length, Number, Precision, Seed, Share, Weight, Words, kinds
 from megatron_sft.config.lora import LoraConfig
 from megatron_sft.errors import CheckpointError
 
@@ -353,9 +353,9 @@ class OptimConfig:
 class TrainConfig:
     """Length, batch and numerics of the run. Exactly one of train_iters, train_samples and num_epoch is set."""
 
-    micro_batch_size: Annotated[Count, "packs"] = 1
+    micro_batch_size: Annotated[Batch, "packs"] = 1
     """In one forward pass of one data-parallel rank."""
-    global_batch_size: Annotated[Count, "packs"] | None = None
+    global_batch_size: Annotated[Batch, "packs"] | None = None
     """In one optimizer step; None: micro_batch_size x data-parallel size where a run begins, then the checkpoint's."""
     max_tokens_per_gpu: Annotated[Count, "tokens"] | None = None
     """Micro-batches are filled to so many, in place of micro_batch_size packs."""

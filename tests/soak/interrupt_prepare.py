@@ -110,6 +110,7 @@ def fate(process: "subprocess.Popen[str]", output: str, presses: int) -> str:
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would what it starts
     tries = int(sys.argv[1]) if len(sys.argv) > 1 else 12
     work, choice, wrong = Path(tempfile.mkdtemp(prefix="interrupt_prepare.")), random.Random(0), 0
     folder_of_data(work)
