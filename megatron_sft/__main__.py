@@ -139,13 +139,15 @@ def merge(argv: Sequence[str], world_size: int) -> int:
 
 
 def verify(argv: Sequence[str], world_size: int) -> int:
-    """Compares with transformers: HF_FOLDER [MEGATRON_CHECKPOINT]; exit status 1 if they differ."""
+    """Compares with transformers: HF_FOLDER [MEGATRON_CHECKPOINT|ADAPTER]; exit status 1 if they differ."""
     places = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     named = [word for pair in zip(("--tokenizer-model", "--load"), places, strict=False) for word in pair]
     run, _ = _model_run([*named, *argv[len(places) :]], world_size)
     folder, checkpoint = run.data.tokenizer_model, run.checkpoint.load
     if not folder or len(places) > 2:
-        raise ConfigError([f"verify: {len(places)} places; expected HF_FOLDER and perhaps MEGATRON_CHECKPOINT. See --help."])
+        raise ConfigError(
+            [f"verify: {len(places)} places; expected HF_FOLDER and perhaps a checkpoint or an adapter. See --help."]
+        )
     from megatron_sft.conversion import verify as same
 
     folder = hub.folder("verify", folder, weights=True)

@@ -1,6 +1,8 @@
 """What `megatron-sft convert`, `export` and `verify` do, as functions of a resolved run. No flags here."""
 
 import dataclasses
+import os
+import tempfile
 from pathlib import Path
 
 from megatron_sft import parallel
@@ -8,14 +10,14 @@ from megatron_sft.checkpoint.distributed import save_checkpoint
 from megatron_sft.checkpoint.lock import held
 from megatron_sft.checkpoint.tracker import RELEASE, is_megatron_checkpoint, iterations
 from megatron_sft.config.folders import folder_problems
-from megatron_sft.config.run import CheckpointConfig, RunConfig
+from megatron_sft.config.run import CheckpointConfig, LoraConfig, RunConfig
 from megatron_sft.errors import CheckpointError, ConfigError
 from megatron_sft.hf.exporter import save_hf, try_places
-from megatron_sft.hf.peft import save_peft
+from megatron_sft.hf.peft import is_peft_folder, save_peft
 from megatron_sft.hf.verify import changed_tensors, first_difference, rounded_tensors
 from megatron_sft.hf.weights import require_finite
 from megatron_sft.log import logger
-from megatron_sft.weights import WeightSource, build, resolve
+from megatron_sft.weights import WeightSource, build, is_adapter, resolve
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -139,24 +141,36 @@ def _like(run: RunConfig) -> str | None:
     return run.data.tokenizer_model if run.data.tokenizer_model not in ("", run.checkpoint.load) else None
 
 
-def verify(hf_folder: str, megatron_checkpoint: str | None = None, iteration: int | None = None) -> bool:
-    """Compares a Megatron checkpoint, or a conversion in memory, with the HF folder. One process, fp32.
+def verify(hf_folder: str, other: str | None = None, iteration: int | None = None) -> bool:
+    """Compares a conversion in memory, a Megatron checkpoint, or the model with adapters, with transformers. One process, fp32.
+
+    Args:
+        hf_folder: the whole model.
+        other: a checkpoint of all weights; a PEFT folder or a checkpoint of adapters, which PEFT computes on the other side.
+        iteration: of the checkpoint; None: its last.
 
     Returns:
-        Whether logits and every tensor agree; what differs is logged, the first layer first.
+        Whether the logits agree, and without adapters every tensor; what differs is logged, the first layer first.
     """
-    places = CheckpointConfig(load=hf_folder, verify_conversion=False)
-    run, source = resolve(RunConfig(checkpoint=places), NOTHING, training=False)
-    if megatron_checkpoint is not None:
-        source = dataclasses.replace(source, path=megatron_checkpoint, is_hf=False, iteration=iteration)
+    adapter = other if other is not None and is_adapter(other) else None
+    places = CheckpointConfig(load=hf_folder, verify_conversion=False, ckpt_step=iteration if adapter else None)
+    run, source = resolve(RunConfig(checkpoint=places, lora=LoraConfig(lora_load=adapter)), NOTHING, training=False)
+    if other is not None and adapter is None:
+        source = dataclasses.replace(source, path=other, is_hf=False, iteration=iteration)
     ranks = parallel.initialize(run.parallel, run.train.seed)
     chunks = build(run, source, ranks)
-    place, difference = first_difference(chunks[0], hf_folder)
+    with tempfile.TemporaryDirectory() as folder:
+        if adapter is not None and not is_peft_folder(adapter):
+            adapter = os.path.join(folder, "adapter")
+            save_peft(chunks, run, adapter, ranks, hf_folder)
+        place, difference = first_difference(chunks[0], hf_folder, adapter=adapter)
     logger.info("logits: largest difference from transformers %.1e", difference)
     if place:
         logger.info("first difference: %s", place)
-    changed = changed_tensors(chunks, run.model, hf_folder, ranks)
+    changed = changed_tensors(chunks, run.model, hf_folder, ranks) if adapter is None else []
     parallel.finalize()
+    if adapter is not None:
+        return place is None
     for name, ours, theirs, _ in changed:
         logger.info("%s: sha256 %s here, %s in the folder", name, ours, theirs)
     logger.info("tensors: %d differ", len(changed))

@@ -256,6 +256,11 @@ def _place(run: RunConfig, path: str, resumes: bool = False, step: int | None = 
     )
 
 
+def is_adapter(path: str) -> bool:
+    """Whether a PEFT folder or a checkpoint of adapters is at a path; raises CheckpointError where nothing usable is."""
+    return _is_adapter(_place(RunConfig(), path))
+
+
 def _is_adapter(source: WeightSource) -> bool:
     return bool(source.run_config.get("lora", {}).get("lora_rank"))
 

@@ -214,7 +214,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "verify": Command(
         "Compares a checkpoint, or a conversion in memory, with transformers; exit status 1 if they differ.",
-        "HF_FOLDER [MEGATRON_CHECKPOINT]",
+        "HF_FOLDER [MEGATRON_CHECKPOINT|ADAPTER]",
         groups=(),
         examples=("megatron-sft verify /path/to/hf-folder OUT",),
     ),

@@ -1,7 +1,7 @@
 """Whether the model here computes what the HF checkpoint computes. The other side is always transformers' own code.
 
 quick_check: in every conversion of finetune.py; settings, rotary frequencies and the first two layers.
-first_difference: `megatron-sft verify`; all layers and the logits on one process.
+first_difference: `megatron-sft verify`; all layers and the logits on one process, with adapters or without.
 changed_tensors: `megatron-sft verify`; every tensor, written back and compared bit for bit.
 """
 
@@ -129,6 +129,18 @@ def _their_model(folder: Path, num_layers: int | None, dtype: torch.dtype) -> An
     return model.eval()
 
 
+def _with_adapter(model: Any, folder: str) -> Any:
+    """The model with the adapters that PEFT reads from a folder."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise CheckpointError(
+            f"{folder}: adapters are compared with PEFT, which cannot be used ({error}); expected it in this environment. "
+            "pip install peft."
+        ) from None
+    return PeftModel.from_pretrained(model, folder).eval().get_base_model()
+
+
 @contextmanager
 def _refusals_explained(folder: Path) -> Iterator[None]:
     """What transformers raises on a folder or a config.json that its own classes do not take, around its reading calls alone."""
@@ -202,13 +214,16 @@ def _probe_tokens(model: ModelConfig) -> torch.Tensor:
     return torch.randint(min(model.vocab_size, 2**31), (1, PROBE_TOKENS), generator=generator).to(device())
 
 
-def first_difference(chunk: nn.Module, folder: str | Path, tokens: torch.Tensor | None = None) -> tuple[str | None, float]:
+def first_difference(
+    chunk: nn.Module, folder: str | Path, tokens: torch.Tensor | None = None, adapter: str | None = None
+) -> tuple[str | None, float]:
     """Runs the whole model on one process beside transformers.
 
     Args:
         chunk: the model, fp32, not cut over ranks.
         folder: the HF folder.
         tokens: ids [1, n]; None: random ones.
+        adapter: PEFT folder of the model's adapters, which the other side gets from PEFT.
 
     Returns:
         (name of the first place whose output differs, or None; largest absolute difference of the logits).
@@ -217,6 +232,8 @@ def first_difference(chunk: nn.Module, folder: str | Path, tokens: torch.Tensor 
     model = model_config_from_hf(read_hf_config(folder))
     tokens = _probe_tokens(model) if tokens is None else tokens
     their_model = _their_model(Path(folder), None, torch.float32)
+    if adapter is not None:
+        their_model = _with_adapter(their_model, adapter)
     theirs, body = _reference(their_model, tokens), _text_model(their_model)[1]
     ours = _run(chunk, tokens, None)
     ours["logits"] = ours["logits"][:, : model.vocab_size]

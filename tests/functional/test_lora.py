@@ -69,6 +69,10 @@ def test_an_adapter_is_trained_resumed_exported_used_and_merged(finetune: Any, t
         outputs[name] = with_peft(tiny_folder, tmp_path / name) if name == "exported" else plain(tmp_path / name)
     expected, before = with_peft(tiny_folder, adapter), plain(tiny_folder)
     assert torch.equal(outputs["exported"], expected)
+    for place in (save, adapter):
+        done = run_script("megatron_sft/__main__.py", ["verify", tiny_folder, place])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert float(done.stdout.rpartition("difference from transformers ")[2].split()[0]) < 1e-5 * expected.abs().max()
     for name in ("merged", "merged-export"):
         assert (outputs[name] - expected).abs().max() < 1e-4 * expected.abs().max()
     assert (expected - before).abs().max() > 1e-2 * expected.abs().max()

@@ -51,6 +51,9 @@ def _bytes_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+OR_KEPT = " or kept"
+
+
 def when(said: str, does: str) -> str:
     """A template that does something once a conversation's last message is of a kind, and ChatML always."""
     return f"{{% if messages[-1].content == '{said}' %}}{does}{{% endif %}}"
@@ -73,8 +76,12 @@ def _said(answer: str) -> dict[str, Any]:
 
 
 def rows(size: int) -> dict[str, tuple[Any, str | None]]:
-    """Name -> (record, why it is set aside; None: it is kept), with texts of up to `size` characters."""
+    """Name -> (record, why it is set aside; None: it is kept), with texts of up to `size` characters.
+
+    "or kept" behind a reason: the time or the memory that one row may take is near, and either is right.
+    """
     is_long = size >= 10**7  # then Qwen's expression exceeds the limits of its engine
+    slow, large = ("takes too long or kept", "ended its process or kept") if is_long else (None, None)
     return {
         "no messages": ({"messages": []}, "no messages"),
         "nothing said": ({"messages": [{"role": role, "content": ""} for role in ("user", "assistant")]}, None),
@@ -99,9 +106,9 @@ def rows(size: int) -> dict[str, tuple[Any, str | None]]:
         "lone surrogate in a name": (_called({}, "\udfff"), "lone surrogate"),
         "NUL": (_said("\0" * min(size, 10**6)), None),
         "marks": (_said("\x02from0123456789abcdef\x03" * (size // 100)), None),
-        "many messages": ({"messages": CHAT * (size // 100)}, None),
-        "one word": (_said("a" * size), None),
-        "digits": (_said("7" * size), None),
+        "many messages": ({"messages": CHAT * (size // 100)}, slow),
+        "one word": (_said("a" * size), large),
+        "digits": (_said("7" * size), large),
         "ends": (_said("<|im_end|>" * (size // 100)), None),
         "headers": (_said("<|im_start|>assistant\n" * (size // 100)), None),
         "thoughts": (_said("<think>" * (size // 100) + "</think>" * (size // 100)), None),
@@ -114,19 +121,24 @@ def rows(size: int) -> dict[str, tuple[Any, str | None]]:
 
 def check(folder: Path, encoder: ChatEncoder, size: int) -> tuple[int, int]:
     """Builds a store in a folder from all of them; (kept, set aside) rows."""
-    lines, expected, kept = [], [], []
+    lines, expected = [], {}
     for record, reason in rows(size).values():
         lines += [record, {"messages": CHAT}]
-        kept += [len(lines)] if reason else [len(lines) - 1, len(lines)]
-        expected += [(f"{folder}/rows.jsonl:{len(lines) - 1}", reason)] if reason else []
+        if reason:
+            expected[len(lines) - 1] = reason
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = DataConfig(tokenizer_model="m", seq_length=64, truncation="left", num_workers=1, max_bad_rows=len(expected))
     store = build_token_store(config, [open_source(str(folder / "rows.jsonl"), config)], folder, lambda *_: encoder)
     problems = [json.loads(line) for line in (store.folder / "bad_rows.jsonl").read_text().splitlines()]
-    found = [(problem["where"], problem["reason"]) for problem in problems]
-    assert found == expected, [pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]]
+    found = {int(problem["where"].removeprefix(f"{folder}/rows.jsonl:")): problem["reason"] for problem in problems}
+    wrong = {
+        line: (found[line], expected.get(line)) for line in found if expected.get(line, "").removesuffix(OR_KEPT) != found[line]
+    }
+    wrong |= {line: (None, reason) for line, reason in expected.items() if line not in found and not reason.endswith(OR_KEPT)}
+    assert not wrong, wrong
+    kept = [line for line in range(1, len(lines) + 1) if line not in found]
     assert (store.row_ids + 1).tolist() == kept
-    return len(kept), len(expected)
+    return len(kept), len(found)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -92,7 +92,7 @@ def left(session: int) -> list[str]:
 def fate(process: "subprocess.Popen[str]", output: str, presses: int) -> str:
     """What is wrong with how it ended, or nothing."""
     if "Traceback" in output:
-        return f"traceback: {output[-300:]}"
+        return f"traceback: {output[:3000]}"
     if process.returncode == 0:
         return ""
     if left(process.pid):

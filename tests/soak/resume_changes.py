@@ -138,9 +138,8 @@ class Trial:
         chance, done = self.chance, max(self.given, default=0)
         dp, tp, pp = layout or chance.choice(LAYOUTS)
         micro = 1 if layout else chance.randint(1, 3)
-        flags = ["--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp, "--micro-batch-size", micro]
         fills = not layout and chance.random() < 0.25
-        flags += ["--max-tokens-per-gpu", SEQ_LENGTH * chance.randint(1, 3)] if fills else []
+        flags = ["--max-tokens-per-gpu", SEQ_LENGTH * chance.randint(1, 3)] if fills else []
         flags += ["--async-save"] if chance.random() < 0.25 else []
         if self.expected is None:
             self.expected = micro * dp if self.batch_size == "never" else chance.randint(2, 7)
@@ -150,6 +149,8 @@ class Trial:
         elif self.batch_size == "other":
             self.expected = chance.randint(1, 9)
             flags += ["--global-batch-size", self.expected, "--allow-changed", "global_batch_size"]
+        micro = min(micro, self.expected)  # more is refused
+        flags += ["--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp, "--micro-batch-size", micro]
         if stop_after is not None:
             flags += ["--exit-interval", done + stop_after]
         self.layouts.append(f"DP {dp} TP {tp} PP {pp} micro {micro} batch {self.expected} from {done}")
