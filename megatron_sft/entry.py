@@ -3,8 +3,10 @@
 Not here: what a command does.
 """
 
+import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -32,6 +34,7 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
         warnings.simplefilter("ignore")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = _unraisable
     log.configure(rank, to_stderr)
     silence_missing_kernels()
     try:
@@ -67,6 +70,17 @@ def _interrupt(*_: Any) -> None:
     """The first Ctrl-C is answered in good order; a second one ends the process at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     raise KeyboardInterrupt
+
+
+def _unraisable(what: "sys.UnraisableHookArgs") -> None:
+    """A Ctrl-C in the middle of a `__del__` or a weakref's callback, where Python drops every exception, comes again."""
+    if what.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(what)
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+    again.daemon = True
+    again.start()
 
 
 def leave(status: int) -> NoReturn:

@@ -1,10 +1,14 @@
 """What every command line has in common."""
 
+import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
 
 from megatron_sft import entry
+from tests.gloo import ROOT
 
 
 @pytest.mark.parametrize("text", ["Apex is not installed. Falling back to Torch Norm", "transformer_engine is missing"])
@@ -19,3 +23,35 @@ def test_no_command_warns_of_kernels_that_nothing_here_needs(text: str) -> None:
         warnings.simplefilter("always")
         assert entry.run(command, []) == 0
     assert seen == []
+
+
+CTRL_C = """
+import os, signal, sys, time, weakref
+from megatron_sft import entry
+from tests.gloo import ROOT
+
+def press(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0)
+
+class Doomed:
+    pass
+
+Doomed.__del__ = press if sys.argv[1] == "__del__" else lambda self: None
+
+def command(argv, world_size):
+    doomed = Doomed()
+    kept = weakref.ref(doomed, press if sys.argv[1] == "weakref" else None)
+    del doomed
+    time.sleep(60)
+    return 0
+
+entry.leave(entry.run(command, []))
+"""
+
+
+@pytest.mark.parametrize("place", ["__del__", "weakref"])
+def test_ctrl_c_counts_where_python_drops_exceptions(place: str) -> None:
+    done = subprocess.run([sys.executable, "-c", CTRL_C, place], capture_output=True, text=True, timeout=50, cwd=ROOT)
+    assert done.returncode == 128 + signal.SIGINT
+    assert "interrupted: nothing half-written" in done.stdout and "Traceback" not in done.stdout + done.stderr
