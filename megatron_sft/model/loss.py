@@ -18,7 +18,8 @@ BLOCK_LOGITS = 16 * 1024 * 1024
 """Elements of one block's logits: 32 MB in bf16, 64 MB in fp32."""
 BLOCKS = 32
 """The vocabulary has at most so many blocks: each one reads all hidden states and adds to their gradient."""
-
+ALIGNED_ROWS = 256
+"""Rows of a block are a multiple, except of the last one: matrix products of unaligned widths miss a GPU's fast kernels."""
 
 EAFT_TOP = 20
 """Logits that EAFT's entropy is taken over."""
@@ -225,8 +226,9 @@ def _greatest(parts: list[torch.Tensor], count: int) -> torch.Tensor:
 
 
 def block_rows(rows: int, tokens: int) -> int:
-    """Rows of the vocabulary whose logits for all trained tokens exist at a time."""
-    return max(1, BLOCK_LOGITS // max(tokens, 1), -(-rows // BLOCKS))
+    """Rows of the vocabulary whose logits for all trained tokens exist at a time: 151936, 16384 tokens -> 4748 -> 4864."""
+    wanted = max(1, BLOCK_LOGITS // max(tokens, 1), -(-rows // BLOCKS))
+    return -(-wanted // ALIGNED_ROWS) * ALIGNED_ROWS
 
 
 def _blocks(rows: int, tokens: int) -> Iterator[tuple[int, int]]:

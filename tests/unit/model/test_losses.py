@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sft.config.run import ParallelConfig
-from megatron_sft.model.loss import TokenLoss, linear_cross_entropy
+from megatron_sft.model.loss import TokenLoss, block_rows, linear_cross_entropy
 from megatron_sft.model.noise import add_noise, neftune_bounds, noise_keys
 from megatron_sft.parallel import initialize
 from tests.gloo import run_ranks
@@ -64,10 +64,20 @@ def apart(found, wanted):
 @pytest.mark.parametrize(("name", "softcap"), itertools.product(KINDS, (None, 2.0)))
 def test_a_loss_is_its_formula_on_full_logits(name, softcap, monkeypatch):
     monkeypatch.setattr("megatron_sft.model.loss.BLOCK_LOGITS", 20 * 11)  # of 50 rows, for 20 trained tokens
+    monkeypatch.setattr("megatron_sft.model.loss.ALIGNED_ROWS", 1)
     hidden, weight, labels, mask = drawn()
     cost = linear_cross_entropy(hidden, weight, labels, mask, VOCABULARY, None, softcap, KINDS[name]) * mask
     found = cost.detach(), *torch.autograd.grad(cost.sum(), (hidden, weight))
     assert apart(found, expected(KINDS[name], softcap)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "expected"),
+    [(151936, 16384, 4864), (151936, 4096, 4864), (49152, 1000, 16896), (128256, 1, 2**24), (7, 10**9, 256), (256, 0, 2**24)],
+)
+def test_rows_of_a_block_are_aligned(rows, tokens, expected):
+    """A leading dimension that is no multiple of 8 numbers keeps cuBLAS from its kernels of 16-byte loads."""
+    assert block_rows(rows, tokens) == expected and expected % 256 == 0
 
 
 def cut_vocabulary():

@@ -92,6 +92,7 @@ def test_row_without_trained_tokens_gives_zero(ranks):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_linear_cross_entropy_equals_full_logits(softcap, monkeypatch):
     monkeypatch.setattr("megatron_sft.model.loss.BLOCK_LOGITS", 20 * 19)  # of 90 rows, for 20 trained tokens
+    monkeypatch.setattr("megatron_sft.model.loss.ALIGNED_ROWS", 1)
     hidden = torch.randn(30, 16, requires_grad=True)
     weight = torch.randn(96, 16, requires_grad=True)
     labels, mask = torch.randint(0, 90, (30,)), torch.tensor([0.0, 1.0, 0.5] * 10)
