@@ -2,9 +2,10 @@
 
     python bench/save_memory.py [--model demo/SmolLM2-135M-Instruct] [--processes 1 2] [--seq-length 256]
 
-Runs of two steps: without --save; with it; with it but without --use-distributed-optimizer; and a third step after a resume.
-Memory is the largest resident set of any process of a run (ru_maxrss). Time is the processor time, user and system, that one
-process spends in its save, the slowest one's: on a machine that others use the clock says less.
+Runs of four steps: without --save; with a save after each; with them but without --use-distributed-optimizer; and a fifth step
+after a resume. Memory is the largest resident set of any process of a run (ru_maxrss). Time is the processor time, user and
+system, that a process spends in the shortest of its saves, the slowest process's: on a machine that others use the clock says
+less, and one save says little.
 
 Bars, exit status 1 if one is missed: peak with --save <= 1.15 x that without; a save <= 1.3 x the time of one without the
 distributed optimizer; peak of the resumed run <= 1.02 x the first run's.
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "examples" / "data" / "gsm8k_train_400.jsonl"
 BARS = {"save peak": 1.15, "save time": 1.3, "resume peak": 1.02}
 MEASURED = """
-import sys, time
+import os, sys, time
 from megatron_sft.train.saving import Saving
 
 save = Saving.checkpoint
@@ -31,7 +32,7 @@ save = Saving.checkpoint
 def timed(*arguments):
     cpu, wall = time.process_time(), time.perf_counter()
     save(*arguments)
-    print(f"SAVE {time.process_time() - cpu:.3f} {time.perf_counter() - wall:.3f}", flush=True)
+    print(f"SAVE {os.environ['RANK']} {time.process_time() - cpu:.3f} {time.perf_counter() - wall:.3f}", flush=True)
 
 Saving.checkpoint = timed
 import finetune
@@ -70,15 +71,15 @@ def measured(options: argparse.Namespace, processes: int, folder: Path) -> dict[
     """The four runs of one number of processes."""
     flags = ["--load", options.model, "--finetune-hf-dataset", str(ROWS), "--seq-length", str(options.seq_length), "--bf16"]
     flags += ["--global-batch-size", "2", "--num-workers", "1", "--data-cache-path", str(folder / "cache"), "--lr", "1e-5"]
-    flags += ["--no-verify-conversion", "--train-iters"]
+    flags += ["--no-verify-conversion", "--save-interval", "1", "--save-retain", "1", "--train-iters"]
     distributed, save = ["--use-distributed-optimizer"], ["--save", str(folder / "out")]
     whole = ["--save", str(folder / "whole")]
     runs = {}
     for name, iterations, more in (
-        ("without --save", "2", distributed),
-        ("with --save", "2", [*distributed, *save]),
-        ("not distributed", "2", whole),
-        ("resumed", "3", [*distributed, *save]),
+        ("without --save", "4", distributed),
+        ("with --save", "4", [*distributed, *save]),
+        ("not distributed", "4", whole),
+        ("resumed", "5", [*distributed, *save]),
     ):
         runs[name] = found = run([*flags, iterations, *more], processes)
         seconds = f"{found.save_cpu_s:9.2f} s{found.save_wall_s:9.2f} s by the clock"
@@ -113,8 +114,11 @@ def run(flags: list[str], processes: int) -> Run:
         output.seek(0)
         text = output.read()
     assert all(status == 0 for _, status, _ in ended), text
-    saves = [[float(word) for word in line.split()[1:]] for line in text.splitlines() if line.startswith("SAVE ")]
-    most = [max(values) for values in zip(*saves, strict=True)] or [0.0, 0.0]
+    saves: dict[str, list[tuple[float, ...]]] = {}
+    for line in text.splitlines():
+        if line.startswith("SAVE "):
+            saves.setdefault(line.split()[1], []).append(tuple(map(float, line.split()[2:])))
+    most = max(map(min, saves.values()), default=(0.0, 0.0))
     return Run(max(usage.ru_maxrss for _, _, usage in ended) / 1024, *most)
 
 
