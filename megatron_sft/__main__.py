@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from megatron_sft import entry, hub, shell
 from megatron_sft.config.arguments import parse, read_flags
 from megatron_sft.config.help import ASKS, help_of, overview
-from megatron_sft.config.options import DoctorConfig, GenerateConfig, MMLUConfig, PlanConfig, ViewConfig
+from megatron_sft.config.options import DoctorConfig, EvalConfig, GenerateConfig, MMLUConfig, PlanConfig, ViewConfig
 from megatron_sft.config.run import RunConfig
 from megatron_sft.core_compat import leave_out_compiler
 from megatron_sft.environment import wants_colour
@@ -101,6 +101,16 @@ def mmlu(argv: Sequence[str], world_size: int) -> int:
     """Scores MMLU: --load MODEL [--mmlu-dataset FOLDER --fraction F --few-shots N --lower-bound X --output JSON]."""
     run, explicit, options = parse(argv, world_size, options=MMLUConfig)
     run = hub.fetched(run)
+    leave_out_compiler()
+    from megatron_sft.tasks.evaluation import evaluate_mmlu
+
+    return evaluate_mmlu(run, explicit, options)
+
+
+def eval(argv: Sequence[str], world_size: int) -> int:
+    """Scores tasks: --load MODEL --eval-tasks NAME ... [--output JSON --answers JSONL]; or --compare A.json B.json."""
+    run, explicit, options = parse(argv, world_size, options=EvalConfig)
+    run = run if options.compare else hub.fetched(run)
     leave_out_compiler()
     from megatron_sft.tasks.evaluation import evaluate
 
@@ -222,7 +232,7 @@ def by_script(name: str, argv: Sequence[str], world_size: int) -> int:
 
 COMMANDS: Mapping[str, Callable[[Sequence[str], int], int]] = {
     function.__name__: function
-    for function in (finetune, prepare, preview, report, generate, mmlu, convert, export, merge, verify, conf, plan, doctor)
+    for function in (finetune, prepare, preview, report, generate, mmlu, eval, convert, export, merge, verify, conf, plan, doctor)
 }
 
 

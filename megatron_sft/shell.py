@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from megatron_sft.errors import ConfigError
 
-NAMES = ("finetune", "generate", "mmlu", "convert", "export")
+NAMES = ("finetune", "generate", "mmlu", "eval", "convert", "export")
 """Commands that are scripts too."""
 SCRIPTS: Mapping[str, tuple[str, Sequence[str]]] = {
     **{name: (name, ()) for name in NAMES},

@@ -91,6 +91,7 @@ FREE: Mapping[str, tuple[str, ...]] = {
     "checkpoint": tuple(_DEFAULTS["checkpoint"]),
     "lora": ("lora_init", "lora_load", "lora_merge"),
     "log": tuple(_DEFAULTS["log"]),
+    "tasks": tuple(_DEFAULTS["tasks"]),
 }
 
 

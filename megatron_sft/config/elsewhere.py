@@ -5,7 +5,6 @@ from collections.abc import Mapping
 _LENGTH = "A run's length is --num-epoch, --train-iters or --train-samples."
 _ONE_RATE = "All weights have one learning rate here: --lr."
 _MIXTURE = "Rows come from files here: --prompt-data NAME FILE ... with --prompt-data-epochs, one number per source."
-_TASKS = "megatron-sft mmlu scores a model here; no other task is there."
 _LORA = "See docs/lora.md."
 ELSEWHERE: Mapping[str, str] = {
     "--run": "Names of a run are --wandb-project and --wandb-exp-name here.",
@@ -25,9 +24,9 @@ ELSEWHERE: Mapping[str, str] = {
     "--final-lr-frac": "The last learning rate is --min-lr here, as a number.",
     "--eval-every": "It is --eval-interval here.",
     "--eval-tokens": "A validation has --eval-iters global batches here.",
-    "--chatcore-every": _TASKS,
-    "--chatcore-max-cat": _TASKS,
-    "--chatcore-max-sample": _TASKS,
+    "--chatcore-every": "It is megatron-sft eval --eval-tasks chatcore here, after training.",
+    "--chatcore-max-cat": "It is --eval-max-problems here, for every task.",
+    "--chatcore-max-sample": "It is --eval-max-problems here, for every task.",
     "--mmlu-epochs": _MIXTURE,
     "--gsm8k-epochs": _MIXTURE,
     "data.train_batch_size": "It is --global-batch-size here.",

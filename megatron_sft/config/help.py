@@ -118,7 +118,7 @@ def unit_of(flag: Flag) -> str:
     """What its value counts or names: TOKENS, FILE; else its words, or what kind of value it is."""
     if not flag.words:
         return ""
-    if isinstance(flag.kind.rule, Words):
+    if isinstance(flag.kind.rule, Words) and not flag.kind.unit:
         return "|".join(flag.kind.rule.words)
     said = flag.kind.unit or (DERIVED[flag.name].unit if flag.name in DERIVED else "")
     if flag.name in flags.NO_EFFECT or flag.kind.base is bool:

@@ -91,6 +91,20 @@ class MMLUConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """What `megatron-sft eval` writes and compares."""
+
+    lower_bound: Annotated[float, Number(0, 1)] | None = None
+    """Score of any task below which the exit status is not 0."""
+    output: Annotated[str, "file"] | None = None
+    """JSON file of the scores, the settings and each question's score."""
+    answers: Annotated[str, "file"] | None = None
+    """JSONL file, one object a question: prompt, answer and score."""
+    compare: tuple[Annotated[str, "file"], ...] = ()
+    """Two JSON files of --output: how much better the second is, question by question. No model is asked."""
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """What `megatron-sft doctor` looks at."""
 
@@ -110,6 +124,7 @@ _NAMES: Mapping[str, str] = {
     "optim": "optimizer",
     "train": "training",
     "checkpoint": "checkpoint",
+    "tasks": "evaluation",
     "log": "logging",
 }
 _SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
@@ -190,6 +205,17 @@ COMMANDS: Mapping[str, Command] = {
         _LAYOUT,
         (*_MODEL, *_CHAT, "--ckpt-step"),
         ("MLM_MODEL_CKPT=out megatron-sft mmlu Qwen/Qwen3-0.6B --fraction 0.05 --output mmlu.json",),
+    ),
+    "eval": Command(
+        "Scores a model on several tasks, or compares two files of scores.",
+        "[CONF]",
+        EvalConfig,
+        ("tasks", *_LAYOUT),
+        (*_MODEL, *_CHAT, "--ckpt-step"),
+        (
+            "megatron-sft eval Qwen/Qwen3-0.6B --eval-tasks mmlu/chat-letter gsm8k/chat --eval-max-problems 200 --output b.json",
+            "megatron-sft eval --compare a.json b.json",
+        ),
     ),
     "convert": Command(
         "HF folder, or Megatron checkpoint in any layout -> weights alone, as a Megatron checkpoint.",

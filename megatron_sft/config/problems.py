@@ -25,6 +25,7 @@ from megatron_sft.config.run import (
     ParallelConfig,
     RunConfig,
 )
+from megatron_sft.config.tasks import TASK_NAMES, TasksConfig
 
 LENGTHS = ("train_iters", "train_samples", "num_epoch")
 ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -50,10 +51,10 @@ def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str
     """
     if found := _range_problems(run):  # what follows counts with these values
         return found
-    found = _layout_problems(run, world_size) + model_problems(run.model) + trained_problems(run)
+    found = _layout_problems(run, world_size) + model_problems(run.model) + trained_problems(run) + _task_problems(run.tasks)
     if training:
         found += _training_problems(run) + _optim_problems(run) + _folder_problems(run.checkpoint)
-        found += folder_problems(run) + _allowed_problems(run) + _log_problems(run)
+        found += folder_problems(run) + _allowed_problems(run) + _log_problems(run) + _idle_task_problems(run.tasks)
     return found
 
 
@@ -419,6 +420,21 @@ def _log_problems(run: RunConfig) -> list[str]:
     if run.log.wandb_project is not None and not _is_installed("wandb"):
         return ["--wandb-project needs the package wandb, which is not installed. Run: pip install wandb. Or leave it out."]
     return []
+
+
+def _task_problems(tasks: TasksConfig) -> list[str]:
+    names = list(dict.fromkeys(name.partition("/")[0] for name in TASK_NAMES))
+    unknown = [name for name in tasks.eval_data if name not in names]
+    return [f"--eval-data {name}=: no such task; expected one of {', '.join(names)}. Correct it." for name in unknown]
+
+
+def _idle_task_problems(tasks: TasksConfig) -> list[str]:
+    """Settings of an evaluation that does not take place."""
+    alone = ("eval_max_problems", "eval_data", "eval_few_shots", "unsafe_code")
+    named = [name for name in alone if getattr(tasks, name) and not tasks.eval_tasks]
+    if tasks.eval_task_interval and not tasks.eval_tasks and not tasks.sample_prompts:
+        named.append("eval_task_interval")
+    return [f"{flag_of(name)} has no effect without --eval-tasks. Add it, or leave it out." for name in named]
 
 
 def _is_installed(package: str) -> bool:

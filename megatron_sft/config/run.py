@@ -23,6 +23,7 @@ from megatron_sft.config.core_fields import (
 )
 from megatron_sft.config.fields import Amount, Batch, Count, Kind, Length, Number, Precision, Seed, Share, Weight, Words, kinds
 from megatron_sft.config.lora import LoraConfig
+from megatron_sft.config.tasks import TasksConfig
 from megatron_sft.errors import CheckpointError
 
 RecomputedModule = Annotated[str, Words("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")]
@@ -476,6 +477,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     lora: LoraConfig = LoraConfig()
+    tasks: TasksConfig = TasksConfig()
     log: LogConfig = LogConfig()
 
     def to_json(self) -> str:

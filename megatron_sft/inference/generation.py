@@ -33,6 +33,8 @@ from megatron_sft.parallel import Ranks
 
 OnToken = Callable[[int, int], bool]
 """(number of the answer, its new token) -> whether it ends there; called on every rank, with one answer on all."""
+Forces = Callable[[list[int]], list[int]]
+"""An answer so far -> tokens that are put behind it in the model's place, as a calculator's; mostly none."""
 STOP_TOKENS = 8
 """A stop string is looked for in as many of the last tokens as it has bytes, and so many more."""
 
@@ -65,6 +67,8 @@ class _Answer:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
     stop: str = ""
+    forced: list[int] = field(default_factory=list)
+    """Tokens that come next, whatever the model says."""
 
 
 def sample(logits: torch.Tensor, options: GenerateConfig, draws: Sequence[float]) -> torch.Tensor:
@@ -100,6 +104,7 @@ def generate(
     max_positions: int | None = None,
     on_token: OnToken | None = None,
     decode: Callable[[list[int]], str] | None = None,
+    forces: Forces | None = None,
 ) -> list[Generation]:
     """Continues prompts. Collective: all ranks call it with the same prompts, and all get all results.
 
@@ -113,6 +118,7 @@ def generate(
         max_positions: prompt and answer together are at most that long; None: no limit.
         on_token: sees each token as it comes; every rank then generates every answer.
         decode: token ids -> text with all special tokens; needed for options.stop.
+        forces: what it gives takes the place of the model's next tokens.
 
     Returns:
         num_samples answers a prompt, those of the first prompt first.
@@ -131,6 +137,8 @@ def generate(
             while is_needed(bool(decoder.live), ranks):
                 decoder.step()
                 decoder.keep([_goes_on(answer, options, end_token_ids, on_token, decode) for answer in decoder.live])
+                for answer in decoder.live if forces is not None else ():
+                    answer.forced = answer.forced or forces(answer.tokens)  # type: ignore[misc]
             results |= {a.number: Generation(a.tokens, a.finish_reason, a.logprobs, a.stop) for a in batch}
             if on_token is None:
                 logger.info("generated %d of %d answers", number * len(wanted) // len(mine), len(wanted))
@@ -231,7 +239,7 @@ class _Decoder:
         tokens = from_last_stage(chosen).tolist()
         values = from_last_stage(logprobs).tolist() if options.logprobs else []
         for place, answer in enumerate(self.live):
-            answer.tokens.append(tokens[place])
+            answer.tokens.append(answer.forced.pop(0) if answer.forced else tokens[place])
             answer.logprobs += values[place : place + 1]
 
     def keep(self, stays: Sequence[bool]) -> None:

@@ -1,6 +1,7 @@
 """A trained model, ready to be asked: weights, tokenizer and ranks, from an HF folder or a Megatron checkpoint."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,6 @@ from megatron_sft.core_compat import multiplies_bf16
 from megatron_sft.data.chat import load_tokenizer
 from megatron_sft.errors import ConfigError
 from megatron_sft.log import logger
-from megatron_sft.model.build import SFTModel
 from megatron_sft.parallel import Ranks
 from megatron_sft.weights import WeightSource, build, resolve
 
@@ -19,8 +19,8 @@ from megatron_sft.weights import WeightSource, build, resolve
 class Inference:
     """What generation and tasks need."""
 
-    chunks: list[SFTModel]
-    """This rank's, one or one a virtual pipeline stage, in eval mode."""
+    chunks: Sequence[Any]
+    """This rank's SFTModels, one or one a virtual pipeline stage; in training wrapped in DDP."""
     model: ModelConfig
     tokenizer: Any
     tokenizer_folder: str

@@ -9,30 +9,19 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from megatron_sft.config.options import MMLUConfig
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data.sources import open_source, read_file
 from megatron_sft.errors import DataError
+from megatron_sft.tasks.choices import lettered
+from megatron_sft.tasks.question import Question
 
 LETTERS = "ABCD"
 CONFIGS = {"cais/mmlu": "all"}
 """Configuration of a data set of the hub, where the user names none: all subjects in one."""
 _SPLIT = re.compile(r"(?:^|[/_.-])(dev|test|val|validation|auxiliary_train|train)(?=[/_.-]|$)")
 _DATA_FILE = re.compile(r"\.(csv|jsonl|ndjson|json|parquet|arrow)(\.gz|\.zst)?$")
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question; `answer` is the index of the right choice."""
-
-    subject: str
-    question: str
-    choices: tuple[str, str, str, str]
-    answer: int
-    where: str
 
 
 Subjects = dict[str, list[Question]]
@@ -56,7 +45,7 @@ def examples(path: str) -> dict[str, Subjects]:
         if split in found:
             found[split].setdefault(question.subject, []).append(question)
     if not found["test"]:
-        raise DataError(f"{path}: has no test question; expected files or folders named test. Check --mmlu-dataset.")
+        raise DataError(f"{path}: has no test question; expected files or folders named test. Check the path.")
     return {split: dict(sorted(subjects.items())) for split, subjects in found.items()}
 
 
@@ -109,26 +98,21 @@ def _question(row: Any, where: str, subject: str) -> Question:
         raise row
     missing = [name for name in ("question", "choices", "answer") if name not in row]
     if missing:
-        raise DataError(f"{where}: no {', '.join(missing)}; expected question, choices, answer. Check --mmlu-dataset.")
+        raise DataError(f"{where}: no {', '.join(missing)}; expected question, choices, answer. Correct the file.")
     choices, answer = tuple(map(str, row["choices"])), str(row["answer"]).strip()
     index = LETTERS.find(answer) if len(answer) == 1 and answer in LETTERS else "0123".find(answer) if len(answer) == 1 else -1
     if len(choices) != 4 or index < 0:
         raise DataError(f"{where}: {len(choices)} choices and answer {answer!r}; expected 4, and 0 to 3 or A to D. Mend the row.")
-    return Question(str(row.get("subject") or subject), str(row["question"]), choices, index, where)  # type: ignore[arg-type]
+    return Question(str(row.get("subject") or subject), str(row["question"]), choices, index, where)
 
 
 def prompt(question: Question, shots: Sequence[Question]) -> str:
     """The text that ends in "Answer:"; examples before it end in "Answer: B" and a blank line."""
     head = f"The following are multiple choice questions (with answers) about {question.subject.replace('_', ' ')}.\n\n"
-    return head + "".join(f"{_asked(shot)} {LETTERS[shot.answer]}\n\n" for shot in shots) + _asked(question)
+    return head + "".join(f"{lettered(shot)} {LETTERS[int(shot.answer)]}\n\n" for shot in shots) + lettered(question)
 
 
-def _asked(question: Question) -> str:
-    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True))
-    return f"{question.question.strip()}{choices}\nAnswer:"
-
-
-def score(questions: Sequence[Question], chosen: Sequence[int]) -> dict[str, Any]:
+def by_subject(questions: Sequence[Question], chosen: Sequence[int]) -> dict[str, Any]:
     """Accuracy of each subject, over all questions (average) and over subjects (macro_average)."""
     subjects: dict[str, dict[str, Any]] = {}
     for question, choice in zip(questions, chosen, strict=True):
@@ -152,20 +136,28 @@ def table(scores: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"{'average over subjects':40} {len(scores['subjects']):9d} {scores['macro_average']:8.4f}"])
 
 
-def load(options: MMLUConfig) -> list[tuple[Question, Sequence[Question]]]:
+def load(
+    place: str, few_shots: int, fraction: float = 1.0, flag: str = "--eval-data mmlu="
+) -> list[tuple[Question, Sequence[Question]]]:
     """The questions that are asked, subject by subject, each with its examples.
 
+    Args:
+        place: as `examples` reads it.
+        few_shots: examples before each question, from the dev split.
+        fraction: share of each subject's questions, from the first.
+        flag: that named the place, for messages.
+
     Raises:
-        DataError: a subject has fewer dev questions than --few-shots, and what `examples` raises.
+        DataError: a subject has fewer dev questions than that, and what `examples` raises.
     """
-    data = examples(options.mmlu_dataset)
+    data = examples(place)
     asked: list[tuple[Question, Sequence[Question]]] = []
     for subject, questions in data["test"].items():
-        shots = data["dev"].get(subject, [])[: options.few_shots]
-        if len(shots) < options.few_shots:
+        shots = data["dev"].get(subject, [])[:few_shots]
+        if len(shots) < few_shots:
             raise DataError(
-                f"{options.mmlu_dataset}: {subject} has {len(shots)} dev questions; expected {options.few_shots} "
-                "for --few-shots. Lower it, or add the dev split."
+                f"{place} ({flag}): {subject} has {len(shots)} dev questions; expected {few_shots} as examples. Ask for "
+                "fewer, or add the dev split."
             )
-        asked += [(question, shots) for question in questions[: math.ceil(len(questions) * options.fraction)]]
+        asked += [(question, shots) for question in questions[: math.ceil(len(questions) * fraction)]]
     return asked

@@ -34,7 +34,7 @@ def _answers(folder: str, layout: dict[str, Any]) -> tuple:
     from megatron_sft.config.run import CheckpointConfig, DataConfig, ParallelConfig, RunConfig
     from megatron_sft.inference.generation import generate
     from megatron_sft.inference.load import load_for_inference
-    from megatron_sft.tasks.evaluation import predictions
+    from megatron_sft.tasks.answers import predictions
 
     parallel = ParallelConfig(**layout)
     run = RunConfig(parallel=parallel, checkpoint=CheckpointConfig(load=folder), data=DataConfig(tokenizer_model=folder))

@@ -15,7 +15,7 @@ from megatron_sft.__main__ import COMMANDS
 from megatron_sft.config.arguments import flag_table, parse
 from megatron_sft.config.help import ASKS
 from megatron_sft.config.options import COMMANDS as OPTIONS
-from megatron_sft.config.options import GenerateConfig, MMLUConfig
+from megatron_sft.config.options import EvalConfig, GenerateConfig, MMLUConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,6 +23,7 @@ READERS = {
     "finetune.py": lambda words: parse(words, 4),
     "generate.py": lambda words: parse(words, 4, options=GenerateConfig),
     "mmlu": lambda words: parse(words, 4, options=MMLUConfig),
+    "eval": lambda words: parse(words, 4, options=EvalConfig),
     "convert": lambda words: parse(words, 4, training=False),
     "export": lambda words: parse(words, 4, training=False),
 }

@@ -241,6 +241,8 @@ def test_other_scripts(launcher: str) -> None:
     assert value(generate, "--tokenizer-model") == "/models/q"
     mmlu = arguments_of("mmlu.sh", CONF, MLM_EXTRA_ARGS="--fraction 0.05", **common)
     assert mmlu[:3] == ["-m", "megatron_sft", "mmlu"] and mmlu[-2:] == ["--fraction", "0.05"]
+    scores = arguments_of("eval.sh", CONF, MLM_EXTRA_ARGS="--eval-tasks chatcore", **common)
+    assert scores[:3] == ["-m", "megatron_sft", "eval"] and scores[-2:] == ["--eval-tasks", "chatcore"]
     convert = arguments_of("convert.sh", CONF, **common)
     assert (value(convert, "--load"), value(convert, "--save")) == ("/models/q", f"/w/{CONF}_mlm")
     export = arguments_of("export.sh", CONF, MLM_MODEL_CKPT="/sft", EXPORT_DIR="/hf out", **common)

@@ -93,7 +93,7 @@ def test_prompt_has_the_same_separators_in_examples_and_question() -> None:
 
 
 def test_fraction_is_of_each_subject_and_few_shots_come_from_dev(tmp_path: Path) -> None:
-    asked = mmlu.load(MMLUConfig(mmlu_dataset=str(write_jsonl_tree(tmp_path)), fraction=0.4, few_shots=3))
+    asked = mmlu.load(str(write_jsonl_tree(tmp_path)), 3, 0.4)
     texts = [mmlu.prompt(*pair) for pair in asked]
     assert [q.subject for q, _ in asked] == ["anatomy"] * 3 + ["high_school_algebra"] * 3
     assert [text.count("\nAnswer:") for text in texts] == [4] * 6
@@ -101,11 +101,11 @@ def test_fraction_is_of_each_subject_and_few_shots_come_from_dev(tmp_path: Path)
 
 def test_too_many_few_shots_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--few-shots is 6; expected a whole number from 0 to 5\."):
-        evaluation.check_options(MMLUConfig(few_shots=6))
+        evaluation.evaluate_mmlu(RunConfig(), frozenset(), MMLUConfig(few_shots=6))
     rows = write_jsonl_tree(tmp_path) / "anatomy" / "dev" / "data.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:2]))
     with pytest.raises(DataError, match="anatomy has 2 dev questions; expected 3"):
-        mmlu.load(MMLUConfig(mmlu_dataset=str(tmp_path), few_shots=3))
+        mmlu.load(str(tmp_path), 3)
 
 
 def test_bad_rows_name_file_and_line(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_bad_rows_name_file_and_line(tmp_path: Path) -> None:
 def test_average_is_over_questions_and_macro_average_over_subjects() -> None:
     one = mmlu.Question("a", "?", ("", "", "", ""), 1, "")
     two = mmlu.Question("b", "?", ("", "", "", ""), 2, "")
-    scores = mmlu.score([one, one, one, two], [1, 1, 0, 0])
+    scores = mmlu.by_subject([one, one, one, two], [1, 1, 0, 0])
     assert (scores["average"], scores["macro_average"]) == (0.5, pytest.approx(1 / 3))
     assert scores["subjects"]["a"] == {"correct": 2, "total": 3, "accuracy": pytest.approx(2 / 3), "predictions": ["B", "B", "A"]}
 
@@ -137,12 +137,12 @@ def test_predictions_equal_transformers_and_lower_bound_sets_the_status(few_shot
         checkpoint=CheckpointConfig(load=str(tmp_path / "model")), data=DataConfig(tokenizer_model=str(tmp_path / "model"))
     )
     options = MMLUConfig(mmlu_dataset=str(data), few_shots=few_shots, mmlu_batch_size=3, output=str(output), lower_bound=0.0)
-    assert evaluation.evaluate(run, frozenset(), options) == 0
+    assert evaluation.evaluate_mmlu(run, frozenset(), options) == 0
     scores = json.loads(output.read_text())
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    texts = [mmlu.prompt(*pair) for pair in mmlu.load(options)]
+    texts = [mmlu.prompt(*pair) for pair in mmlu.load(str(data), few_shots)]
     letters = [tokenizer(f" {letter}")["input_ids"][-1] for letter in "ABCD"]
     expected = []
     for text in texts:
@@ -152,4 +152,4 @@ def test_predictions_equal_transformers_and_lower_bound_sets_the_status(few_shot
     assert [letter for entry in scores["subjects"].values() for letter in entry["predictions"]] == expected
     assert scores["total"] == len(texts) == 14
     bound = MMLUConfig(**{**options.__dict__, "lower_bound": scores["average"] + 0.01})
-    assert evaluation.evaluate(run, frozenset(), bound) == 1
+    assert evaluation.evaluate_mmlu(run, frozenset(), bound) == 1

@@ -1,0 +1,55 @@
+"""What a task asks, and where its rows come from: local files first, then the hub."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sft.config.run import DataConfig
+from megatron_sft.data.sources import open_source
+from megatron_sft.errors import DataError
+
+LETTERS = "ABCDE"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, with its right answer: the index of a choice, or a text."""
+
+    subject: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int | str
+    where: str
+
+
+def hub_rows(task: str, place: str, split: str, config: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a file, of a folder whose files are named for splits, or of a data set of the hub.
+
+    Args:
+        task: as --eval-data names it.
+        place: path or hub name; of a folder with one for each configuration that of `config` is read.
+        split: that is read where there are several.
+        config: of a data set of the hub that has several.
+
+    Raises:
+        DataError: nothing is there, or a line is no object; it says what to download.
+    """
+    inner = os.path.join(place, config or "")
+    if config and os.path.isdir(inner):
+        place, config = inner, None
+    try:
+        for where, row in open_source(place, DataConfig(data_split=split, data_config=config)):
+            if isinstance(row, DataError):
+                raise row
+            yield where, row
+    except DataError as error:
+        raise DataError(f"{error} For this task the place is --eval-data {task}=PLACE.") from None
+
+
+def require(row: dict[str, Any], names: tuple[str, ...], where: str) -> None:
+    """Raises DataError where a row lacks a field."""
+    missing = [name for name in names if name not in row]
+    if missing:
+        has = ", ".join(sorted(row)[:12]) or "nothing"
+        raise DataError(f"{where}: has {has}; expected also {', '.join(missing)}. Correct the file, or name another place.")
