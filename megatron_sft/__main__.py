@@ -12,8 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megatron_sft import entry, hub, shell
 from megatron_sft.config.arguments import parse, read_flags
+from megatron_sft.config.fields import flag_of
 from megatron_sft.config.help import ASKS, help_of, overview
-from megatron_sft.config.options import DoctorConfig, EvalConfig, GenerateConfig, MMLUConfig, PlanConfig, ViewConfig
+from megatron_sft.config.options import (
+    DoctorConfig,
+    EvalConfig,
+    GenerateConfig,
+    MMLUConfig,
+    PlanConfig,
+    ReportConfig,
+    ViewConfig,
+)
 from megatron_sft.config.run import RunConfig
 from megatron_sft.core_compat import leave_out_compiler
 from megatron_sft.environment import wants_colour
@@ -64,9 +73,17 @@ def preview(argv: Sequence[str], world_size: int) -> int:
 
 
 def report(argv: Sequence[str], world_size: int) -> int:
-    """Counts rows, tokens, masks and packs by source: the flags of finetune.py [--json FILE --html FILE]."""
-    run, _, options = parse(argv, world_size, options=ViewConfig)
+    """One page of runs: RUN [RUN ...] [--output FILE]. Without a RUN figures of data: its flags [--json FILE --html FILE]."""
+    if argv and not argv[0].startswith("-"):
+        return _report_runs(argv)
+    run, _, options = parse(argv, world_size, options=ReportConfig)
+    if options.output:
+        raise ConfigError([f"--output {options.output}: the page of runs; expected one before it. Name a RUN, or use --html."])
     _check_outputs(html=options.html, json=options.json)
+    from megatron_sft.pages.figures import require_matplotlib
+
+    if options.html:
+        require_matplotlib("--html")
     run = hub.fetched(run, weights=False)
     from megatron_sft.data.prepare import training_set
     from megatron_sft.data.report import as_html, as_json, as_table, data_report
@@ -77,6 +94,27 @@ def report(argv: Sequence[str], world_size: int) -> int:
     for flag, path, text in (("--json", options.json, as_json), ("--html", options.html, as_html)):
         if path:
             write_output(flag, path, text(figures))
+    return 0
+
+
+def _report_runs(argv: Sequence[str]) -> int:
+    places = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    values, found = read_flags(argv[len(places) :], ReportConfig)
+    found += [
+        f"{flag_of(path.split('.')[1])} has no effect on the page of a RUN. Leave it out."
+        for path in values
+        if path != "own.output"
+    ]
+    output = str(values.get("own.output", "report.html"))
+    if found := found + output_problems("--output", output):
+        raise ConfigError(found)
+    from megatron_sft.pages.figures import require_matplotlib
+
+    require_matplotlib("megatron-sft report RUN")
+    from megatron_sft.report.page import run_page
+    from megatron_sft.report.runs import read_runs
+
+    write_output("--output", output, run_page(read_runs(places)))
     return 0
 
 

@@ -20,3 +20,8 @@ def configure(rank: int, to_stderr: bool = False) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
+
+
+def printable(text: str) -> str:
+    """Control characters as escapes, so that data cannot drive a terminal or a page."""
+    return "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)

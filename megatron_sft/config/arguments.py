@@ -28,7 +28,7 @@ from megatron_sft.config.elsewhere import ELSEWHERE
 from megatron_sft.config.fields import Kind, Words, flag_of, kinds
 from megatron_sft.config.folders import checkpoint_place
 from megatron_sft.config.hints import hint, nearest
-from megatron_sft.config.options import DoctorConfig, PlanConfig, ViewConfig
+from megatron_sft.config.options import DoctorConfig, PlanConfig, ReportConfig, ViewConfig
 from megatron_sft.config.problems import data_problems, idle_problems, problems
 from megatron_sft.config.run import ParallelConfig, RunConfig
 from megatron_sft.errors import ConfigError
@@ -96,7 +96,7 @@ def parse(argv: Sequence[str], world_size: int, training: bool = True, *, option
     own = {path.removeprefix("own."): value for path, value in values.items() if path.startswith("own.")}
     run = _run({path: value for path, value in values.items() if not path.startswith("own.")})
     wrong = [sentence.split()[0].rstrip(":") for sentence in found]
-    if options is ViewConfig:
+    if options in (ViewConfig, ReportConfig):
         together = data_problems(run.data)
     elif options is PlanConfig:  # whatever the layout and the data
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, train_data=("any",), tokenizer_model="any"))

@@ -50,14 +50,24 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """What `megatron-sft preview` and `report` write."""
+    """What `megatron-sft preview` writes."""
 
     rows: Annotated[Amount, "rows"] = 2
-    """Of each source that preview shows."""
+    """Of each source that are shown."""
     html: Annotated[str, "file"] | None = None
     """File of the page, which needs no other."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What `megatron-sft report` writes: of runs, or of data."""
+
+    output: Annotated[str, "file"] | None = None
+    """Page of the runs, which needs no other file; None: report.html."""
+    html: Annotated[str, "file"] | None = None
+    """Page of the data, without a RUN."""
     json: Annotated[str, "file"] | None = None
-    """File of report's figures."""
+    """Figures of the data, without a RUN."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +192,15 @@ COMMANDS: Mapping[str, Command] = {
         examples=("megatron-sft preview --tokenizer-model HF_FOLDER --train-data chats.jsonl --rows 3 --html rows.html",),
     ),
     "report": Command(
-        "Counts rows, tokens, masks and packs by source.",
-        options=ViewConfig,
+        "Makes one page of runs, by their --save folders; without one, counts rows, tokens, masks and packs of data.",
+        "[RUN ...]",
+        options=ReportConfig,
         groups=("data",),
-        examples=("megatron-sft report --tokenizer-model HF_FOLDER --train-data chats.jsonl --json report.json",),
+        examples=(
+            "megatron-sft report out --output out.html",
+            "megatron-sft report out-1e-5 out-2e-5",
+            "megatron-sft report --tokenizer-model HF_FOLDER --train-data chats.jsonl --json report.json",
+        ),
     ),
     "generate": Command(
         "Answers prompts.",

@@ -3,7 +3,6 @@
 Shown is what stands in the token store, so what is trained on, not a second rendering. Not here: figures (report.py).
 """
 
-import html
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,8 @@ import numpy as np
 
 from megatron_sft.data.packing import PackPlan
 from megatron_sft.data.store import Document, DocumentStore
+from megatron_sft.log import printable
+from megatron_sft.pages.markup import LEGEND, escaped, join, page, tag
 
 Decode = Callable[[list[int]], str]
 """Token ids -> text, special tokens included."""
@@ -19,14 +20,6 @@ SHOWN_PACKS = 20
 TRAINED, OTHER_WEIGHT, MASKED, PLAIN = "\x1b[30;42m", "\x1b[30;43m", "\x1b[2m", "\x1b[0m"
 TRAINED_END = "\x1b[97;45m"
 """A special token that is trained, such as the end of a turn."""
-PAGE_HEAD = """<!doctype html><meta charset="utf-8"><title>megatron-sft preview</title><style>
-body{font:14px sans-serif;margin:2em;max-width:75em}pre{white-space:pre-wrap;border:1px solid #ccc;padding:.6em}
-.m{color:#888}.t{background:#bfe8bf}.t.o{background:#9fd89f}.w{background:#f4dc90}.m.o{background:#f4f4f4}
-.p{display:flex;height:1.2em;margin:2px 0;background:#eee}.p i{background:#4878a8;border-right:1px solid #fff}</style>"""
-LEGEND = (
-    '<p><span class="t">trained</span> <span class="w">trained with another weight than 1</span> '
-    '<span class="m">masked</span>; shades alternate from token to token; hover for id and weight.</p>'
-)
 
 
 def decoder(tokenizer: Any) -> Decode:
@@ -104,23 +97,32 @@ def sample_text(store: DocumentStore, index: int, decode: Decode, special: Colle
 
 def as_html(store: DocumentStore, plan: PackPlan, shown: Sequence[int], decode: Decode, seq_length: int) -> str:
     """One self-contained page: no scripts, no requests."""
-    out = [PAGE_HEAD, "<h1>Rows as they are trained</h1>", LEGEND]
+    rows = []
     for index in shown:
         document = store.document(index)
         spans = []
-        for number, (text, weight, ids) in enumerate(pieces(document, decode)):
-            kind = ("m" if weight == 0 else "t" if weight == 1 else "w") + (" o" if number % 2 else "")
-            spans.append(f'<span class="{kind}" title="{ids} weight {weight:g}">{html.escape(text)}</span>')
-        out.append(f"<h3>{html.escape(_title(store, index, document))}</h3><pre>{''.join(spans)}</pre>")
-    out.append(f"<h1>Packs of {seq_length:,} tokens</h1>")
+        for number, (piece, weight, ids) in enumerate(pieces(document, decode)):
+            kind = ("m" if weight == 0 else "t" if weight == 1 else "o") + (" a" if number % 2 else "")
+            spans.append(tag("span", piece, f'class="{kind}" title="{ids} weight {weight:g}"'))
+        rows += [tag("h3", _title(store, index, document)), tag("pre", join(spans))]
+    packs = []
     for number in range(min(len(plan), SHOWN_PACKS)):
-        bars = "".join(
-            f'<i style="width:{100 * store.lengths[i] / seq_length:.2f}%" title="{html.escape(store.where(int(i)))}: '
-            f'{store.lengths[i]} tokens"></i>'
-            for i in plan[number]
-        )
-        out.append(f'<div class="p">{bars}</div>')
-    return "\n".join(out) + "\n"
+        parts = ((100 * store.lengths[i] / seq_length, f"{store.where(int(i))}: {store.lengths[i]} tokens") for i in plan[number])
+        bars = (tag("i", "", f'style="width:{share:.2f}%" title="{escaped(said)}"') for share, said in parts)
+        packs.append(tag("div", join(bars), 'class="pack"'))
+    hint = tag("p", "Every other token is underlined; hover for id and weight.", 'class="soft"')
+    sections = [("Rows", join([LEGEND, hint, *rows])), (f"Packs of {seq_length:,} tokens", join(packs))]
+    return page("Rows as they are trained", sections)
+
+
+def trained_rows(store: DocumentStore, shown: Sequence[int], decode: Decode, limit: int) -> list[dict[str, Any]]:
+    """JSON-able: title, and neighbouring text of one weight as runs of (text, weight); of a document its first `limit` tokens."""
+    found = []
+    for index in shown:
+        document = store.document(index)
+        first = Document(document.tokens[:limit], document.loss_mask[:limit])
+        found.append({"title": _title(store, index, document), "runs": list(_runs(first, decode))})
+    return found
 
 
 def _title(store: DocumentStore, index: int, document: Document) -> str:
@@ -157,8 +159,3 @@ def _bracketed(document: Document, decode: Decode) -> str:
     marks = {0.0: ("", ""), 1.0: ("[[", "]]")}
     found = [(*marks.get(weight, (f"[{weight:g}x[", "]]")), printable(text)) for text, weight in _runs(document, decode)]
     return "".join(f"{first}{text}{last}" for first, last, text in found)
-
-
-def printable(text: str) -> str:
-    """Control characters as escapes, so that data cannot drive the terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)

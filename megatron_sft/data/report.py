@@ -3,9 +3,8 @@
 Not here: counting (tokens.py). Printed at the start of training and by `megatron-sft report`.
 """
 
-import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,12 @@ import numpy as np
 from megatron_sft.data.chat import NOTES
 from megatron_sft.data.packing import PackPlan, packing_figures, token_counts
 from megatron_sft.data.store import DocumentStore
+from megatron_sft.pages.figures import curve, figures, histogram
+from megatron_sft.pages.markup import Markup, join, page, table, tag
 
 COLUMNS = ("source", "rows", "kept", "truncated", "split", "dropped", "documents", "tokens", "trained %", "mean length")
 NUM_BINS = 24
+QUANTILES = 40
 
 
 def data_report(store: DocumentStore, plan: PackPlan, seq_length: int) -> dict[str, Any]:
@@ -27,7 +29,8 @@ def data_report(store: DocumentStore, plan: PackPlan, seq_length: int) -> dict[s
         seq_length: tokens per pack.
 
     Returns:
-        sources (the ledger), total (its sum), packing (packing.packing_figures), lengths and fill (histograms).
+        sources (the ledger), total (its sum), packing (packing.packing_figures), lengths (a histogram of documents by tokens),
+        fill (tokens of the packs at each of QUANTILES + 1 shares of them, from the emptiest on).
     """
     sources = {name: dict(entry) for name, entry in store.ledger.items()}
     total: dict[str, Any] = {"dropped": {}, "schemas": {}, "routes": {}, "notes": {}}
@@ -45,8 +48,8 @@ def data_report(store: DocumentStore, plan: PackPlan, seq_length: int) -> dict[s
         "total": total,
         "packing": dict(packing_figures(plan, store.lengths, seq_length)),
         "mixture": _mixture(store, plan),
-        "lengths": _histogram(store.lengths, seq_length),
-        "fill": _histogram(token_counts(plan, store.lengths), seq_length),
+        "lengths": _histogram(store.lengths),
+        "fill": _quantiles(token_counts(plan, store.lengths)),
     }
 
 
@@ -61,6 +64,45 @@ def as_table(report: Mapping[str, Any]) -> str:
     for name, *numbers in lines:
         cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
         out.append("  ".join([name.ljust(widths[0]), *cells]))
+    return "\n".join([*out, *_notes(report)])
+
+
+def as_json(report: Mapping[str, Any]) -> str:
+    return json.dumps(report, indent=1)
+
+
+def as_html(report: Mapping[str, Any]) -> str:
+    """One self-contained page: no scripts, no requests."""
+    return page("Data", [("Rows", rows_part(report)), ("Lengths and packs", packs_part(report))])
+
+
+def rows_part(report: Mapping[str, Any]) -> Markup:
+    """The table and what is to say of it, for a page."""
+    rows = [_table_row(name, entry) for name, entry in report["sources"].items()]
+    if len(rows) > 1:
+        rows.append(_table_row("total", report["total"]))
+    notes = (tag("li", line) for line in _notes(report))
+    return join([table(COLUMNS, rows), tag("ul", join(notes), 'class="said"')])
+
+
+def packs_part(report: Mapping[str, Any]) -> Markup:
+    """Plots of the documents' lengths and of the packs' fill, for a page."""
+    lengths, fill = report["lengths"], report["fill"]
+    full = [100 * tokens / report["seq_length"] for tokens in fill["tokens"]]
+    shares = [100 * share for share in fill["share"]]
+    return figures(
+        [
+            histogram("Documents by length", "tokens", lengths["edges"], lengths["counts"]),
+            curve(
+                "How full packs are", "% of the packs, from the emptiest", f"% of {report['seq_length']:,} tokens", shares, full
+            ),
+        ]
+    )
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    """What a table of sources leaves out."""
+    out = []
     for reason, count in sorted(report["total"]["dropped"].items()):
         out.append(f"dropped: {count:,} rows, {reason}")
     out.append("schemas: " + ", ".join(f"{count:,} {schema}" for schema, count in report["total"]["schemas"].items()))
@@ -70,7 +112,7 @@ def as_table(report: Mapping[str, Any]) -> str:
         out.append(f"{note}: {count:,} rows; {NOTES[note]}.")
     if report["total"].get("lost_tokens"):
         out.append(f"cut away or dropped after tokenising: {report['total']['lost_tokens']:,} tokens")
-    if len(rows) > 1:
+    if len(report["sources"]) > 1:
         shares = (f"{name} {entry['share']:.1%} ({entry['documents']:,} documents)" for name, entry in report["mixture"].items())
         out.append(f"mixture, one epoch by tokens: {', '.join(shares)}")
     packing = report["packing"]
@@ -78,34 +120,7 @@ def as_table(report: Mapping[str, Any]) -> str:
         f"packs: {packing['packs']:,} of {report['seq_length']:,} tokens, {packing['efficiency']:.2%} full, "
         f"{packing['documents_per_pack']:.1f} documents a pack"
     )
-    return "\n".join(out)
-
-
-def as_json(report: Mapping[str, Any]) -> str:
-    return json.dumps(report, indent=1)
-
-
-def as_html(report: Mapping[str, Any]) -> str:
-    """One self-contained page: no scripts, no requests."""
-    body = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in COLUMNS)}</tr>"]
-    for name, entry in [*report["sources"].items(), ("total", report["total"])]:
-        body.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in _table_row(name, entry))}</tr>")
-    dropped = report["total"]["dropped"]
-    bars = {name: entry["tokens"] for name, entry in report["mixture"].items()}
-    parts = [
-        "<!doctype html><meta charset='utf-8'><title>megatron-sft data report</title>",
-        "<style>body{font:14px sans-serif;margin:2em;max-width:70em}td,th{padding:.2em .8em;text-align:right}"
-        "td:first-child,th:first-child{text-align:left}rect{fill:#4878a8}text{font-size:11px}</style>",
-        "<h1>Data</h1>",
-        f"<table>{''.join(body)}</table>",
-        f"<pre>{html.escape(as_table(report))}</pre>",
-        _plot("Documents by length (tokens)", report["lengths"]["labels"], report["lengths"]["counts"]),
-        _plot("Packs by tokens in them", report["fill"]["labels"], report["fill"]["counts"]),
-        _plot("Tokens in packs by source", list(bars), list(bars.values())),
-    ]
-    if dropped:
-        parts.append(_plot("Dropped rows by reason", list(dropped), list(dropped.values())))
-    return "\n".join(parts) + "\n"
+    return out
 
 
 def _table_row(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -127,20 +142,28 @@ def _mixture(store: DocumentStore, plan: PackPlan) -> dict[str, dict[str, float]
     }
 
 
-def _histogram(values: np.ndarray, highest: int) -> dict[str, list[Any]]:
-    counts, edges = np.histogram(values, bins=np.linspace(0, highest, min(NUM_BINS, highest) + 1))
-    return {"labels": [f"{edge:,.0f}" for edge in edges[1:]], "counts": counts.tolist()}
+def _histogram(values: np.ndarray) -> dict[str, list[Any]]:
+    """Of whole numbers above 0: at most NUM_BINS bins from the least to the greatest, fewer where a third would be empty.
+
+    Bins have one width, or grow by one factor where fewer are empty then: [7, 3, 6] -> edges [3, 4, 6, 7, 8], counts
+    [1, 0, 1, 1].
+    """
+    if not len(values):
+        return {"edges": [1, 2], "counts": [0]}
+    low, high = int(values.min()), int(values.max()) + 1
+    best, number = np.zeros(1, int), min(NUM_BINS, 1 + int(np.sqrt(len(values)) * 2))
+    while True:
+        for space in (np.linspace, np.geomspace):
+            edges = np.unique(np.rint(space(low, high, number + 1)).astype(int))
+            counts = np.histogram(values, bins=edges)[0]
+            if space is np.linspace or np.mean(counts == 0) < np.mean(best == 0):
+                best, chosen = counts, edges
+        if number <= 2 or np.mean(best == 0) <= 1 / 3:
+            return {"edges": chosen.tolist(), "counts": best.tolist()}
+        number //= 2
 
 
-def _plot(title: str, labels: Sequence[str], counts: Sequence[float]) -> str:
-    """Horizontal bars as inline SVG."""
-    height, most = 16, max([*counts, 1])
-    bars = []
-    for i, (label, count) in enumerate(zip(labels, counts, strict=True)):
-        y, width = i * height, 500 * count / most
-        bars.append(
-            f"<text x='190' y='{y + 12}' text-anchor='end'>{html.escape(str(label)[:32])}</text>"
-            f"<rect x='200' y='{y + 2}' width='{width:.1f}' height='{height - 4}'/>"
-            f"<text x='{205 + width:.1f}' y='{y + 12}'>{count:,}</text>"
-        )
-    return f"<h2>{html.escape(title)}</h2><svg width='800' height='{height * len(labels)}'>{''.join(bars)}</svg>"
+def _quantiles(values: np.ndarray) -> dict[str, list[float]]:
+    shares = np.linspace(0, 1, QUANTILES + 1)
+    tokens = np.quantile(values, shares, method="nearest") if len(values) else np.zeros(QUANTILES + 1)
+    return {"share": [round(float(share), 4) for share in shares], "tokens": [int(count) for count in tokens]}

@@ -22,12 +22,12 @@ import torch.distributed as dist
 
 from megatron_sft.config.options import GenerateConfig
 from megatron_sft.core_compat import device
-from megatron_sft.data.preview import printable
 from megatron_sft.data.schema import Message
 from megatron_sft.environment import wants_colour
 from megatron_sft.errors import DataError
 from megatron_sft.inference.generation import Generation, answer_text, generate
 from megatron_sft.inference.load import Inference
+from megatron_sft.log import printable
 from megatron_sft.parallel import from_first
 
 HELP = "/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C ends an answer; \\ at the end of a line goes on in the next."

@@ -14,7 +14,7 @@ import torch
 from megatron_sft import plan
 from megatron_sft.config.run import RunConfig
 from megatron_sft.data.loader import steps_of_samples
-from megatron_sft.data.preview import decoder, sample_text
+from megatron_sft.data.preview import decoder, sample_text, shown_documents, trained_rows
 from megatron_sft.data.sft_dataset import SFTDataset
 from megatron_sft.environment import wants_colour
 from megatron_sft.log import logger
@@ -22,6 +22,7 @@ from megatron_sft.parallel import Ranks
 from megatron_sft.train.state import TrainState
 
 GB = 1e9
+SOURCES = 6
 SHORT = 512
 """Tokens of a row that is shown whole."""
 
@@ -33,6 +34,11 @@ def sample(dataset: SFTDataset, tokenizer: Any) -> str:
     chosen = next((document for document in documents if lengths[document] <= SHORT), documents[0])
     ends = {int(token) for token in tokenizer.added_tokens_decoder} | set(tokenizer.all_special_ids)
     return sample_text(dataset.store, chosen, decoder(tokenizer), ends, SHORT, wants_colour(sys.stdout))
+
+
+def shown_rows(dataset: SFTDataset, tokenizer: Any) -> list[dict[str, Any]]:
+    """A row of each of the first sources, for the page of the run."""
+    return trained_rows(dataset.store, shown_documents(dataset.store, 1)[:SOURCES], decoder(tokenizer), SHORT)
 
 
 def memory(expected: plan.Memory, ranks: Ranks) -> str:

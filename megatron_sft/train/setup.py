@@ -6,7 +6,7 @@ before a weight is.
 
 import dataclasses
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from megatron_sft.data.prepare import VALID_SPLITS, mixture, open_store, pack_do
 from megatron_sft.data.report import as_table, data_report
 from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
 from megatron_sft.data.tokens import TokenStore
+from megatron_sft.environment import started
 from megatron_sft.errors import CheckpointError, DataError, TrainingError
 from megatron_sft.hf.exporter import try_places
 from megatron_sft.hf.target import lock_folder
@@ -35,8 +36,9 @@ from megatron_sft.plan import Memory, expected_memory
 from megatron_sft.train import memory, overview
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loop import Job, loss_metrics, schedule_position, train
-from megatron_sft.train.next_steps import next_steps
+from megatron_sft.train.next_steps import commands, next_steps
 from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
+from megatron_sft.train.recorded import facts, recorded
 from megatron_sft.train.saving import METRIC, Saving
 from megatron_sft.train.state import TrainState
 from megatron_sft.train.watch import Watch
@@ -53,6 +55,7 @@ class Data:
     train: SFTDataset
     valid: SFTDataset | None
     tokenizer: Any
+    report: Mapping[str, Any]
 
 
 def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
@@ -121,16 +124,25 @@ def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch, 
     if ranks.rank == 0:
         _introduce(job, data, state, expected)
     watch.tell("training")
-    state, stopped = train(job, state)
-    saving.finish()
-    if not stopped:
-        with whole_parameters(job.chunks, run.parallel):
-            saving.export(state.iteration)
+    save = run.checkpoint.save
+    with recorded(save, ranks.rank, _start(job, data, state) if ranks.rank == 0 and save else {}) as end:
+        state, stopped = train(job, state)
+        saving.finish()
+        if not stopped:
+            with whole_parameters(job.chunks, run.parallel):
+                saving.export(state.iteration)
+        status = 0 if not stopped else 128 + stopped if stopped > 0 else EXIT_DURATION
+        end |= {"status": status, "iteration": state.iteration}
     if ranks.rank == 0:
         logger.info("%s", next_steps(run, state, len(job.loader), bool(stopped)))
-    if stopped:
-        return 128 + stopped if stopped > 0 else EXIT_DURATION
-    return 0
+    return status
+
+
+def _start(job: Job, data: Data, state: TrainState) -> dict[str, Any]:
+    """What attempts.jsonl says of the start."""
+    progress = {"iteration": state.iteration, "last_iteration": len(job.loader), "epoch_packs": len(data.train)}
+    rows = overview.shown_rows(data.train, data.tokenizer)
+    return {**facts(job.run, job.ranks, commands(job.run, started())["go on"]), **progress, "data": data.report, "rows": rows}
 
 
 def _introduce(job: Job, data: Data, state: TrainState, expected: Memory | None) -> None:
@@ -171,8 +183,9 @@ def build_data(run: RunConfig) -> Data:
     for opened in (store, valid_store):
         _require_known_tokens(run, opened)
         _require_same_on_all(opened)
-    logger.info("%s", as_table(data_report(store, train_set.plan, config.seq_length)))
-    return Data(store, train_set, valid_set, tokenizer)
+    report = data_report(store, train_set.plan, config.seq_length)
+    logger.info("%s", as_table(report))
+    return Data(store, train_set, valid_set, tokenizer, report)
 
 
 def _require_same_on_all(store: TokenStore) -> None:

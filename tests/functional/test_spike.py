@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sft.__main__ import main
 from tests.functional.conftest import metrics_of
+from tests.unit.report.test_page import assert_self_contained
 
 SPIKE = 16
 """The iteration that holds the odd row (two rows a step, in file order)."""
@@ -48,3 +50,19 @@ def test_a_spike_is_skipped_the_same_way_after_a_resume_or_stops_every_rank(fine
     done = finetune(*flags, *layout, "--save", stopped, processes=2)
     assert done.returncode == 3 and f"iteration {SPIKE}: loss" in done.stdout
     assert (stopped / "latest_checkpointed_iteration.txt").read_text().strip() == str(SPIKE - 1)
+    _assert_page(whole, again, stopped)
+
+
+def _assert_page(*runs: Path) -> None:
+    """`megatron-sft report` of what these runs left: skipped step, fault, command, rows, data."""
+    output = runs[0].parent / "page.html"
+    assert main(["report", *map(str, runs), "--output", str(output)]) == 0
+    page = assert_self_contained(output.read_text())
+    assert page.names.count("svg") == len(page.texts["figcaption"]) >= 10
+    assert {"Loss nats per trained token", "Learning rate", "Documents by length"} <= set(page.texts["figcaption"])
+    told = page.texts["body"][0]
+    assert f"whole: steps without an update (--loss-spike-factor): {SPIKE}." in told
+    assert f"failed (status 3): TrainingError: iteration {SPIKE}: loss" in told
+    assert any(row.startswith("parallel.tensor_model_parallel_size112") for row in page.texts["tr"])
+    assert "finetune.py --load" in page.texts["pre"][-1] and "yes yes yes yes<|end|>" in page.texts["span"]
+    assert any(row.startswith("odd404000") for row in page.texts["tr"]), "40 rows, 40 kept, none cut"

@@ -16,6 +16,8 @@ ALLOWED: Mapping[str, set[str]] = {
     "files": set(),
     "lock": {"log"},
     "log": set(),
+    "pages": {"errors", "log"},
+    "attempts": set(),
     "output": {"errors", "files", "log"},
     "shell": {"errors"},
     "requirements": set(),
@@ -26,7 +28,8 @@ ALLOWED: Mapping[str, set[str]] = {
     "hub": EVERY | {"checkpoint"},  # which run goes on from --save and needs no other weights
     "config": {"errors", "log", "core_compat"},
     "parallel": EVERY,
-    "data": {"config", "errors", "files", "lock", "log"},
+    "data": {"config", "errors", "files", "lock", "log", "pages"},
+    "report": {"attempts", "data", "errors", "log", "pages"},
     "model": EVERY | {"parallel"},
     "hf": EVERY | {"parallel", "model"},
     "checkpoint": EVERY | {"parallel"},
@@ -34,14 +37,15 @@ ALLOWED: Mapping[str, set[str]] = {
     "conversion": EVERY | {"parallel", "model", "hf", "checkpoint", "weights"},
     "inference": EVERY | {"hub", "parallel", "model", "hf", "checkpoint", "weights", "data", "output"},
     "tasks": EVERY | {"parallel", "data", "inference", "output"},
-    "train": EVERY | {"parallel", "data", "model", "hf", "checkpoint", "weights", "plan"},
+    "train": EVERY | {"attempts", "parallel", "data", "model", "hf", "checkpoint", "weights", "plan"},
     "plan": EVERY | {"hub", "parallel", "model", "hf", "shell", "weights"},
     "doctor": EVERY | {"hub", "parallel", "model", "hf", "weights", "data", "train", "plan"},
     "__main__": EVERY
-    | set("checkpoint conversion data doctor entry hf hub inference output parallel plan shell tasks train".split()),
+    | set("checkpoint conversion data doctor entry hf hub inference output pages parallel plan report shell tasks train".split()),
 }
 USES_CORE = set(ALLOWED) - set(
-    "environment errors files lock log config data entry hub launch output requirements shell __main__".split()
+    "attempts environment errors files lock log config data entry hub launch output pages report".split()
+    + "requirements shell __main__".split()
 )
 
 

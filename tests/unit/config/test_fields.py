@@ -16,7 +16,11 @@ from megatron_sft.config.problems import problems
 from megatron_sft.config.run import EFFECTIVE, Count, ModelConfig, RunConfig
 from megatron_sft.errors import ConfigError
 
-COMMANDS = [None, options.GenerateConfig, options.MMLUConfig, options.EvalConfig, options.PlanConfig, options.ViewConfig]
+COMMANDS = [
+    None,
+    *(options.GenerateConfig, options.MMLUConfig, options.EvalConfig, options.PlanConfig, options.ReportConfig),
+    options.ViewConfig,
+]
 TEXTS = ["-1", "0", "nan", "inf", "-inf", "1e300", "1" * 5000, "0x10", "two", "", " "]
 NEEDED = ["--load", "model", "--finetune-hf-dataset", "rows.jsonl"]
 
@@ -95,7 +99,7 @@ def test_every_numeric_field_says_its_range() -> None:
     wordless = {name for name, kind in named.items() if kind.base is str and not isinstance(kind.rule, Words)}
     assert {name.split(".")[0] for name in wordless} <= {
         "DataConfig", "CheckpointConfig", "LoraConfig", "TrainConfig", "LogConfig", "TasksConfig",
-        "GenerateConfig", "ViewConfig", "PlanConfig", "MMLUConfig", "EvalConfig", "core"
+        "GenerateConfig", "ReportConfig", "ViewConfig", "PlanConfig", "MMLUConfig", "EvalConfig", "core"
     }  # fmt: skip
 
 

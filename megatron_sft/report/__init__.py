@@ -1,0 +1,1 @@
+"""`megatron-sft report RUN`: one page of one or several runs, from their own files."""
