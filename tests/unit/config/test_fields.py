@@ -114,7 +114,7 @@ def test_every_default_is_in_its_range() -> None:
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("optim", {"lr": math.inf}, "--lr is inf; expected a number from 0 to 1. Correct it."),
-    ("train", {"micro_batch_size": True}, "--micro-batch-size is True; expected a whole number from 1 to 2147483647."),
+    ("train", {"micro_batch_size": True}, "--micro-batch-size is True; expected a whole number from 1 to 1048576."),
     ("parallel", {"tensor_model_parallel_size": 0}, "--tensor-model-parallel-size is 0; expected a whole number from 1"),
     ("model", {"activation": "relu"}, "--activation is relu; expected one of silu, gelu, gelu_tanh"),
     ("model", {"moe": MoEConfig(moe_router_topk=0)}, "--moe-router-topk is 0; expected a whole number from 1"),
