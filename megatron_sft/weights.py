@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sft.checkpoint.background import torch_optimizers
 from megatron_sft.checkpoint.distributed import latest_iteration, load_checkpoint, read_run_config
 from megatron_sft.checkpoint.tracker import RELEASE, is_megatron_checkpoint
 from megatron_sft.config.fields import flag_of, shown
@@ -39,7 +40,7 @@ from megatron_sft.hf.weights import LAYER_NUMBER, predicts
 from megatron_sft.log import logger
 from megatron_sft.model.build import SFTModel, build_model, transformer_config
 from megatron_sft.model.lora import adapters_of
-from megatron_sft.parallel import Ranks, agree
+from megatron_sft.parallel import Ranks, agree, gather
 
 SAME_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 """Of a config.json that belongs to a model; how it is trained may differ."""
@@ -87,6 +88,13 @@ def resolve(
         CheckpointError: --load is neither an HF folder nor a Megatron checkpoint, or does not say its architecture.
     """
     source = find_source(run, training)
+    if training and run.checkpoint.load_optimizer and source.is_hf:
+        raise ConfigError(
+            [
+                f"--load-optimizer 1: {source.path} is an HF folder, which holds no optimizer states. Expected a Megatron "
+                "checkpoint as --load. Leave it out."
+            ]
+        )
     run = dataclasses.replace(
         run, model=resolve_model(run, explicit, source.whole, like), lora=adapter_settings(run, explicit, source)
     )
@@ -117,7 +125,7 @@ def build(run: RunConfig, source: WeightSource, ranks: Ranks) -> list[SFTModel]:
         logger.info("converted the HF weights of %s", whole.path)
         if run.checkpoint.verify_conversion:
             quick_check(chunks, run.model, whole.path, ranks)
-    elif not whole.resumes:
+    elif not (whole.resumes or run.checkpoint.load_optimizer):
         verify = run.checkpoint.verify_integrity
         load_checkpoint(whole.path, chunks, None, None, ranks, whole.iteration, weights_only=True, verify=verify)
     if run.lora.lora_rank:
@@ -200,9 +208,13 @@ def restore(run: RunConfig, source: WeightSource, ranks: Ranks, chunks: list[Any
     Raises:
         CheckpointError: no usable checkpoint, or one of another model.
     """
+    wanted = run.checkpoint
+    if not source.resumes and wanted.load_optimizer and not source.is_hf:
+        load_checkpoint(source.path, chunks, optimizer, None, ranks, load_rng=False, verify=wanted.verify_integrity)
+        if not any(gather(any(part.state for part in torch_optimizers(optimizer)))):
+            logger.warning("%s holds no optimizer states: --load-optimizer 1 starts with fresh ones.", source.path)
     if not source.resumes:
         return {}
-    wanted = run.checkpoint
     loaded = optimizer if wanted.load_optim else None
     rng, verify = wanted.load_rng, wanted.verify_integrity
     state = load_checkpoint(source.path, chunks, loaded, None, ranks, source.iteration, load_rng=rng, verify=verify)

@@ -41,7 +41,7 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
         "reset_attention_mask",
         "eod_mask_loss",
     ),
-    "optim": ("optimizer",),
+    "optim": ("optimizer", "muon_variant"),
     "train": ("seed", "global_batch_size", "params_dtype", "freeze", "train_only"),
     "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_type"),
 }

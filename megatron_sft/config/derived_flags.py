@@ -214,6 +214,36 @@ def _dynamic_batch(raw: Values, values: Values, found: list[str]) -> None:
         found.append("--use-dynamic-batch-size needs --max-tokens-per-gpu. Add it, or leave it out.")
 
 
+def _total_batch_size(raw: Values, values: Values, found: list[str]) -> None:
+    """nanochat's tokens a step -> packs of --seq-length tokens."""
+    text, length = raw["--total-batch-size"], values.get("data.seq_length", DataConfig.seq_length)
+    if not _is_count(text) or not int(text) or int(text) % length:
+        found.append(
+            f"--total-batch-size {text}: expected tokens of a step, a multiple of --seq-length {length}. Correct it, or give "
+            "--global-batch-size in packs."
+        )
+        return
+    packs = int(text) // length
+    if values.setdefault("train.global_batch_size", packs) != packs:
+        found.append(
+            f"--total-batch-size {text} makes {packs} packs a step, --global-batch-size "
+            f"{values['train.global_batch_size']}. Expected one number. Leave one out."
+        )
+
+
+def _decoupled_lr(raw: Values, values: Values, found: list[str]) -> None:
+    """Megatron's --decoupled-lr and --decoupled-min-lr, of input and output layer: the last entry of --param-groups."""
+    if "--decoupled-lr" not in raw:
+        found.append("--decoupled-min-lr has no effect without --decoupled-lr. Add it, or leave it out.")
+        return
+    settings = f"lr={raw['--decoupled-lr']}"
+    if "--decoupled-min-lr" in raw:
+        settings += f" min_lr={raw['--decoupled-min-lr']}"
+    entry = rf"^(embedding|output_layer)\. {settings}"
+    entries = values.get("optim.param_groups", ())
+    values["optim.param_groups"] = entries if entry in entries else (*entries, entry)
+
+
 def _loss_type(raw: Values, values: Values, found: list[str]) -> None:
     """--loss-type, with slime's word for cross-entropy."""
     word, kind = raw["--loss-type"], kinds(TrainConfig)["loss_type"]
@@ -288,6 +318,9 @@ DERIVED: Mapping[str, Derived] = {
         unit="name",
         default="what the folder has",
     ),
+    "--total-batch-size": Derived(_total_batch_size, help="what a step takes", group="train", unit="tokens"),
+    "--decoupled-lr": Derived(_decoupled_lr, help="lr of embeddings and head", group="optim", unit="number"),
+    "--decoupled-min-lr": Derived(_decoupled_lr, help="their min_lr", group="optim", unit="number"),
     "--loss-type": Derived(
         _loss_type,
         "train.loss_type",

@@ -44,6 +44,10 @@ SPELLINGS: Mapping[str, str] = {
     "--prompt-data-epochs": "data.train_epochs",
     "--prompt-data-weights": "data.train_weights",
     "--label-smoothing-factor": "train.label_smoothing",
+    "--warmup-ratio": "optim.lr_warmup_fraction",
+    "--lr-warmup-steps-ratio": "optim.lr_warmup_fraction",
+    "--warmup-steps-ratio": "optim.lr_warmup_fraction",
+    "--min-lr-ratio": "optim.final_lr_frac",
     "--data": "own.prompts_path",
     "--lora-dim": "lora.lora_rank",
     "--target-modules": "lora.lora_target_modules",
@@ -153,6 +157,13 @@ REFUSED: Mapping[str, str] = {
     r"qk-clip.*": "attention scores are not clipped here. Leave it out; --clip-grad limits the gradient.",
     r"(cpu|fine-grained-activation|fine-grained|activation)-offload.*|offload-.*|min-offloaded-.*": (
         "activations stay on the device here. Leave it out, and use --recompute-granularity."
+    ),
+    r"optimizer-(cpu-offload|offload-fraction)|use-torch-optimizer-for-cpu-.*|overlap-cpu-optimizer-.*|pin-cpu-(grads|params)": (
+        "optimizer states stay on the device here. Leave it out, and use --use-distributed-optimizer or "
+        "--use-precision-aware-optimizer."
+    ),
+    r"(no-)?muon-(num-ns-steps|scale-mode|tp-mode|split-qkv|use-nesterov|fp32-matmul-prec|extra-scale-factor|coefficient-type)": (
+        "muon has five Nesterov steps on whole matrices, each part of a fused one alone. Leave it out; see --muon-variant."
     ),
     r"(distribute-saved-activations|moe-layer-recompute|num-microbatches-with-partial-activation-checkpoints)": (
         "no such recomputation here. Use --sequence-parallel, or --recompute-granularity with --recompute-modules."

@@ -14,6 +14,7 @@ from megatron_sft.config.adapters import trained_problems
 from megatron_sft.config.core_fields import RECORD_OF, RECORDS, CoreTraining, has_part
 from megatron_sft.config.fields import Factor, flag_of, kind_of, kinds, range_problems, shown
 from megatron_sft.config.folders import folder_problems
+from megatron_sft.config.groups import group_problems, lowest_rate, parameter_groups
 from megatron_sft.config.hints import nearest
 from megatron_sft.config.run import (
     DATA_IDENTITY,
@@ -327,9 +328,24 @@ def data_problems(data: DataConfig) -> list[str]:
 def _optim_problems(run: RunConfig) -> list[str]:
     optim, train = run.optim, run.train
     found = []
-    for name, value in (("--min-lr", optim.min_lr), ("--lr-warmup-init", optim.lr_warmup_init)):
-        if value > optim.lr:
-            found.append(f"{name} {value:g} is above --lr {optim.lr:g}. Lower it, or raise --lr.")
+    peak = optim.lr * optim.init_lr_frac
+    said = f"--lr {optim.lr:g}" + (f" x --init-lr-frac {optim.init_lr_frac:g}" if optim.init_lr_frac != 1 else "")
+    for name, value in (("--min-lr", lowest_rate(optim, optim.lr)), ("--lr-warmup-init", optim.lr_warmup_init)):
+        if value > peak:
+            found.append(f"{name} {value:g} is above {said}. Lower it, or raise --lr.")
+    if optim.final_lr_frac is not None and optim.min_lr:
+        found.append("--final-lr-frac and --min-lr both say where the rate ends. Give one of them.")
+    if optim.unembedding_lr is not None and run.model.is_whole and run.model.share_embeddings_and_output_weights:
+        found.append("--unembedding-lr: the head is tied to the embeddings. Leave it out, or use --embedding-lr.")
+    if optim.warmdown_ratio is not None and (optim.lr_warmup_fraction or 0) + optim.warmdown_ratio > 1:
+        found.append(
+            f"--warmup-ratio {optim.lr_warmup_fraction:g} and --warmdown-ratio {optim.warmdown_ratio:g} are more than the whole "
+            "schedule. Lower one."
+        )
+    found += group_problems(optim)
+    others = {group.optimizer for group in parameter_groups(optim)} - {"adam"} if not found else set()
+    if others and optim.use_precision_aware_optimizer:
+        found.append(f"--use-precision-aware-optimizer: expected adam alone, not {', '.join(sorted(others))}. Leave it out.")
     narrow = [n for n in ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype") if getattr(optim, n) != "fp32"]
     if narrow and not (optim.use_precision_aware_optimizer and train.params_dtype == "bf16"):
         spelled = ", ".join(f"--{name.replace('_', '-')}" for name in narrow)

@@ -304,8 +304,14 @@ ROW_FIELDS = (
 class OptimConfig:
     """Optimizer and learning-rate schedule. Exactly one of *_iters and *_samples may be given for decay and warm-up."""
 
-    optimizer: Annotated[str, Words("adam")] = "adam"
-    """Only adam (AdamW)."""
+    optimizer: Annotated[str, Words("adam", "sgd", "muon")] = "adam"
+    """adam (AdamW), sgd, or muon: orthogonalised steps for matrices, adam for embeddings, head, norms and biases."""
+    sgd_momentum: Annotated[float, Number(0, 0.999999)] = 0.9
+    """Share of the running gradient that a step of sgd keeps."""
+    muon_variant: Annotated[str, Words("torch", "nanochat")] = "torch"
+    """torch: torch.optim.Muon's, with rates as AdamW has them; nanochat: Polar Express and NorMuon, with nanochat's rates."""
+    muon_momentum: Annotated[float, Number(0, 0.999999)] = 0.95
+    """Share of the running gradient that a step of muon keeps; nanochat's goes from 0.85 to 0.95 in 300 steps instead."""
     lr: Annotated[float, Number(0, 1)] = 5e-5
     """Highest learning rate."""
     min_lr: Annotated[float, Number(0, 1)] = 0.0
@@ -324,6 +330,20 @@ class OptimConfig:
     """The same as a share of the schedule."""
     lr_warmup_init: Annotated[float, Number(0, 1)] = 0.0
     """Learning rate that the warm-up begins with."""
+    init_lr_frac: Annotated[float, Number(1e-6, 1), "share"] = 1.0
+    """All highest rates are multiplied by it."""
+    warmdown_ratio: Annotated[float, Number(0, 1), "share"] | None = None
+    """In place of lr_decay_style: constant, then linear to the lowest rate over this share of the schedule."""
+    final_lr_frac: Annotated[float, Number(0, 1), "share"] | None = None
+    """In place of min_lr: the lowest rate as a share of the highest."""
+    param_groups: tuple[str, ...] = ()
+    """Each "PATTERN lr=X min_lr=X weight_decay=X optimizer=WORD": settings of parameters whose name the pattern matches."""
+    matrix_lr: Annotated[float, Number(0, 1)] | None = None
+    """Highest learning rate of all matrices but embeddings and head."""
+    embedding_lr: Annotated[float, Number(0, 1)] | None = None
+    """The same of the embeddings, also where the head is tied to them."""
+    unembedding_lr: Annotated[float, Number(0, 1)] | None = None
+    """The same of a head with weights of its own."""
     lr_wsd_decay_style: Annotated[str, Words("exponential", "linear", "cosine", "minus_sqrt")] = "exponential"
     """How WSD decays at its end."""
     lr_wsd_decay_iters: Annotated[Length, "iterations"] | None = None
@@ -432,6 +452,8 @@ class CheckpointConfig:
     """Checkpoints are written while training goes on."""
     finetune: bool = False
     """Weights only: iteration, optimizer, rng and data order start afresh."""
+    load_optimizer: Annotated[int, Number(0, 1)] = 0
+    """1: a new run from a Megatron checkpoint (--finetune) takes the optimizer's moments too; rates are this run's."""
     load_optim: bool = True
     """A resumed run takes the optimizer states."""
     load_rng: bool = True

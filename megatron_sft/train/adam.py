@@ -1,5 +1,5 @@
 """Adam on torch's fused kernels with the interfaces that megatron-core knows: Apex's, and TransformerEngine's for moments
-and gradients in bf16. Not here: which parameters, which learning rate (optim.py)."""
+and gradients in bf16; and SGD for groups that ask for it. Not here: which parameters, which rate (groups.py, optim.py)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,13 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
+STATES = {
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("exp_avg",),
+    "muon-torch": ("exp_avg",),
+    "muon-nanochat": ("exp_avg", "exp_avg_sq"),
+}
+"""A group's `method` -> the states that its parameters have, beside fp32 weights."""
 SLICE = 2**26
 """Elements that are turned into fp32 at once where moments or gradients are not."""
 
@@ -17,6 +24,8 @@ class FusedAdam(torch.optim.Optimizer):
     The step count lives in the parameter group (not in a tensor a parameter), which is what megatron-core's
     reshardable optimizer checkpoints expect of an Adam. Kernels: torch._fused_adamw_ and torch._fused_adam_. With
     moments or gradients in bf16 each slice of them goes through the same kernel in fp32 and is rounded once, to nearest.
+
+    A group with "method": "sgd" is updated as torch.optim.SGD does with its "momentum", whose buffer is exp_avg.
 
     Args:
         params: parameters or parameter groups.
@@ -55,10 +64,10 @@ class FusedAdam(torch.optim.Optimizer):
         self._dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": torch.float32}
         self.master_weights, self._use_decoupled_grad = master_weights, use_decoupled_grad
 
-    def initialize_state(self, param: torch.Tensor) -> None:
-        """Makes the moments of a parameter, and its fp32 weights where they are kept here."""
+    def initialize_state(self, param: torch.Tensor, method: str = "adam") -> None:
+        """Makes the states of a parameter, and its fp32 weights where they are kept here."""
         state = self.state[param]
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in STATES[method]:
             state[name] = torch.zeros_like(param, dtype=self._dtypes[name])
         if self.master_weights:
             state["master_param"] = param.detach().clone().float()
@@ -75,9 +84,11 @@ class FusedAdam(torch.optim.Optimizer):
         """As torch's, which would turn every state into its parameter's dtype, and hold them twice on the way."""
         super().load_state_dict({**state_dict, "state": {}})
         ids = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, param in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+        owned = [(p, STATES[group.get("method", "adam")]) for group in self.param_groups for p in group["params"]]
+        for number, (param, states) in zip(ids, owned, strict=True):
+            names = (*states, "master_param")
             for name, value in state_dict["state"].get(number, {}).items():
-                if name in self._dtypes:
+                if name in names:
                     self.state[param][name] = value.to(device=param.device, dtype=self._dtypes[name])
 
     @torch.no_grad()
@@ -85,23 +96,40 @@ class FusedAdam(torch.optim.Optimizer):
         """One update of every parameter that has a gradient. `closure` is not used (the gradients are there)."""
         for group in self.param_groups:
             pairs = [(p, gradient) for p in group["params"] if (gradient := self._gradient(p)) is not None]
-            group["step"] = group.get("step", 0) + 1
+            group["step"], method = group.get("step", 0) + 1, group.get("method", "adam")
             for param, _ in pairs:
                 if not self.state[param]:
-                    self.initialize_state(param)
-            columns = [
-                (self.state[p].get("master_param", p), gradient, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"])
-                for p, gradient in pairs
-            ]
-            whole = [column for column in columns if len({tensor.dtype for tensor in column}) == 1]
-            if whole:
-                self._update(group, *map(list, zip(*whole, strict=True)))
-            for column in columns:
-                if len({tensor.dtype for tensor in column}) > 1:
-                    self._update_in_slices(group, *column)
+                    self.initialize_state(param, method)
+            self._step_group(method, group, pairs)
             for param, _ in pairs:
                 if "master_param" in self.state[param]:
                     param.copy_(self.state[param]["master_param"])
+
+    def _step_group(self, method: str, group: dict[str, Any], pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        assert method in ("adam", "sgd"), f"{method}: not a method of this optimizer (muon.py)"
+        if method == "adam":
+            self._step_adam(group, pairs)
+        else:
+            self._step_sgd(group, pairs)
+
+    def _step_adam(self, group: dict[str, Any], pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        columns = [
+            (self.state[p].get("master_param", p), gradient, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"])
+            for p, gradient in pairs
+        ]
+        whole = [column for column in columns if len({tensor.dtype for tensor in column}) == 1]
+        if whole:
+            self._update(group, *map(list, zip(*whole, strict=True)))
+        for column in columns:
+            if len({tensor.dtype for tensor in column}) > 1:
+                self._update_in_slices(group, *column)
+
+    def _step_sgd(self, group: dict[str, Any], pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Weight decay is added to the gradient, as in torch.optim.SGD: b = m b + (g + d w), w = w - lr b."""
+        for param, gradient in pairs:
+            buffer = self.state[param]["exp_avg"]
+            buffer.mul_(group["momentum"]).add_(gradient.add(param, alpha=group["weight_decay"]))
+            param.add_(buffer, alpha=-group["lr"])
 
     def _gradient(self, param: torch.Tensor) -> torch.Tensor | None:
         return getattr(param, "decoupled_grad", None) if self._use_decoupled_grad else param.grad

@@ -23,7 +23,7 @@ from megatron_sft.parallel import Ranks
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loss import LossTotals
 from megatron_sft.train.metrics import metrics_writer
-from megatron_sft.train.optim import ScheduleLengths, whole_parameters
+from megatron_sft.train.optim import ScheduleLengths, rates, whole_parameters
 from megatron_sft.train.state import TrainState
 from megatron_sft.train.step import Noise, StepResult, train_step
 
@@ -97,7 +97,7 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
     with metrics_writer(run, job.ranks.rank, state.iteration, last_iteration) as write:
         clock = time.perf_counter()
         for step in job.loader:
-            lr = job.optimizer.param_groups[0]["lr"]
+            lr = rates(job.optimizer, job.scheduler)
             limit = state.loss_limit(run.train.loss_spike_factor)
             alpha = run.train.neftune_noise_alpha
             result = train_step(
@@ -173,7 +173,9 @@ def _meet_spike(job: Job, state: TrainState, spike: str) -> None:
     )
 
 
-def step_metrics(job: Job, step: Step, state: TrainState, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+def step_metrics(
+    job: Job, step: Step, state: TrainState, result: StepResult, lr: Mapping[str, float], seconds: float
+) -> dict[str, Any]:
     """The flat dict of one iteration, the same on every rank. Times in ms, losses in nats a trained token."""
     totals = result.totals
     flops = train_flops(job.run.model, step.lengths, totals.trained_tokens)
@@ -187,13 +189,14 @@ def step_metrics(job: Job, step: Step, state: TrainState, result: StepResult, lr
         "sft/tokens_seen": state.tokens_seen,
         "sft/epoch": step.epoch,
         "grad_norm": result.grad_norm,
-        "lr": lr,
+        "lr": lr["lr"],
         "perf/step_ms": 1000 * seconds,
         "perf/tokens_per_s": totals.tokens / seconds,
         "perf/tflops_per_gpu": flops / seconds / job.ranks.world_size / 1e12,
         "data/prefetch_queue_depth": job.loader.queue_depth,
         "data/wait_ms": job.loader.wait_ms,
         "skipped_iterations": state.skipped_iterations,
+        **{name: rate for name, rate in lr.items() if name != "lr"},
     }
 
 

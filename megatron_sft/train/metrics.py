@@ -49,6 +49,7 @@ def console_line(metrics: Metrics, train_iters: int, mean_loss: float | None = N
         f" tokens/s: {metrics['perf/tokens_per_s']:.0f} | trained tokens: {metrics['sft/trained_tokens']} |"
         f" epoch: {metrics['sft/epoch']:.3f} | step loss: {loss:.6E} |"
     )
+    line += "".join(f" {name}: {rate:.6E} |" for name, rate in metrics.items() if name.startswith("lr/"))
     if "valid/loss" in metrics:
         line += f" validation loss: {metrics['valid/loss']:.6E} |"
     return line

@@ -14,13 +14,17 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sft.checkpoint.background import torch_optimizers
+from megatron_sft.config.groups import lowest_rate, parameter_groups
 from megatron_sft.config.problems import length_problems
 from megatron_sft.config.run import OptimConfig, ParallelConfig, RunConfig
 from megatron_sft.core_compat import fuse_gradient_norm, provide_adam
 from megatron_sft.errors import ConfigError
+from megatron_sft.log import logger
 from megatron_sft.model.build import DTYPES
 from megatron_sft.parallel import gather
+from megatron_sft.train import muon
 from megatron_sft.train.adam import FusedAdam, NarrowGradientOptimizer
+from megatron_sft.train.groups import config_overrides
 
 SAMPLES, ITERATIONS, STEPS_OF_DATA = "samples", "iterations", "steps of data"
 
@@ -89,13 +93,14 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
     Bytes a parameter with --bf16 (weights + gradients + master weights + two moments): 2 + 4 + 4 + 8 = 18; with
     --use-precision-aware-optimizer and all its dtypes bf16 2 + 2 + 4 + 4 = 12. With --fp32 4 + 4 + 8 = 16.
     """
-    provide_adam(FusedAdam, NarrowGradientOptimizer)
+    has_muon = any(group.optimizer == "muon" for group in parameter_groups(run.optim))
+    provide_adam(muon.MixedOptimizer if has_muon else FusedAdam, NarrowGradientOptimizer)
     fuse_gradient_norm()
     optim, train, sharded = run.optim, run.train, run.parallel.use_distributed_optimizer
     config = OptimizerConfig(
-        optimizer=optim.optimizer,
-        lr=optim.lr,
-        min_lr=optim.min_lr,
+        optimizer="adam",  # ours, which updates each group by its own method
+        lr=optim.lr * optim.init_lr_frac,
+        min_lr=lowest_rate(optim, optim.lr),
         weight_decay=optim.weight_decay,
         adam_beta1=optim.adam_beta1,
         adam_beta2=optim.adam_beta2,
@@ -112,11 +117,27 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
         config.store_param_remainders = False
         config.main_grads_dtype = DTYPES[optim.main_grads_dtype]
         config.exp_avg_dtype, config.exp_avg_sq_dtype = DTYPES[optim.exp_avg_dtype], DTYPES[optim.exp_avg_sq_dtype]
-    optimizer = get_megatron_optimizer(config, chunks)
+    optimizer = get_megatron_optimizer(config, chunks, config_overrides=config_overrides(chunks, optim))
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.init_state_fn = _initialize_states
+    if has_muon:
+        muon.attach(optimizer, chunks, run.model)
+        logger.warning(
+            "muon: weights that were pretrained with Adam can get worse with it than with Adam, at every learning rate in "
+            "github.com/pytorch/torchtune/issues/2803; on par up to 0.5B in arXiv 2511.06086. Compare with --optimizer adam."
+        )
     if not sharded and optim.use_precision_aware_optimizer:
         for part in torch_optimizers(optimizer):
             part.master_weights = False  # type: ignore[attr-defined] # its parameters are fp32 master weights already
     return optimizer
+
+
+def _initialize_states(inner: FusedAdam, config: Any = None) -> None:
+    """megatron-core's init_state_fn, before a checkpoint is loaded: those states that each parameter's method has."""
+    for group in inner.param_groups:
+        for param in group["params"]:
+            if not inner.state[param]:
+                inner.initialize_state(param, group.get("method", "adam"))
 
 
 @dataclass(frozen=True)
@@ -166,15 +187,48 @@ def schedule_lengths(run: RunConfig, total_iterations: int, total_samples: int) 
     return ScheduleLengths(unit, warmup, decay, wsd_decay)
 
 
+class RateScheduler(OptimizerParamScheduler):
+    """megatron-core's, with nanochat's schedule beside its own (karpathy/nanochat scripts/chat_sft.py:get_lr_multiplier).
+
+    With `warmdown` w and warm-up share u a rate is, at progress t = position / length: max_lr * t / u while t < u (from init_lr),
+    max_lr up to 1 - w, then linear to min_lr at 1.
+    """
+
+    def __init__(self, *args: Any, warmdown: float | None, warmup: float, **kwargs: Any):
+        self._warmdown, self._warmup = warmdown, warmup
+        super().__init__(*args, **kwargs)
+
+    def get_lr(self, param_group: dict) -> float:
+        if self._warmdown is None:
+            return super().get_lr(param_group)
+        own = {"max_lr": self.max_lr, "min_lr": self.min_lr, **param_group}
+        high, low = float(own["max_lr"]), float(own["min_lr"])
+        progress = min(self.num_steps / self.lr_decay_steps, 1.0)
+        if progress < self._warmup:
+            return float(self.init_lr + (high - self.init_lr) * progress / self._warmup)
+        if progress <= 1 - self._warmdown:
+            return float(high)
+        return float(low + (high - low) * (1 - progress) / self._warmdown)
+
+
+def rates(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> dict[str, float]:
+    """{"lr": the run's, "lr/LABEL": a group's, ...} at the scheduler's place; the same on every process."""
+    groups = {f"lr/{group['label']}": scheduler.get_lr(group) for group in optimizer.param_groups if "label" in group}
+    return {"lr": scheduler.get_lr({}), **groups}
+
+
 def build_scheduler(
     optimizer: MegatronOptimizer, optim: OptimConfig, lengths: ScheduleLengths, position: int = 0
 ) -> OptimizerParamScheduler:
-    """megatron-core's scheduler at `position`; that and its `step(increment)` are in the unit of `lengths`."""
-    scheduler = OptimizerParamScheduler(
+    """The scheduler at `position`; that and its `step(increment)` are in the unit of `lengths`."""
+    fraction = optim.lr_warmup_fraction
+    scheduler = RateScheduler(
         optimizer,
+        warmdown=optim.warmdown_ratio,
+        warmup=lengths.warmup / lengths.decay if fraction is None else fraction,
         init_lr=optim.lr_warmup_init,
-        max_lr=optim.lr,
-        min_lr=optim.min_lr,
+        max_lr=optim.lr * optim.init_lr_frac,
+        min_lr=lowest_rate(optim, optim.lr),
         lr_warmup_steps=lengths.warmup,
         lr_decay_steps=lengths.decay,
         lr_decay_style=optim.lr_decay_style,

@@ -51,6 +51,9 @@ SIGNATURES: dict[str, str] = {
     "distributed/finalize_model_grads.py:finalize_model_grads": "model num_tokens",
     "distributed/finalize_model_grads.py:_update_router_expert_bias": "model config",
     "distributed/finalize_model_grads.py:_allreduce_embedding_grad": "model embd_group pp_group weight_getter skip_if_none",
+    # train/optim.py overrides the first, train/muon.py reads where the distributed optimizer cut a matrix
+    "optimizer_param_scheduler.py:OptimizerParamScheduler.get_lr": "self param_group",
+    "optimizer/distrib_optimizer.py:DistributedOptimizer._get_model_param_range_map": "self param",
     # model/ overrides or goes around these
     "tensor_parallel/layers.py:ColumnParallelLinear.forward": "self input_",
     "tensor_parallel/layers.py:RowParallelLinear.forward": "self input_",
@@ -87,7 +90,15 @@ WORDS: dict[str, list[str]] = {
         "is_te_min_version",
         "config.use_precision_aware_optimizer_no_fp8_or_ds_fp8",
     ],
-    "optimizer/distrib_optimizer.py": ["HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"],
+    "optimizer/distrib_optimizer.py": [
+        "HAVE_APEX_OR_TE",
+        "USING_APEX_OPTIMIZER",
+        "self.model_param_group_index_map",
+        "self.data_parallel_group = ",
+        "for key in param_group_identifier_keys:",
+    ],
+    "optimizer/optimizer.py": ["self.init_state_fn(", "param.main_param = main_param", "'lr_mult'"],
+    "optimizer_param_scheduler.py": ["param_group.get('max_lr'", "param_group.get('start_wd'", "param_group.get('wd_mult'"],
     "pipeline_parallel/schedules.py": ["config.finalize_model_grads_func(", "no_sync_func = config.no_sync_func"],
     "optimizer/optimizer.py": ["is_not_shared = param_is_not_shared(param)"],  # model/lora.py sets `shared`
     "distributed/distributed_data_parallel.py": ["getattr(param, 'allreduce', True)"],

@@ -1,0 +1,99 @@
+"""Which parameter belongs to which group of the run's table, in megatron-core's words. Not here: the table (config/groups.py)."""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from torch.nn import Parameter
+
+from megatron_sft.checkpoint.state import unwrap
+from megatron_sft.config.groups import ParameterGroup, parameter_groups
+from megatron_sft.config.run import OptimConfig
+from megatron_sft.errors import ConfigError
+from megatron_sft.parallel import gather
+
+LOCAL_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+
+
+def named_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, Parameter]]:
+    """Parameters of this process's chunks that are trained, layers counted over the whole model from 0."""
+    for chunk in map(unwrap, chunks):
+        for name, parameter in chunk.named_parameters():
+            local = LOCAL_LAYER.match(name)
+            if local:
+                name = f"decoder.layers.{chunk.decoder.layers[int(local[1])].layer_number - 1}.{local[2]}"
+            if name.startswith("output_layer.") and getattr(parameter, "shared_embedding", False):
+                name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied table
+            if parameter.requires_grad:
+                yield name, parameter
+
+
+def kind_of(name: str, parameter: Parameter) -> str:
+    """embedding (a tied table too), unembedding, matrix (every other weight of two dimensions) or other, by its whole name."""
+    if name.startswith("embedding."):
+        return "embedding"
+    if name.startswith("output_layer."):
+        return "unembedding"
+    return "matrix" if parameter.dim() == 2 else "other"
+
+
+def config_overrides(chunks: Sequence[Any], optim: OptimConfig) -> dict[ParamKey, Any] | None:
+    """Collective: megatron-core's config_overrides for the run's table; None without one: its own rule for weight decay.
+
+    Every parameter has the overrides of one group. megatron-core tells groups apart by wd_mult, lr_mult and two more when it
+    loads a state dict (optimizer.py:param_group_identifier_keys) and does nothing else with lr_mult: it numbers the groups here.
+
+    Raises:
+        ConfigError: on every process, for an entry of the table that no parameter matches.
+    """
+    groups = parameter_groups(optim)
+    if not groups:
+        return None
+    members: dict[int, tuple[int, bool, str]] = {}
+    for name, parameter in named_parameters(chunks):
+        kind = kind_of(name, parameter)
+        place = next(index for index, group in enumerate(groups) if _has(group, name, kind))
+        decays = groups[place].decays_all or not (parameter.dim() == 1 or name.endswith(".bias"))
+        members[id(parameter)] = place, decays, _method(groups[place], kind, optim)
+    used = {place for part in gather({place for place, _, _ in members.values()}) for place in part}
+    idle = [group.pattern or f"--{group.label}-lr" for place, group in enumerate(groups[:-1]) if place not in used]
+    if idle:
+        raise ConfigError(
+            [
+                f"{pattern}: no trained parameter has it that an earlier group leaves. Expected one. Correct it, or leave it out."
+                for pattern in idle
+            ]
+        )
+    keys = {}
+    for place, group in enumerate(groups):
+        for kind, decays in itertools.product(("matrix", "other"), (True, False)):
+            method = _method(group, kind, optim)
+            if kind == "matrix" and not method.startswith("muon"):
+                continue
+            mark = place, decays, method
+            predicate = ParamWithNamePredicate(str(mark), lambda parameter, name, mark=mark: members.get(id(parameter)) == mark)
+            keys[ParamKey(with_name_predicate=predicate)] = {
+                "max_lr": group.lr,
+                "min_lr": group.min_lr,
+                "start_wd": group.weight_decay,
+                "end_wd": group.weight_decay,
+                "wd_mult": float(decays),
+                "lr_mult": 1.0 + 2 * place + (kind == "matrix"),
+                "label": group.label,
+                "method": method,
+                "momentum": optim.muon_momentum if method.startswith("muon") else optim.sgd_momentum,
+            }
+    return keys
+
+
+def _method(group: ParameterGroup, kind: str, optim: OptimConfig) -> str:
+    """How a parameter of a group is updated; what is no matrix, or is an embedding or a head, is Adam's in a group of Muon."""
+    if group.optimizer != "muon":
+        return group.optimizer
+    return f"muon-{optim.muon_variant}" if kind == "matrix" else "adam"
+
+
+def _has(group: ParameterGroup, name: str, kind: str) -> bool:
+    return bool(re.search(group.pattern, name)) if group.pattern else group.label in (kind, "other")
