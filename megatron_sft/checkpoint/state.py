@@ -44,8 +44,8 @@ def content_metadata(use_distributed_optimizer: bool, in_part: bool = False) -> 
 
     Args:
         use_distributed_optimizer: its states are sharded over data parallel.
-        in_part: trains_in_part. Layers then have names of their own in place of one tensor over all layers, in which the
-            optimizer's states of those that are not trained would be missing.
+        in_part: trains_in_part, or config/groups.py:mixes_optimizers. Layers then have names of their own in place of one
+            tensor over all layers, in which the states of those that are not trained, or have fewer, would be missing.
     """
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if in_part:

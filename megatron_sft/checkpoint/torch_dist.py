@@ -123,9 +123,9 @@ def read_state(folder: Path, wanted: dict[str, Any], metadata: Metadata, common:
     Raises:
         CheckpointError: the checkpoint lacks something, has it in another shape, or is damaged.
     """
-    sharded, local, factories = load_preprocess(wanted)
+    whole, local, factories = load_preprocess(wanted)
     merge(common, local)
-    sharded, _ = extract_sharded_base(sharded)
+    sharded, _ = extract_sharded_base(whole)
     tensors = [t for t in _leaves(sharded) if not isinstance(t, ShardedObject)]
     by_key, flat_mapping, rename_mapping = core_torch._replace_state_dict_keys_with_sharded_keys(sharded)
     _require_kinds(folder, by_key, metadata)
@@ -148,8 +148,28 @@ def read_state(folder: Path, wanted: dict[str, Any], metadata: Metadata, common:
     unwrapped = {key: core_torch._unwrap_pyt_sharded_tensor(value) for key, value in items.items()}
     loaded = core_torch._replace_sharded_keys_with_state_dict_keys(unwrapped, flat_mapping, rename_mapping)
     core_torch._restore_dict_types(loaded, sharded)
-    merge(common, loaded)
+    merge(common, _with_empty_lists(loaded, whole))
     return apply_factory_merges(common, factories)
+
+
+def _with_empty_lists(found: Any, whole: Any) -> Any:
+    """Puts back what extract_sharded_base leaves out of lists: groups of parameters of which this process has none.
+
+    Without them the weights of a group would go to the one before: [[], [a], [b]] -> [[a], [b]] -> [[], [a], [b]].
+
+    Args:
+        found: loaded leaves, in the order of `whole`.
+        whole: what they were extracted from.
+    """
+    if isinstance(found, dict):
+        return {key: _with_empty_lists(value, whole[key]) for key, value in found.items()}
+    if not isinstance(found, list):
+        return found
+    gone = [isinstance(item, list) and not item for item in whole]
+    if len(found) != len(whole) - sum(gone):  # of a list in which other things are not sharded
+        return found
+    left = iter(found)
+    return [[] if is_gone else _with_empty_lists(next(left), item) for is_gone, item in zip(gone, whole, strict=True)]
 
 
 def _require_kinds(folder: Path, by_key: Mapping[str, list[Any]], metadata: Metadata) -> None:

@@ -91,6 +91,11 @@ def _group(optim: OptimConfig, label: str, pattern: str, own: dict[str, float | 
     )
 
 
+def mixes_optimizers(optim: OptimConfig) -> bool:
+    """Whether an entry of the table has another optimizer than the run: layers can then differ in the states that they have."""
+    return any(g.pattern and g.optimizer != optim.optimizer for g in parameter_groups(optim))
+
+
 def lowest_rate(optim: OptimConfig, peak: float) -> float:
     """Where the schedule of a group with this lr ends: --final-lr-frac of its highest rate, else as --min-lr is to --lr."""
     if optim.final_lr_frac is not None:

@@ -15,6 +15,7 @@ from megatron_sft.errors import ConfigError
 from megatron_sft.parallel import gather
 
 LOCAL_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+EXPERT = re.compile(r"\.local_experts\.\d+\.")
 
 
 def named_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, Parameter]]:
@@ -46,26 +47,22 @@ def config_overrides(chunks: Sequence[Any], optim: OptimConfig) -> dict[ParamKey
     loads a state dict (optimizer.py:param_group_identifier_keys) and does nothing else with lr_mult: it numbers the groups here.
 
     Raises:
-        ConfigError: on every process, for an entry of the table that no parameter matches.
+        ConfigError: on every process, for an entry of the table that no parameter matches, or that only some experts of a layer
+            do: their numbers are a process's own, and all of them are one tensor of a checkpoint.
     """
     groups = parameter_groups(optim)
     if not groups:
         return None
     members: dict[int, tuple[int, bool, str]] = {}
+    of_experts: dict[str, set[int]] = {}
     for name, parameter in named_parameters(chunks):
         kind = kind_of(name, parameter)
         place = next(index for index, group in enumerate(groups) if _has(group, name, kind))
         decays = groups[place].decays_all or not (parameter.dim() == 1 or name.endswith(".bias"))
         members[id(parameter)] = place, decays, _method(groups[place], kind, optim)
-    used = {place for part in gather({place for place, _, _ in members.values()}) for place in part}
-    idle = [group.pattern or f"--{group.label}-lr" for place, group in enumerate(groups[:-1]) if place not in used]
-    if idle:
-        raise ConfigError(
-            [
-                f"{pattern}: no trained parameter has it that an earlier group leaves. Expected one. Correct it, or leave it out."
-                for pattern in idle
-            ]
-        )
+        if EXPERT.search(name):
+            of_experts.setdefault(EXPERT.sub(".", name), set()).add(place)
+    _require_whole(groups, {place for place, _, _ in members.values()}, list(of_experts.values()))
     keys = {}
     for place, group in enumerate(groups):
         for kind, decays in itertools.product(("matrix", "other"), (True, False)):
@@ -86,6 +83,32 @@ def config_overrides(chunks: Sequence[Any], optim: OptimConfig) -> dict[ParamKey
                 "momentum": optim.muon_momentum if method.startswith("muon") else optim.sgd_momentum,
             }
     return keys
+
+
+def _require_whole(groups: Sequence[ParameterGroup], mine: set[int], of_experts: Sequence[set[int]]) -> None:
+    """Collective: refuses groups without a parameter, and those that part a layer's experts.
+
+    Args:
+        groups: of the table.
+        mine: places of those that parameters of this process are in.
+        of_experts: for a weight of a layer's experts, those that it is in.
+    """
+    split = {min(places) for places in of_experts if len(places) > 1}
+    found = gather((mine, split))
+    used, parted = (set().union(*sets) for sets in zip(*found, strict=True))
+    problems = [
+        f"{group.pattern or f'--{group.label}-lr'}: no trained parameter has it that an earlier group leaves. Expected one. "
+        "Correct it, or leave it out."
+        for place, group in enumerate(groups[:-1])
+        if place not in used
+    ]
+    problems += [
+        f"{groups[place].pattern}: some experts of a layer have it, others do not. Expected all or none. Leave the expert's "
+        "number out."
+        for place in sorted(parted)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _method(group: ParameterGroup, kind: str, optim: OptimConfig) -> str:
