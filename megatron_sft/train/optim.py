@@ -19,7 +19,6 @@ from megatron_sft.config.problems import length_problems
 from megatron_sft.config.run import OptimConfig, ParallelConfig, RunConfig
 from megatron_sft.core_compat import fuse_gradient_norm, provide_adam
 from megatron_sft.errors import ConfigError
-from megatron_sft.log import logger
 from megatron_sft.model.build import DTYPES
 from megatron_sft.parallel import gather
 from megatron_sft.train import muon
@@ -122,10 +121,6 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
         part.init_state_fn = _initialize_states
     if has_muon:
         muon.attach(optimizer, chunks, run.model)
-        logger.warning(
-            "muon: weights that were pretrained with Adam can get worse with it than with Adam, at every learning rate in "
-            "github.com/pytorch/torchtune/issues/2803; on par up to 0.5B in arXiv 2511.06086. Compare with --optimizer adam."
-        )
     if not sharded and optim.use_precision_aware_optimizer:
         for part in torch_optimizers(optimizer):
             part.master_weights = False  # type: ignore[attr-defined] # its parameters are fp32 master weights already

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_sft import plan
+from megatron_sft.config.groups import parameter_groups
 from megatron_sft.config.run import RunConfig
 from megatron_sft.data.loader import steps_of_samples
 from megatron_sft.data.preview import decoder, sample_text, shown_documents, trained_rows
@@ -78,6 +79,15 @@ def lengths(run: RunConfig, dataset: SFTDataset, state: TrainState, total: int, 
     return (
         f"length: {begin}{total:,} steps of {batch_size:,} packs; an epoch is {steps:,} steps, {packs:,} packs, {tokens:,} tokens"
     )
+
+
+def warn_of_muon(run: RunConfig) -> None:
+    """What is known of Muon on weights that were trained with another optimizer."""
+    if any(group.optimizer == "muon" for group in parameter_groups(run.optim)):
+        logger.warning(
+            "muon: weights that were pretrained with Adam can get worse with it than with Adam, at every learning rate in "
+            "github.com/pytorch/torchtune/issues/2803; on par up to 0.5B in arXiv 2511.06086. Compare with --optimizer adam."
+        )
 
 
 def places(run: RunConfig) -> str:

@@ -147,6 +147,7 @@ def _start(job: Job, data: Data, state: TrainState) -> dict[str, Any]:
 
 def _introduce(job: Job, data: Data, state: TrainState, expected: Memory | None) -> None:
     """Says what the run is about to do."""
+    overview.warn_of_muon(job.run)
     lines = [overview.sample(data.train, data.tokenizer)]
     if expected is not None:
         lines += [overview.parameters(job.chunks, expected, job.run), overview.memory(expected, job.ranks)]
