@@ -161,9 +161,9 @@ def _with_empty_lists(found: Any, whole: Any) -> Any:
         found: loaded leaves, in the order of `whole`.
         whole: what they were extracted from.
     """
-    if isinstance(found, dict):
+    if isinstance(found, dict) and isinstance(whole, dict):
         return {key: _with_empty_lists(value, whole[key]) for key, value in found.items()}
-    if not isinstance(found, list):
+    if not (isinstance(found, list) and isinstance(whole, list)):  # a leaf; a loaded object may be a list too
         return found
     gone = [isinstance(item, list) and not item for item in whole]
     if len(found) != len(whole) - sum(gone):  # of a list in which other things are not sharded
