@@ -291,10 +291,11 @@ def trained_parameters(run: RunConfig, gpus: int) -> list[tuple[int, int]]:
 
 
 def state_bytes(run: RunConfig) -> tuple[int, int, int]:
-    """Bytes a parameter of weights, gradients and optimizer states (train/optim.py:build_optimizer)."""
+    """Bytes a parameter of weights, gradients and optimizer states (train/optim.py:build_optimizer); muon's as adam's."""
     optim, size = run.optim, {"fp32": 4, "bf16": 2}
     weights = size[run.train.params_dtype]
-    moments = size[optim.exp_avg_dtype] + size[optim.exp_avg_sq_dtype] if optim.use_precision_aware_optimizer else 8
+    plain = 4 if optim.optimizer == "sgd" else 8
+    moments = size[optim.exp_avg_dtype] + size[optim.exp_avg_sq_dtype] if optim.use_precision_aware_optimizer else plain
     return weights, size[optim.main_grads_dtype], moments + (4 if weights == 2 else 0)
 
 

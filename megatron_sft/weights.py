@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_sft.checkpoint.background import torch_optimizers
 from megatron_sft.checkpoint.distributed import latest_iteration, load_checkpoint, read_run_config
+from megatron_sft.checkpoint.resume import other_states
 from megatron_sft.checkpoint.tracker import RELEASE, is_megatron_checkpoint
 from megatron_sft.config.fields import flag_of, shown
 from megatron_sft.config.problems import problems
@@ -88,20 +89,28 @@ def resolve(
         CheckpointError: --load is neither an HF folder nor a Megatron checkpoint, or does not say its architecture.
     """
     source = find_source(run, training)
-    if training and run.checkpoint.load_optimizer and source.is_hf:
-        raise ConfigError(
-            [
-                f"--load-optimizer 1: {source.path} is an HF folder, which holds no optimizer states. Expected a Megatron "
-                "checkpoint as --load. Leave it out."
-            ]
-        )
     run = dataclasses.replace(
         run, model=resolve_model(run, explicit, source.whole, like), lora=adapter_settings(run, explicit, source)
     )
-    if found := problems(run, process_environment()[1], training):
+    found = problems(run, process_environment()[1], training) + (_warm_start_problems(run, source) if training else [])
+    if found:
         raise ConfigError(found)
     transformer_config(run.model, run.parallel, run.train)  # what only megatron-core refuses, before a row is read
     return run, source
+
+
+def _warm_start_problems(run: RunConfig, source: WeightSource) -> list[str]:
+    """Why --load-optimizer cannot take the optimizer's states of a source that the run does not resume from."""
+    if source.resumes or not run.checkpoint.load_optimizer:
+        return []
+    path = source.path
+    if not is_megatron_checkpoint(path):
+        return [
+            f"--load-optimizer 1: {path} is {'an HF' if source.is_hf else 'a PEFT'} folder, which holds no optimizer states. "
+            "Expected a Megatron checkpoint as --load. Leave it out."
+        ]
+    others = other_states(source.run_config, run)
+    return [f"--load-optimizer 1: {path} has other states: {line}. Expected the same. Leave it out." for line in others]
 
 
 def build(run: RunConfig, source: WeightSource, ranks: Ranks) -> list[SFTModel]:
@@ -125,7 +134,7 @@ def build(run: RunConfig, source: WeightSource, ranks: Ranks) -> list[SFTModel]:
         logger.info("converted the HF weights of %s", whole.path)
         if run.checkpoint.verify_conversion:
             quick_check(chunks, run.model, whole.path, ranks)
-    elif not (whole.resumes or run.checkpoint.load_optimizer):
+    elif not whole.resumes:
         verify = run.checkpoint.verify_integrity
         load_checkpoint(whole.path, chunks, None, None, ranks, whole.iteration, weights_only=True, verify=verify)
     if run.lora.lora_rank:
@@ -209,8 +218,9 @@ def restore(run: RunConfig, source: WeightSource, ranks: Ranks, chunks: list[Any
         CheckpointError: no usable checkpoint, or one of another model.
     """
     wanted = run.checkpoint
-    if not source.resumes and wanted.load_optimizer and not source.is_hf:
-        load_checkpoint(source.path, chunks, optimizer, None, ranks, load_rng=False, verify=wanted.verify_integrity)
+    if not source.resumes and wanted.load_optimizer:
+        verify, iteration = wanted.verify_integrity, source.iteration
+        load_checkpoint(source.path, chunks, optimizer, None, ranks, iteration, load_rng=False, verify=verify)
         if not any(gather(any(part.state for part in torch_optimizers(optimizer)))):
             logger.warning("%s holds no optimizer states: --load-optimizer 1 starts with fresh ones.", source.path)
     if not source.resumes:

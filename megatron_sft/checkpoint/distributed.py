@@ -25,7 +25,6 @@ from megatron_sft.checkpoint import state as state_dicts
 from megatron_sft.checkpoint.background import torch_optimizers
 from megatron_sft.checkpoint.lock import Lock
 from megatron_sft.checkpoint.resume import run_config_json
-from megatron_sft.config.groups import mixes_optimizers
 from megatron_sft.config.run import RunConfig
 from megatron_sft.errors import CheckpointError, SavingError
 from megatron_sft.log import logger
@@ -95,8 +94,7 @@ class CheckpointSaver:
         if not (self._run.checkpoint.save_optim and any(gather(has_states))):  # a rank may train nothing
             optimizer = None  # before the first step there is nothing in it
         sharded = self._run.parallel.use_distributed_optimizer
-        in_part = state_dicts.trains_in_part(chunks) or mixes_optimizers(self._run.optim)
-        metadata = state_dicts.content_metadata(sharded, in_part)
+        metadata = state_dicts.content_metadata(sharded, state_dicts.layers_differ(chunks, self._run.optim))
         full = self._state_dict(iteration, chunks, optimizer, scheduler, state, metadata)
         parts = state_dicts.own_shards(optimizer, metadata)
         shards = optimizer_shards.write_items(parts, state_dicts.model_state(chunks, metadata)) if parts else []

@@ -3,7 +3,7 @@
 Beside every checkpoint stands its resolved configuration (run_config.json). Each field of it has one of four fates:
 refused  it makes the two halves trainings of different data, order or models;
 by data  refused unless the rows' tokens and the packs are proved to be the same (DATA_IDENTITY): the flag is but a name;
-told     it changes the rest of training on purpose (learning rate, length): one line;
+told     it changes the rest of training on purpose (learning rate, length): one line; of --param-groups all but the optimizers;
 free     layout, folders, logging and speed.
 --allow-changed NAME makes told of refused. tests/unit/checkpoint/test_resume.py holds that no field is forgotten.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_sft.config.core_fields import RECORDS
+from megatron_sft.config.groups import optimizers_of
 from megatron_sft.config.run import BASE_IDENTITY, DATA_IDENTITY, ROW_FIELDS, RunConfig, TrainConfig, model_config_from_json
 from megatron_sft.errors import CheckpointError
 from megatron_sft.log import logger
@@ -83,6 +84,11 @@ TOLD: Mapping[str, tuple[str, ...]] = {
         "deterministic_mode",
     ),
 }
+STATES = (
+    *("optim.optimizer", "optim.muon_variant", "optim.param_groups", "train.freeze", "train.train_only"),
+    *("lora.lora_rank", "lora.lora_target_modules", "lora.lora_type"),
+)
+"""Refused settings that say which states which parameter has: without them a new run cannot take an optimizer's states."""
 FREE: Mapping[str, tuple[str, ...]] = {
     "model": _PADDING,
     "parallel": tuple(_DEFAULTS["parallel"]),
@@ -147,12 +153,18 @@ def changes(saved: Mapping[str, Any], run: RunConfig, identity: Mapping[str, str
             old = {**defaults[section], **_known(section, saved[section])} if section in saved else now[section]
             for path, before, after in _leaves(section, names, old, now[section]):
                 unknown = path == "train.global_batch_size" and before is None  # an early release left it open
+                regroups = path == "optim.param_groups" and optimizers_of(before) != optimizers_of(after)
                 if before != after and not unknown:
-                    lines.append(f"{path}: {_short(before)} -> {_short(after)}")
+                    (refused if regroups else lines).append(f"{path}: {_short(before)} -> {_short(after)}")
     for name in DATA_IDENTITY:
         if "data" in saved and saved.get(name) != identity.get(name):
             refused.append(f"{name}: {_short(saved.get(name))} -> {_short(identity.get(name))}")
     return refused, told
+
+
+def other_states(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
+    """What makes the optimizer states of a checkpoint another run's, one `section.name: old -> new` a setting (STATES)."""
+    return [line for line in changes(saved, run, {})[0] if line.partition(":")[0] in STATES]
 
 
 def _leaves(section: str, names: Sequence[str], old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -20,6 +20,8 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_sft.checkpoint import optimizer_shards
 from megatron_sft.config.core_fields import RECORDS
+from megatron_sft.config.groups import mixes_optimizers
+from megatron_sft.config.optim import OptimConfig
 from megatron_sft.config.run import RunConfig
 from megatron_sft.parallel import Ranks, gather
 
@@ -34,21 +36,22 @@ def unwrap(chunk: torch.nn.Module) -> Any:
     return chunk
 
 
-def trains_in_part(chunks: list[Any]) -> bool:
-    """Collective: whether any process has a parameter that is not trained."""
-    return any(gather(any(not parameter.requires_grad for chunk in chunks for parameter in chunk.parameters())))
+def layers_differ(chunks: list[Any], optim: OptimConfig) -> bool:
+    """Collective: whether layers can differ in the states that they have: some are not trained, or have another optimizer."""
+    frozen = any(gather(any(not parameter.requires_grad for chunk in chunks for parameter in chunk.parameters())))
+    return frozen or mixes_optimizers(optim)
 
 
-def content_metadata(use_distributed_optimizer: bool, in_part: bool = False) -> dict[str, Any]:
+def content_metadata(use_distributed_optimizer: bool, by_layer: bool = False) -> dict[str, Any]:
     """How sharded state dicts are built here; stored in the checkpoint, and read back before a load.
 
     Args:
         use_distributed_optimizer: its states are sharded over data parallel.
-        in_part: trains_in_part, or config/groups.py:mixes_optimizers. Layers then have names of their own in place of one
-            tensor over all layers, in which the states of those that are not trained, or have fewer, would be missing.
+        by_layer: layers_differ. Layers then have names of their own in place of one tensor over all layers, in which the states
+            of some would be missing.
     """
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    if in_part:
+    if by_layer:
         metadata["non_homogeneous_layers"] = True
     if use_distributed_optimizer:
         metadata["distrib_optim_sharding_type"] = optimizer_shards.FORMAT

@@ -215,7 +215,7 @@ def _dynamic_batch(raw: Values, values: Values, found: list[str]) -> None:
 
 
 def _total_batch_size(raw: Values, values: Values, found: list[str]) -> None:
-    """nanochat's tokens a step -> packs of --seq-length tokens."""
+    """nanochat's tokens per step -> packs of --seq-length tokens."""
     text, length = raw["--total-batch-size"], values.get("data.seq_length", DataConfig.seq_length)
     if not _is_count(text) or not int(text) or int(text) % length:
         found.append(
@@ -226,19 +226,23 @@ def _total_batch_size(raw: Values, values: Values, found: list[str]) -> None:
     packs = int(text) // length
     if values.setdefault("train.global_batch_size", packs) != packs:
         found.append(
-            f"--total-batch-size {text} makes {packs} packs a step, --global-batch-size "
+            f"--total-batch-size {text} makes {packs} packs per step, --global-batch-size "
             f"{values['train.global_batch_size']}. Expected one number. Leave one out."
         )
 
 
 def _decoupled_lr(raw: Values, values: Values, found: list[str]) -> None:
-    """Megatron's --decoupled-lr and --decoupled-min-lr, of input and output layer: the last entry of --param-groups."""
+    """Megatron's --decoupled-lr and --decoupled-min-lr, of input and output layer: the last entry of --param-groups.
+
+    Their lowest rate is --min-lr, as in megatron-core (optimizer/__init__.py:get_standard_config_overrides).
+    """
     if "--decoupled-lr" not in raw:
         found.append("--decoupled-min-lr has no effect without --decoupled-lr. Add it, or leave it out.")
         return
     settings = f"lr={raw['--decoupled-lr']}"
-    if "--decoupled-min-lr" in raw:
-        settings += f" min_lr={raw['--decoupled-min-lr']}"
+    least = raw.get("--decoupled-min-lr", values.get("optim.min_lr"))
+    if least is not None:
+        settings += f" min_lr={least}"
     entry = rf"^(embedding|output_layer)\. {settings}"
     entries = values.get("optim.param_groups", ())
     values["optim.param_groups"] = entries if entry in entries else (*entries, entry)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 _LENGTH = "A run's length is --num-epoch, --train-iters or --train-samples."
-_ONE_RATE = "All weights have one learning rate here: --lr."
 _MIXTURE = "Rows come from files here: --prompt-data NAME FILE ... with --prompt-data-epochs, one number per source."
 _LORA = "See docs/lora.md."
 ELSEWHERE: Mapping[str, str] = {
@@ -11,17 +10,8 @@ ELSEWHERE: Mapping[str, str] = {
     "--device-type": "The device is CUDA where there is a GPU, else the CPU, here; --distributed-backend chooses nccl or gloo.",
     "--model-tag": "Weights come from --load here, an HF folder or a Megatron checkpoint.",
     "--model-step": "It is --ckpt-step here.",
-    "--load-optimizer": "It is --no-load-optim here, or --finetune for weights alone.",
     "--max-seq-len": "It is --seq-length here.",
     "--device-batch-size": "Packs a forward pass are --micro-batch-size here.",
-    "--total-batch-size": "Packs a step are --global-batch-size here, of --seq-length tokens each.",
-    "--embedding-lr": _ONE_RATE,
-    "--unembedding-lr": _ONE_RATE,
-    "--matrix-lr": _ONE_RATE,
-    "--init-lr-frac": "The highest learning rate is --lr here, as a number.",
-    "--warmup-ratio": "It is --lr-warmup-fraction here.",
-    "--warmdown-ratio": "It is --lr-decay-style WSD with --lr-wsd-decay-iters here.",
-    "--final-lr-frac": "The last learning rate is --min-lr here, as a number.",
     "--eval-every": "It is --eval-interval here.",
     "--eval-tokens": "A validation has --eval-iters global batches here.",
     "--chatcore-every": "It is megatron-sft eval --eval-tasks chatcore here, after training.",

@@ -8,10 +8,11 @@ counted over the whole model), and what is set for it. The first entry that matc
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sft.config.fields import kinds, shown
-from megatron_sft.config.run import OptimConfig
+from megatron_sft.config.fields import flag_of, kinds, shown
+from megatron_sft.config.optim import OptimConfig
 
 SETTINGS = {"lr": "lr", "min_lr": "min_lr", "weight_decay": "weight_decay", "optimizer": "optimizer"}
 """What an entry may set -> the field of OptimConfig whose values it may have."""
@@ -39,7 +40,7 @@ def parsed(entry: str) -> tuple[str, dict[str, float | str]]:
     pattern, *words = entry.split()
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{pattern} is no regular expression ({error})") from None
     found: dict[str, float | str] = {}
     for word in words:
@@ -96,6 +97,19 @@ def mixes_optimizers(optim: OptimConfig) -> bool:
     return any(g.pattern and g.optimizer != optim.optimizer for g in parameter_groups(optim))
 
 
+def optimizers_of(entries: Sequence[str]) -> list[list[str]]:
+    """[PATTERN, optimizer=WORD] of each entry up to the last that says one: tables that agree in it give the same states.
+
+    Example: ["a lr=1", "b optimizer=sgd lr=1", "c lr=1"] -> [["a"], ["b", "optimizer=sgd"]].
+    """
+    found = [
+        [word for number, word in enumerate(entry.split()) if not number or word.startswith("optimizer=")] for entry in entries
+    ]
+    while found and len(found[-1]) < 2:
+        found.pop()
+    return found
+
+
 def lowest_rate(optim: OptimConfig, peak: float) -> float:
     """Where the schedule of a group with this lr ends: --final-lr-frac of its highest rate, else as --min-lr is to --lr."""
     if optim.final_lr_frac is not None:
@@ -116,7 +130,17 @@ def group_problems(optim: OptimConfig) -> list[str]:
             found.append(f"--param-groups {entry!r}: {error}. Expected a pattern and settings such as {example}. Correct it.")
     if found:
         return found
-    for group in parameter_groups(optim):
+    groups = parameter_groups(optim)
+    used = {group.optimizer for group in groups}
+    for name, optimizer in (("sgd_momentum", "sgd"), ("muon_variant", "muon"), ("muon_momentum", "muon")):
+        value = getattr(optim, name)
+        if value != getattr(OptimConfig(), name) and optimizer not in used:
+            found.append(
+                f"{flag_of(name)} {shown(value)} has no effect without --optimizer {optimizer}. Add it, or leave it out."
+            )
+    if optim.muon_variant == "nanochat" and optim.muon_momentum != OptimConfig().muon_momentum:
+        found.append("--muon-momentum has no effect with --muon-variant nanochat, whose momentum rises. Leave it out.")
+    for group in groups:
         if group.min_lr > group.lr:
             found.append(
                 f"the rate of group {group.label} would rise from {shown(group.lr)} to {shown(group.min_lr)}. Lower --min-lr or "

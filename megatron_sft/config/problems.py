@@ -346,6 +346,11 @@ def _optim_problems(run: RunConfig) -> list[str]:
     others = {group.optimizer for group in parameter_groups(optim)} - {"adam"} if not found else set()
     if others and optim.use_precision_aware_optimizer:
         found.append(f"--use-precision-aware-optimizer: expected adam alone, not {', '.join(sorted(others))}. Leave it out.")
+    if "muon" in others and (run.lora.lora_rank or run.lora.lora_load):
+        found.append(
+            "--optimizer muon with adapters: what is trained are factors, whose product it would have to orthogonalise. Expected "
+            "adam or sgd. Use one of them."
+        )
     narrow = [n for n in ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype") if getattr(optim, n) != "fp32"]
     if narrow and not (optim.use_precision_aware_optimizer and train.params_dtype == "bf16"):
         spelled = ", ".join(f"--{name.replace('_', '-')}" for name in narrow)

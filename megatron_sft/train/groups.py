@@ -47,8 +47,8 @@ def config_overrides(chunks: Sequence[Any], optim: OptimConfig) -> dict[ParamKey
     loads a state dict (optimizer.py:param_group_identifier_keys) and does nothing else with lr_mult: it numbers the groups here.
 
     Raises:
-        ConfigError: on every process, for an entry of the table that no parameter matches, or that only some experts of a layer
-            do: their numbers are a process's own, and all of them are one tensor of a checkpoint.
+        ConfigError: on every process, for an entry of the table or a rate that no parameter has, or that only some experts of a
+            layer have: their numbers are a process's own, and all of them are one tensor of a checkpoint.
     """
     groups = parameter_groups(optim)
     if not groups:
@@ -62,7 +62,8 @@ def config_overrides(chunks: Sequence[Any], optim: OptimConfig) -> dict[ParamKey
         members[id(parameter)] = place, decays, _method(groups[place], kind, optim)
         if EXPERT.search(name):
             of_experts.setdefault(EXPERT.sub(".", name), set()).add(place)
-    _require_whole(groups, {place for place, _, _ in members.values()}, list(of_experts.values()))
+    said = [bool(group.pattern) or getattr(optim, f"{group.label}_lr", None) is not None for group in groups]
+    _require_whole(groups, said, {place for place, _, _ in members.values()}, list(of_experts.values()))
     keys = {}
     for place, group in enumerate(groups):
         for kind, decays in itertools.product(("matrix", "other"), (True, False)):
@@ -85,11 +86,14 @@ def config_overrides(chunks: Sequence[Any], optim: OptimConfig) -> dict[ParamKey
     return keys
 
 
-def _require_whole(groups: Sequence[ParameterGroup], mine: set[int], of_experts: Sequence[set[int]]) -> None:
+def _require_whole(
+    groups: Sequence[ParameterGroup], said: Sequence[bool], mine: set[int], of_experts: Sequence[set[int]]
+) -> None:
     """Collective: refuses groups without a parameter, and those that part a layer's experts.
 
     Args:
         groups: of the table.
+        said: whether a flag asks for a group, which then must have a parameter.
         mine: places of those that parameters of this process are in.
         of_experts: for a weight of a layer's experts, those that it is in.
     """
@@ -99,8 +103,8 @@ def _require_whole(groups: Sequence[ParameterGroup], mine: set[int], of_experts:
     problems = [
         f"{group.pattern or f'--{group.label}-lr'}: no trained parameter has it that an earlier group leaves. Expected one. "
         "Correct it, or leave it out."
-        for place, group in enumerate(groups[:-1])
-        if place not in used
+        for place, group in enumerate(groups)
+        if said[place] and place not in used
     ]
     problems += [
         f"{groups[place].pattern}: some experts of a layer have it, others do not. Expected all or none. Leave the expert's "

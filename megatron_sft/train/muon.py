@@ -41,10 +41,10 @@ SECOND_BETA = 0.9
 """Of NorMuon's second moment in nanochat."""
 
 
-def orthogonal(update: torch.Tensor) -> torch.Tensor:
-    """[rows, columns] -> bf16, its singular values near 1: torch.optim.Muon's iteration, operation by operation."""
+def orthogonal(update: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """[rows, columns] -> `dtype`, its singular values near 1: torch.optim.Muon's iteration, operation by operation."""
     a, b, c = TORCH
-    wide = update.bfloat16()
+    wide = update.to(dtype)
     if update.shape[0] > update.shape[1]:
         wide = wide.T
     wide = wide / wide.norm().clamp(min=1e-7)
@@ -156,6 +156,8 @@ class MixedOptimizer(FusedAdam):
 
     plans: dict[tuple[float, float], list[tuple[torch.Tensor | None, Matrix]]]
     """Each such group's matrices, in one order on all processes; no parameter: only others hold elements of the matrix."""
+    iteration_dtype = torch.bfloat16
+    """Of muon-torch: what torch.optim.Muon sends an update through. In fp32, layouts can be compared: bf16 makes 4e-3 of 1e-7."""
 
     def _step_group(self, method: str, group: dict[str, Any], pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         if not method.startswith("muon"):
@@ -172,13 +174,13 @@ class MixedOptimizer(FusedAdam):
             step(group, param, matrix, update)
 
     def _torch(self, group: dict[str, Any], param: torch.Tensor | None, matrix: Matrix, update: torch.Tensor | None) -> None:
-        sources = matrix.sources(update, torch.bfloat16)
+        sources = matrix.sources(update, self.iteration_dtype)
         if param is None:
             return
         param.mul_(1 - group["lr"] * group["weight_decay"])
         for number, source in sources.items():
             rate = group["lr"] * 0.2 * math.sqrt(max(source.shape))
-            step = matrix.part({number: orthogonal(source)})
+            step = matrix.part({number: orthogonal(source, self.iteration_dtype)})
             param.add_(step.view(param.shape), alpha=-rate)  # 0 outside of this source
 
     def _nanochat(self, group: dict[str, Any], param: torch.Tensor | None, matrix: Matrix, update: torch.Tensor | None) -> None:

@@ -49,11 +49,14 @@ class Case:
     """Other fields of TrainConfig."""
     optim: tuple[tuple[str, Any], ...] = ()
     """Other fields of OptimConfig."""
+    muon_dtype: torch.dtype = torch.bfloat16
+    """Of its iteration (train/muon.py:MixedOptimizer)."""
+    steps: int = STEPS
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a rank has after STEPS steps."""
+    """What a rank has after its case's steps."""
 
     losses: list[float]
     norms: list[float]
@@ -74,7 +77,7 @@ class Figures:
     norm: float
     """Greatest relative difference of a step's gradient norm, over ranks."""
     parameter: float
-    """Greatest difference of an element after STEPS steps, relative to the greatest element of its tensor."""
+    """Greatest difference of an element at the end, relative to the greatest element of its tensor."""
     parameter_name: str
     spread: float
     """Most trained tokens of a data-parallel rank in a step / fewest (at least 1) of another."""
@@ -125,10 +128,12 @@ def train_cases(cases: dict[str, Case], hf: dict[str, str]) -> dict[str, Outcome
 
 
 def train(case: Case, ranks: Any, folder: str) -> Outcome:
-    """STEPS steps from the weights of `folder`."""
+    """The case's steps from the weights of `folder`."""
+    from megatron_sft.checkpoint.background import torch_optimizers
     from megatron_sft.hf.weights import load_hf_weights
     from megatron_sft.model.build import build_model
     from megatron_sft.model.context import shard_tokens
+    from megatron_sft.train.muon import MixedOptimizer
     from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
     from megatron_sft.train.step import Noise, train_step
 
@@ -137,7 +142,7 @@ def train(case: Case, ranks: Any, folder: str) -> Outcome:
         model=model,
         parallel=parallel,
         train=TrainConfig(
-            micro_batch_size=case.micro_batch_size, global_batch_size=STEP_PACKS, train_iters=STEPS, **dict(case.train)
+            micro_batch_size=case.micro_batch_size, global_batch_size=STEP_PACKS, train_iters=case.steps, **dict(case.train)
         ),
         optim=OptimConfig(**{"lr": 1e-4, "min_lr": 1e-5, "lr_warmup_iters": 2, "clip_grad": 1.0, **dict(case.optim)}),
     )
@@ -147,6 +152,9 @@ def train(case: Case, ranks: Any, folder: str) -> Outcome:
     freeze(chunks, case.frozen)
     wrapped = wrap_ddp(chunks, parallel)
     optimizer = build_optimizer(wrapped, run)
+    for inner in torch_optimizers(optimizer):
+        if isinstance(inner, MixedOptimizer):
+            inner.iteration_dtype = case.muon_dtype
     scheduler = build_scheduler(optimizer, run.optim, schedule_lengths(run, len(loader), loader.num_samples))
     outcome = Outcome([], [], None, [], 0)
     alpha = run.train.neftune_noise_alpha

@@ -97,10 +97,14 @@ WORDS: dict[str, list[str]] = {
         "self.data_parallel_group = ",
         "for key in param_group_identifier_keys:",
     ],
-    "optimizer/optimizer.py": ["self.init_state_fn(", "param.main_param = main_param", "'lr_mult'"],
+    "optimizer/optimizer.py": [
+        "is_not_shared = param_is_not_shared(param)",  # model/lora.py sets `shared`
+        "self.init_state_fn(",
+        "param.main_param = main_param",
+        "'lr_mult'",
+    ],
     "optimizer_param_scheduler.py": ["param_group.get('max_lr'", "param_group.get('start_wd'", "param_group.get('wd_mult'"],
     "pipeline_parallel/schedules.py": ["config.finalize_model_grads_func(", "no_sync_func = config.no_sync_func"],
-    "optimizer/optimizer.py": ["is_not_shared = param_is_not_shared(param)"],  # model/lora.py sets `shared`
     "distributed/distributed_data_parallel.py": ["getattr(param, 'allreduce', True)"],
     "ssm/mamba_layer.py": ["class MambaLayer(GraphableMegatronModule)"],  # whose __init__ ours calls past MambaLayer's
 }

@@ -7,7 +7,17 @@ from collections import Counter
 
 import pytest
 
-from megatron_sft.checkpoint.resume import BY_DATA, FREE, REFUSED, TOLD, changes, kept_batch_size, refuse_changed, run_config_json
+from megatron_sft.checkpoint.resume import (
+    BY_DATA,
+    FREE,
+    REFUSED,
+    TOLD,
+    changes,
+    kept_batch_size,
+    other_states,
+    refuse_changed,
+    run_config_json,
+)
 from megatron_sft.config.problems import problems
 from megatron_sft.config.run import DATA_IDENTITY, CheckpointConfig, RunConfig, TrainConfig
 from megatron_sft.errors import CheckpointError
@@ -151,3 +161,26 @@ def test_a_configuration_without_records_is_compared_name_by_name():
     assert changes(old, run, SAME) == ([], [])
     other_model = dataclasses.replace(run, model=run.model.with_core({"moe_router_topk": 4}))
     assert changes(old, other_model, SAME)[0] == ["model.moe.moe_router_topk: 2 -> 4"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_refused"),
+    [
+        (("router lr=1e-6",), ("router lr=1e-5 weight_decay=0", "norm lr=1e-5"), False),
+        (("a optimizer=sgd", "b lr=1"), ("a lr=1 optimizer=sgd",), False),
+        (("router lr=1e-6",), ("router lr=1e-6 optimizer=sgd",), True),
+        (("a optimizer=sgd",), ("b lr=1", "a optimizer=sgd"), True),
+        (("a optimizer=sgd",), (), True),
+    ],
+)
+def test_another_table_of_groups_is_told_and_one_with_other_optimizers_refused(before, after, is_refused):
+    old, new = saved(changed(optim__param_groups=before)), changed(optim__param_groups=after)
+    line = [f"optim.param_groups: {json.dumps(before)} -> {json.dumps(after)}"]
+    assert changes(old, new, SAME) == ((line, []) if is_refused else ([], line))
+    assert other_states(old, new) == (line if is_refused else [])
+
+
+def test_a_new_run_takes_optimizer_states_of_the_same_parameters_alone():
+    run = changed(optim__optimizer="muon", train__freeze=("embedding",), lora__lora_rank=4, data__seq_length=8, optim__lr=1.0)
+    names = [line.partition(":")[0] for line in other_states(saved(), run)]
+    assert names == ["optim.optimizer", "train.freeze", "lora.lora_rank"] and other_states({}, run) == []

@@ -22,6 +22,13 @@ TOGETHER = {
     "--lr-wsd-decay-iters 10": "--lr-wsd-decay-iters has no effect without --lr-decay-style WSD",
     "--lr 1e-5 --min-lr 1e-4": "--min-lr 0.0001 is above --lr 1e-05. Lower it",
     "--lr 1e-5 --lr-warmup-init 1e-4": "--lr-warmup-init 0.0001 is above --lr 1e-05. Lower it",
+    "--muon-variant nanochat": "--muon-variant nanochat has no effect without --optimizer muon",
+    "--sgd-momentum 0.5": "--sgd-momentum 0.5 has no effect without --optimizer sgd",
+    "--optimizer muon --muon-variant nanochat --muon-momentum 0.5": "--muon-momentum has no effect with --muon-variant nanochat",
+    "--optimizer muon --lora-rank 4": "--optimizer muon with adapters: what is trained are factors",
+    "--final-lr-frac 0.1 --min-lr 1e-6": "--final-lr-frac and --min-lr both say where the rate ends",
+    "--warmup-ratio 0.7 --warmdown-ratio 0.5": "--warmup-ratio 0.7 and --warmdown-ratio 0.5 are more than the whole",
+    "--optimizer sgd --use-precision-aware-optimizer --bf16": "--use-precision-aware-optimizer: expected adam alone, not sgd",
     "--recompute-granularity full": "--recompute-granularity full needs --recompute-method",
     "--recompute-num-layers 1": "--recompute-method and --recompute-num-layers have no effect without",
     "--recompute-modules mlp": "--recompute-modules has no effect without --recompute-granularity selective",
@@ -125,3 +132,8 @@ def test_a_package_that_is_missing_is_noticed_before_any_work(tmp_path, monkeypa
     found = [sentence for sentence in problems(run, 1) if "wandb" in sentence]
     needed = "--wandb-project needs the package wandb, which is not installed. Run: pip install wandb. Or leave it out."
     assert found == ([] if _is_installed("wandb") else [needed])
+
+
+def test_an_optimizer_of_the_table_has_flags_of_its_own() -> None:
+    entry = r"layers\.0\. optimizer=sgd"
+    assert parse([*NEEDED, "--param-groups", entry, "--sgd-momentum", "0.5"], 1)[0].optim.sgd_momentum == 0.5

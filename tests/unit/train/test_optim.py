@@ -119,6 +119,8 @@ def test_rates_by_verls_flags_are_verls(flag):
 def test_megatrons_decoupled_rate_is_an_entry_of_the_table():
     values, found = read_flags("--lr 1e-3 --decoupled-lr 1e-4 --decoupled-min-lr 1e-6".split())
     assert not found and values["optim.param_groups"] == (r"^(embedding|output_layer)\. lr=1e-4 min_lr=1e-6",)
+    values, _ = read_flags("--lr 1e-3 --min-lr 1e-5 --decoupled-lr 1e-4".split())
+    assert values["optim.param_groups"] == (r"^(embedding|output_layer)\. lr=1e-4 min_lr=1e-05",)
     assert read_flags(["--decoupled-min-lr", "1e-6"])[1] == [
         "--decoupled-min-lr has no effect without --decoupled-lr. Add it, or leave it out."
     ]
