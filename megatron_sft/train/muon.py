@@ -1,8 +1,8 @@
 """Muon: steps along orthogonalised matrices, each as HF has it (q, k, v, gate, up and every expert alone), however it is cut.
 
 1. momentum is element by element: each process keeps it for what it holds, as it does Adam's moments;
-2. `Matrix.sources` puts the update together: over data-parallel processes where the distributed optimizer cut through the
-   matrix, then over tensor-parallel ones;
+2. `gathered` puts updates together: over data-parallel processes where the distributed optimizer cut through a matrix, then
+   over tensor-parallel ones, many at once;
 3. every process that holds a part orthogonalises the whole (`orthogonal`, or nanochat's `polar`);
 4. it takes its own part back (`Matrix.part`) and steps.
 
@@ -11,7 +11,7 @@ Formulas: torch.optim.Muon (Keller Jordan, kellerjordan.github.io/posts/muon) wi
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_sft.config.run import ModelConfig
 from megatron_sft.core_compat import device
 from megatron_sft.hf.layout import LAYOUTS, Placement, Shard, read_shard, write_shard
-from megatron_sft.train.adam import FusedAdam
+from megatron_sft.train.adam import SLICE, FusedAdam
 from megatron_sft.train.groups import named_parameters
 
 TORCH = (3.4445, -4.775, 2.0315)
@@ -112,11 +112,11 @@ class Matrix:
     data_group: dist.ProcessGroup | None
     """Processes with the other elements; None: this one has all of the part."""
 
-    def sources(self, mine: torch.Tensor | None, dtype: torch.dtype) -> dict[int, torch.Tensor]:
-        """Collective over both groups: the HF matrices that this process's elements are part of, in `dtype`.
+    def joined(self, mine: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """Collective over the data group: the whole tensor-parallel part, `shape`; None where this process has none of it.
 
         Args:
-            mine: [end - start]; None: this process has none, and gets none.
+            mine: [end - start]; None: this process has none.
             dtype: what is sent and returned.
         """
         part = None if mine is None else mine.to(dtype).reshape(-1)
@@ -126,14 +126,12 @@ class Matrix:
                 whole[self.start : self.end] = part
             dist.all_reduce(whole, group=self.data_group)
             part = whole if part is not None else None
-        if part is None or self.start == self.end:
-            return {}
-        parts = [part.view(self.shape)]
-        if self.tensor_group is not None:
-            parts = [torch.empty_like(parts[0]) for _ in range(dist.get_world_size(self.tensor_group))]
-            dist.all_gather(parts, part.view(self.shape).contiguous(), group=self.tensor_group)
+        return None if part is None or self.start == self.end else part.view(self.shape)
+
+    def split(self, parts: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The HF matrices that all tensor-parallel parts, in the order of their ranks, make up."""
         shapes = self._placement(0, len(parts)).shapes
-        found = {number: torch.zeros(shape, dtype=dtype, device=part.device) for number, shape in enumerate(shapes)}
+        found = {number: torch.zeros(shape, dtype=parts[0].dtype, device=parts[0].device) for number, shape in enumerate(shapes)}
         for rank, shard in enumerate(parts):
             write_shard(self._placement(rank, len(parts)), shard, found)
         return found
@@ -151,11 +149,39 @@ class Matrix:
         return LAYOUTS[self.layout](Shard(self.shape, rank, size, self.model))
 
 
-class MixedOptimizer(FusedAdam):
-    """FusedAdam with groups whose "method" is muon-torch or muon-nanochat; `matrices` is given once the shards are known."""
+def gathered(held: Sequence[tuple[Matrix, torch.Tensor | None]], dtype: torch.dtype) -> list[dict[int, torch.Tensor]]:
+    """Collective: the HF matrices that this process's elements are part of, in `dtype`; one exchange per tensor-parallel group.
 
-    plans: dict[tuple[float, float], list[tuple[torch.Tensor | None, Matrix]]]
-    """Each such group's matrices, in one order on all processes; no parameter: only others hold elements of the matrix."""
+    Args:
+        held: matrices and what this process has of them, in one order on all processes; None: it has none, and gets none.
+        dtype: what is sent and returned.
+    """
+    parts = [matrix.joined(mine, dtype) for matrix, mine in held]
+    whole = [[part] if part is not None else [] for part in parts]
+    by_group: dict[dist.ProcessGroup, list[int]] = {}
+    for number, (matrix, _) in enumerate(held):
+        if matrix.tensor_group is not None and parts[number] is not None:
+            by_group.setdefault(matrix.tensor_group, []).append(number)
+    for group, numbers in by_group.items():
+        flat = torch.cat([part.reshape(-1) for number in numbers if (part := parts[number]) is not None])
+        received = [torch.empty_like(flat) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(received, flat, group=group)
+        shapes = [held[number][0].shape for number in numbers]
+        by_rank = [pieces.split([math.prod(shape) for shape in shapes]) for pieces in received]
+        for number, shape, pieces in zip(numbers, shapes, zip(*by_rank, strict=True), strict=True):
+            whole[number] = [piece.view(shape) for piece in pieces]
+    return [matrix.split(found) if found else {} for (matrix, _), found in zip(held, whole, strict=True)]
+
+
+Plan = list[tuple[torch.Tensor | None, Matrix]]
+"""Matrices in one order on all processes, each with this process's elements; None: only others hold some."""
+
+
+class MixedOptimizer(FusedAdam):
+    """FusedAdam with groups whose "method" is muon-torch or muon-nanochat; `plans` is given once the shards are known."""
+
+    plans: dict[tuple[float, float], Plan]
+    """Of each such group."""
     iteration_dtype = torch.bfloat16
     """Of muon-torch: what torch.optim.Muon sends an update through. In fp32, layouts can be compared: bf16 makes 4e-3 of 1e-7."""
 
@@ -165,38 +191,54 @@ class MixedOptimizer(FusedAdam):
             return
         gradients = dict(pairs)
         momentum = nanochat_momentum(group["step"]) if method == "muon-nanochat" else group["momentum"]
-        for param, matrix in self.plans.get(group_key(group), []):
-            update = None
-            if param is not None:
-                average = self.state[param]["exp_avg"].lerp_(gradients[param], 1 - momentum)
-                update = gradients[param].lerp(average, momentum)
-            step = self._nanochat if method == "muon-nanochat" else self._torch
-            step(group, param, matrix, update)
+        step = self._nanochat if method == "muon-nanochat" else self._torch
+        for plan in _in_slices(self.plans.get(group_key(group), [])):
+            updates = []
+            for param, matrix in plan:
+                update = None
+                if param is not None:
+                    average = self.state[param]["exp_avg"].lerp_(gradients[param], 1 - momentum)
+                    update = gradients[param].lerp(average, momentum)
+                updates.append((matrix, update))
+            step(group, plan, updates)
 
-    def _torch(self, group: dict[str, Any], param: torch.Tensor | None, matrix: Matrix, update: torch.Tensor | None) -> None:
-        sources = matrix.sources(update, self.iteration_dtype)
-        if param is None:
-            return
-        param.mul_(1 - group["lr"] * group["weight_decay"])
-        for number, source in sources.items():
-            rate = group["lr"] * 0.2 * math.sqrt(max(source.shape))
-            step = matrix.part({number: orthogonal(source, self.iteration_dtype)})
-            param.add_(step.view(param.shape), alpha=-rate)  # 0 outside of this source
+    def _torch(self, group: dict[str, Any], plan: Plan, updates: list[tuple[Matrix, torch.Tensor | None]]) -> None:
+        for (param, matrix), sources in zip(plan, gathered(updates, self.iteration_dtype), strict=True):
+            if param is None:
+                continue
+            param.mul_(1 - group["lr"] * group["weight_decay"])
+            for number, source in sources.items():
+                rate = group["lr"] * 0.2 * math.sqrt(max(source.shape))
+                step = matrix.part({number: orthogonal(source, self.iteration_dtype)})
+                param.add_(step.view(param.shape), alpha=-rate)  # 0 outside of this source
 
-    def _nanochat(self, group: dict[str, Any], param: torch.Tensor | None, matrix: Matrix, update: torch.Tensor | None) -> None:
+    def _nanochat(self, group: dict[str, Any], plan: Plan, updates: list[tuple[Matrix, torch.Tensor | None]]) -> None:
         """Weight decay is cautious: only where the step goes towards 0."""
-        found = matrix.sources(update, torch.float32)
-        second = None if param is None else self.state[param]["exp_avg_sq"]
-        seconds = matrix.sources(second, torch.float32)
-        if param is None or second is None:
-            return
-        steps, rates = {}, {}
-        for number, source in found.items():
-            steps[number], seconds[number] = evened(polar(source), seconds[number])
-            rates[number] = torch.full_like(source, group["lr"] * math.sqrt(max(1.0, source.shape[0] / source.shape[1])))
-        step, rate = matrix.part(steps).view(param.shape), matrix.part(rates).view(param.shape)
-        second.copy_(matrix.part(seconds).view(param.shape))
-        param.sub_(rate * (step + group["weight_decay"] * param * (step * param >= 0)))
+        moments = [(matrix, None if param is None else self.state[param]["exp_avg_sq"]) for param, matrix in plan]
+        every = zip(plan, gathered(updates, torch.float32), gathered(moments, torch.float32), strict=True)
+        for (param, matrix), found, seconds in every:
+            if param is None:
+                continue
+            steps, rates = {}, {}
+            for number, source in found.items():
+                steps[number], seconds[number] = evened(polar(source), seconds[number])
+                rates[number] = torch.full_like(source, group["lr"] * math.sqrt(max(1.0, source.shape[0] / source.shape[1])))
+            step, rate = matrix.part(steps).view(param.shape), matrix.part(rates).view(param.shape)
+            self.state[param]["exp_avg_sq"].copy_(matrix.part(seconds).view(param.shape))
+            param.sub_(rate * (step + group["weight_decay"] * param * (step * param >= 0)))
+
+
+def _in_slices(plan: Plan) -> Iterator[Plan]:
+    """Consecutive matrices of SLICE elements together, at least one: what is sent at once."""
+    first, size = 0, 0
+    for number, (_, matrix) in enumerate(plan):
+        elements = math.prod(matrix.shape)
+        if size + elements > SLICE and number > first:
+            yield plan[first:number]
+            first, size = number, 0
+        size += elements
+    if plan:
+        yield plan[first:]
 
 
 def group_key(group: Mapping[str, Any]) -> tuple[float, float]:

@@ -128,7 +128,6 @@ def _resumed(folder: str, root: str, tables: list[dict[str, Any]], parallel: Par
         ([GROUPS, REGROUPED], ParallelConfig(use_distributed_optimizer=True), "bf16"),
         ([GROUPS, REGROUPED], ParallelConfig(pipeline_model_parallel_size=2), "bf16"),
         ([MUON], ParallelConfig(tensor_model_parallel_size=2), "bf16"),
-        ([MUON], ParallelConfig(use_distributed_optimizer=True), "fp32"),
         ([NANOCHAT], ParallelConfig(use_distributed_optimizer=True), "bf16"),
     ],
 )
