@@ -160,6 +160,9 @@ PARALLEL_ARGS=(
 
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-False}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+if [[ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]]; then # the second name is the older one: torch warns of it
+  export PYTORCH_ALLOC_CONF=expandable_segments:True                    # rows have many lengths: fixed segments fragment
+fi
 export NCCL_IB_SL="${NCCL_IB_SL:-1}" NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}"
 if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   cores=$(nproc)

@@ -261,7 +261,7 @@ def ssd_scan(
     values, steps, keys, queries = parts
     owner = torch.cat((documents, documents[-1:].expand(more))).unflatten(0, (-1, CHUNK))  # [chunks, CHUNK]
     values = (values * steps[..., None]).unflatten(2, (groups, -1))  # [chunks, CHUNK, groups, heads per group, head_dim]
-    total = (steps * decay).cumsum(1).unflatten(2, (groups, -1))  # log of the decay since the chunk's first token
+    total = _running_sum(steps * decay).unflatten(2, (groups, -1))  # log of the decay since the chunk's first token
     seen = (owner[:, :, None] == owner[:, None, :]).tril()[..., None, None]
     weights = torch.where(seen, total[:, :, None] - total[:, None], -torch.inf).exp()  # [chunks, to, from, groups, heads]
     scores = torch.einsum("clgn,csgn->clsg", queries, keys)[..., None] * weights
@@ -278,6 +278,17 @@ def ssd_scan(
     out = out + torch.einsum("clgn,cgrpn->clgrp", queries, torch.stack(carried[:-1])) * reach[..., None]
     out = out.flatten(0, 1)[:tokens].reshape(tokens, heads, -1) + skip.float()[:, None] * x.float()
     return out, carried[-1].flatten(0, 1)
+
+
+def _running_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sums over dimension 1 up to each place: [chunks, CHUNK, heads] fp32, alike.
+
+    CUDA's cumsum of floats does not repeat bit by bit and raises under torch.use_deterministic_algorithms; a product does.
+    https://docs.pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return values.cumsum(1)
+    return torch.ones(CHUNK, CHUNK, dtype=values.dtype, device=values.device).tril() @ values
 
 
 def ssd_step(

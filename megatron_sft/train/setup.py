@@ -5,6 +5,7 @@ before a weight is.
 """
 
 import dataclasses
+import gc
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -124,6 +125,7 @@ def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch, 
     if ranks.rank == 0:
         _introduce(job, data, state, expected)
     watch.tell("training")
+    gc.freeze()  # full collections, which stop the launches of a step, leave out what the set-up made
     save = run.checkpoint.save
     with recorded(save, ranks.rank, _start(job, data, state) if ranks.rank == 0 and save else {}) as end:
         state, stopped = train(job, state)

@@ -41,6 +41,21 @@ def arguments_of(script: str, *arguments: str, **variables: str) -> list[str]:
     return json.loads(done.stdout)[1:]
 
 
+def test_memory_grows_in_segments_unless_it_is_said_otherwise() -> None:
+    """torch's name, or its older one, which it reads where the other is not set."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    shown = f"'{sys.executable}' -c 'import os; print([os.environ.get(name) for name in {json.dumps(names)}])'"
+
+    def found(**variables: str) -> str:
+        given = {name: variables.get(name, "") for name in names}
+        done = run("finetune.sh", CONF, LAUNCH_SCRIPT=shown, HF_MODEL_CKPT="/models/q", MLM_MODEL_SAVE="/out", **given)
+        return done.stdout.strip()
+
+    assert found() == "['expandable_segments:True', '']"
+    assert found(PYTORCH_ALLOC_CONF="max_split_size_mb:64") == "['max_split_size_mb:64', '']"
+    assert found(PYTORCH_CUDA_ALLOC_CONF="backend:native") == "['', 'backend:native']"
+
+
 def value(arguments: list[str], flag: str) -> str:
     """What follows the last `flag`."""
     return arguments[len(arguments) - arguments[::-1].index(flag)]

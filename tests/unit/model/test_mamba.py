@@ -1,6 +1,7 @@
 """The scan and the convolution of Mamba-2 over packed documents against transformers', one document at a time."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.nemotron_h.modeling_nemotron_h import causal_conv1d_fn, mamba2_chunk_scan
 
 from megatron_sft.model.mamba import CHUNK, convolve, ssd_scan, ssd_step
@@ -33,6 +34,39 @@ def test_packed_scan_and_its_gradients_equal_transformers():
     weight = torch.randn_like(found)
     mine = torch.autograd.grad((found * weight).sum(), values)
     for ours, theirs in zip(mine, torch.autograd.grad((expected * weight).sum(), values), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+class Names(TorchDispatchMode):
+    """The operations that are called within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_deterministic_scan_takes_no_running_sum():
+    """cumsum of floats, forward and backward, raises on CUDA under torch.use_deterministic_algorithms."""
+
+    def scanned():
+        values = inputs()
+        out = ssd_scan(*values, DOCUMENTS)[0]
+        return [out, *torch.autograd.grad(out.sum(), values)]
+
+    with Names() as plain:
+        expected = scanned()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Names() as names:
+            found = scanned()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "cumsum" in plain.found and "cumsum" not in names.found
+    for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
