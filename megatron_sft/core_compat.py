@@ -108,16 +108,31 @@ def install_cpu_mode() -> None:
         setattr(torch.cuda, name, value)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.record_stream = lambda self, s: None  # type: ignore[method-assign]
-    _cpu_function_mode().__enter__()
+    mode = _cpu_function_mode()
+    mode.__enter__()
+    if not multiplies_bf16():
+        _take_mode_into_backward(mode)
     _patch_core_for_cpu()
 
 
 def _cpu_function_mode() -> Any:
-    """A TorchFunctionMode that sends device="cuda" to the CPU and names CPU tensor types as CUDA ones."""
+    """A TorchFunctionMode that sends device="cuda" to the CPU and names CPU tensor types as CUDA ones.
+
+    On a CPU without kernels for bf16, products of bf16 are taken in fp32 and rounded: what the kernels do where there are any.
+    """
     import torch
+    from torch.nn import functional
     from torch.overrides import TorchFunctionMode
 
     cpu = torch.device("cpu")
+    names = ("matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__")
+    products = {getattr(owner, name) for owner in (torch, torch.Tensor) for name in names if hasattr(owner, name)}
+    products |= {functional.linear, functional.scaled_dot_product_attention, torch.einsum}
+    if multiplies_bf16():
+        products.clear()
+
+    def widened(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16 else value
 
     class CpuMode(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -129,9 +144,26 @@ def _cpu_function_mode() -> Any:
                 kwargs = {**kwargs, "pin_memory": False}
             if func is torch.Tensor.type and len(args) == 1 and not kwargs:
                 return func(*args).replace("torch.", "torch.cuda.")
+            if func in products and any(isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16 for value in args):
+                named = {name: widened(value) for name, value in (kwargs or {}).items() if name != "out"}
+                product = func(*map(widened, args), **named).bfloat16()
+                return kwargs["out"].copy_(product) if kwargs and "out" in kwargs else product
             return func(*args, **(kwargs or {}))
 
     return CpuMode()
+
+
+def _take_mode_into_backward(mode: Any) -> None:
+    """Tensor.backward is itself a torch function, so that the mode is off in what it calls: megatron-core's products."""
+    import torch
+
+    run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    def engine_run_backward(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = engine_run_backward  # type: ignore[attr-defined]
 
 
 def _patch_core_for_cpu() -> None:

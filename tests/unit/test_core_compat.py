@@ -3,11 +3,14 @@
 import importlib.util
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_sft import core_compat
 from megatron_sft.core_compat import fuse_gradient_norm, varlen_attention
 from megatron_sft.environment import process_environment
 from megatron_sft.errors import ConfigError
@@ -85,3 +88,48 @@ def test_the_limit_of_open_files_is_raised_or_an_error(limit, status):
     assert done.returncode == status, done.stdout
     refused = f"at most {limit.split()[-1]} open files are allowed; expected 256 or more. Allow more: ulimit -n 4096."
     assert (refused in done.stdout) == bool(status) and "Traceback" not in done.stdout
+
+
+class Product(torch.autograd.Function):
+    """As megatron-core's linear layers: products in Python, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(left, right)
+        return torch.matmul(left, right.t())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left, right = ctx.saved_tensors
+        return gradient.matmul(right), torch.mm(gradient.t(), left, out=torch.empty_like(right))
+
+
+class Dtypes(TorchDispatchMode):
+    """Collects the dtypes that products are taken in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.seen |= {value.dtype for value in args if isinstance(value, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_cpu_without_bf16_kernels_takes_products_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_compat, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(torch.autograd, "_engine_run_backward", torch.autograd._engine_run_backward)  # type: ignore[attr-defined]
+    left, right = (torch.randn(6, 5).bfloat16().requires_grad_() for _ in range(2))
+    mode = core_compat._cpu_function_mode()
+    core_compat._take_mode_into_backward(mode)
+    with Dtypes() as products, mode:
+        native = torch.nn.functional.linear(left, right)
+        product = Product.apply(left, right)
+        (product + 2 * native).sum().backward()
+    assert products.seen == {torch.float32}
+    expected = (left.float() @ right.float().t()).bfloat16()
+    assert torch.equal(product, expected) and torch.equal(native, expected)
+    with torch.no_grad():
+        summed = (right.float().sum(0)).bfloat16()  # of the custom function; twice that of linear, rounded apart
+        assert left.grad is not None and torch.equal(left.grad, (summed + 2 * summed).expand(6, 5))

@@ -74,6 +74,7 @@ PATCHED: dict[str, str] = {
     "cuda/streams.py:Stream.record_event": "self event",
     "cuda/streams.py:Event.record": "self stream",
     "__init__.py:compile": "model",
+    "autograd/graph.py:_engine_run_backward": "t_outputs",
 }
 """The same of torch: what core_compat.py answers with the CPU."""
 WORDS: dict[str, list[str]] = {
