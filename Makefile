@@ -33,6 +33,7 @@ bench: $(MODEL)/config.json
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/checkpoint.py
 	$(BIN)/python bench/loss.py
+	$(BIN)/python bench/log.py --model $(MODEL)
 
 ROWS ?= examples/data/gsm8k_train_400.jsonl
 TOKENIZER ?= $(MODEL)

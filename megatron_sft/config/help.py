@@ -15,6 +15,7 @@ from megatron_sft.config.arguments import Flag, flag_table
 from megatron_sft.config.derived_flags import DERIVED
 from megatron_sft.config.fields import Words, shown
 from megatron_sft.config.hints import nearest
+from megatron_sft.config.log import RARE
 from megatron_sft.config.options import COMMANDS, FIRST, GROUPS, Command
 from megatron_sft.config.run import RunConfig
 
@@ -91,8 +92,12 @@ def group_of(flag: Flag) -> str:
 
 
 def _is_rare(flag: Flag) -> bool:
-    """Not in --help: settings of a conf, and what other flags say too."""
-    return group_of(flag) in (CORE, NAMES, IDLE) or (flag.name in flags.SWITCHES and flag.name not in ("--bf16", "--fp32"))
+    """Not in --help: settings of a conf, what other flags say too, and details of places that few log to."""
+    return (
+        group_of(flag) in (CORE, NAMES, IDLE)
+        or flag.path.removeprefix("log.") in RARE
+        or (flag.name in flags.SWITCHES and flag.name not in ("--bf16", "--fp32"))
+    )
 
 
 def default_of(flag: Flag) -> str:

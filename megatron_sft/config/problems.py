@@ -5,7 +5,6 @@ checkpoint or the data comes later.
 """
 
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from megatron_sft.config.fields import Factor, flag_of, kind_of, kinds, range_pr
 from megatron_sft.config.folders import folder_problems
 from megatron_sft.config.groups import group_problems, lowest_rate, parameter_groups
 from megatron_sft.config.hints import nearest
+from megatron_sft.config.log import log_problems
 from megatron_sft.config.run import (
     DATA_IDENTITY,
     EFFECTIVE,
@@ -55,7 +55,7 @@ def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str
     found = _layout_problems(run, world_size) + model_problems(run.model) + trained_problems(run) + _task_problems(run.tasks)
     if training:
         found += _training_problems(run) + _optim_problems(run) + _folder_problems(run.checkpoint)
-        found += folder_problems(run) + _allowed_problems(run) + _log_problems(run) + _idle_task_problems(run.tasks)
+        found += folder_problems(run) + _allowed_problems(run) + log_problems(run.log) + _idle_task_problems(run.tasks)
     return found
 
 
@@ -434,15 +434,6 @@ def _folder_problems(checkpoint: CheckpointConfig) -> list[str]:
     return found
 
 
-def _log_problems(run: RunConfig) -> list[str]:
-    names = [name for name in ("wandb_exp_name", "wandb_group", "wandb_mode") if getattr(run.log, name) is not None]
-    if names and run.log.wandb_project is None:
-        return [f"{', '.join(map(flag_of, names))} without --wandb-project: nothing is sent. Add it, or leave it out."]
-    if run.log.wandb_project is not None and not _is_installed("wandb"):
-        return ["--wandb-project needs the package wandb, which is not installed. Run: pip install wandb. Or leave it out."]
-    return []
-
-
 def _task_problems(tasks: TasksConfig) -> list[str]:
     names = list(dict.fromkeys(name.partition("/")[0] for name in TASK_NAMES))
     unknown = [name for name in tasks.eval_data if name not in names]
@@ -456,12 +447,6 @@ def _idle_task_problems(tasks: TasksConfig) -> list[str]:
     if tasks.eval_task_interval and not tasks.eval_tasks and not tasks.sample_prompts:
         named.append("eval_task_interval")
     return [f"{flag_of(name)} has no effect without --eval-tasks. Add it, or leave it out." for name in named]
-
-
-def _is_installed(package: str) -> bool:
-    """Whether it can be imported; a folder of that name, such as W&B's own logs, is no package."""
-    found = importlib.util.find_spec(package)
-    return found is not None and found.origin is not None
 
 
 def _allowed_problems(run: RunConfig) -> list[str]:

@@ -22,6 +22,7 @@ from megatron_sft.config.core_fields import (
     record_fields,
 )
 from megatron_sft.config.fields import Amount, Batch, Count, Kind, Length, Number, Precision, Seed, Share, Weight, Words, kinds
+from megatron_sft.config.log import LogConfig
 from megatron_sft.config.lora import LoraConfig
 from megatron_sft.config.optim import OptimConfig
 from megatron_sft.config.tasks import TasksConfig
@@ -401,22 +402,6 @@ class CheckpointConfig:
     """builtin, or modelopt: for quantised weights, and for a model_type that builtin lacks, as the flags describe it."""
     allow_changed: tuple[str, ...] = ()
     """Settings of run_config.json that may differ from the checkpoint's on resume: train.seed or seed, DATA_IDENTITY's too."""
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    log_interval: Annotated[Length, "iterations"] = 1
-    """Of a console line; metrics.jsonl has one per iteration all the same."""
-    tensorboard_dir: Annotated[str, "folder"] | None = None
-    """Where TensorBoard files go; None: none."""
-    wandb_project: str | None = None
-    """Weights & Biases project; None: none."""
-    wandb_exp_name: str | None = None
-    """Name of the run there."""
-    wandb_group: str | None = None
-    """Group of the run there."""
-    wandb_mode: Annotated[str, Words("online", "offline", "disabled")] | None = None
-    """None: as WANDB_MODE says."""
 
 
 @dataclass(frozen=True)

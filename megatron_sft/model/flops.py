@@ -8,6 +8,7 @@ masked corners of a kernel's blocks, and what the scan's form by chunks does bey
 Backward is twice forward: tests/unit/model/test_flops.py holds all of it against torch.utils.flop_counter.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 
@@ -18,6 +19,29 @@ from megatron_sft.model.pattern import layer_chunk, layer_kinds, layer_window
 
 NAMES: Mapping[str, str] = {"*": "attention", "-": "mlp", "E": "experts", "M": "mamba"}
 """By the letters of layer_kinds."""
+PEAK_TFLOPS: Mapping[str, float] = {
+    "A10": 125.0,
+    "A10G": 70.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L4": 121.0,
+    "L40S": 362.0,
+    "H20": 148.0,
+    "H100": 989.4,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H200": 989.4,
+    "H800": 989.4,
+    "GH200": 989.4,
+    "B200": 2250.0,
+}
+"""Dense bf16 of NVIDIA's data sheets, by a part of the name that CUDA gives the device."""
+
+
+def peak_tflops(device: str) -> float | None:
+    """Of a device by its name, "NVIDIA H100 80GB HBM3"; None: not known."""
+    found = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device)]
+    return PEAK_TFLOPS[max(found, key=len)] if found else None
 
 
 def forward_flops(model: ModelConfig, lengths: np.ndarray, trained_tokens: int) -> dict[str, float]:

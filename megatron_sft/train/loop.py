@@ -18,8 +18,9 @@ from megatron_sft.core_compat import device
 from megatron_sft.data.loader import Step, TrainLoader, ValidLoader, steps_of_samples
 from megatron_sft.errors import TrainingError
 from megatron_sft.log import logger
-from megatron_sft.model.flops import train_flops
+from megatron_sft.model.flops import peak_tflops, train_flops
 from megatron_sft.parallel import Ranks
+from megatron_sft.train import memory
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loss import LossTotals
 from megatron_sft.train.metrics import metrics_writer
@@ -72,13 +73,17 @@ class StopRequest:
             signal.raise_signal(number)
         self._signal, self._signalled = number, self._signalled if self._signal else now
 
-    def agreed(self, iteration: int) -> int:
-        """The signal number that any rank received, -1 when it is time, 0 to go on. The same on every rank."""
+    def agreed(self, iteration: int, peak_bytes: int) -> tuple[int, int]:
+        """The signal number that any rank received, -1 when it is time, 0 to go on; and the most memory of any rank.
+
+        The same on every rank, by one all-reduce.
+        """
         is_time = time.monotonic() > self._deadline or bool(self._interval and iteration % self._interval == 0)
         mine = self._signal or (1000 if is_time else 0)
-        value = torch.tensor(mine, dtype=torch.int32, device=device())
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return -1 if int(value) == 1000 else int(value)
+        values = torch.tensor([mine, peak_bytes], dtype=torch.int64, device=device())
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        number, most = values.tolist()
+        return -1 if number == 1000 else number, most
 
 
 def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
@@ -117,7 +122,8 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
             state = _advanced(state, step, result, limit)
             job.scheduler.step(schedule_position(job.schedule, job.loader, state) - scheduled)
             metrics = step_metrics(job, step, state, result, lr, seconds=time.perf_counter() - clock)
-            stopped = stop.agreed(state.iteration)
+            stopped, peak_bytes = stop.agreed(state.iteration, memory.peak_bytes())
+            metrics |= {"perf/peak_memory_gb": peak_bytes / 1e9, **utilisation(run, metrics["perf/tflops_per_gpu"])}
             ends = bool(stopped) or state.iteration == last_iteration
             valid_loss = None
             if job.valid_loader and (state.iteration % run.train.eval_interval == 0 or ends):
@@ -198,6 +204,14 @@ def step_metrics(
         "skipped_iterations": state.skipped_iterations,
         **{name: rate for name, rate in lr.items() if name != "lr"},
     }
+
+
+def utilisation(run: RunConfig, tflops: float) -> Mapping[str, float]:
+    """perf/mfu, the share of the device's bf16 peak, where it is known and that is what the run computes in."""
+    if run.train.params_dtype != "bf16" or not torch.cuda.is_available():
+        return {}
+    peak = peak_tflops(torch.cuda.get_device_name())
+    return {"perf/mfu": tflops / peak} if peak else {}
 
 
 def loss_metrics(prefix: str, totals: LossTotals, names: Sequence[str]) -> Mapping[str, float]:

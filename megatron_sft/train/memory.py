@@ -1,6 +1,7 @@
-"""What a run that is out of memory says. Not here: how much it needs beforehand (megatron-sft plan)."""
+"""How much memory a process has had at most; what a run that is out of it says. Not here: the forecast (plan.py)."""
 
 import contextlib
+import resource
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,13 @@ from megatron_sft.parallel import Ranks
 _GIB = 2**30
 _HOST_MESSAGES = ("can't allocate memory", "std::bad_alloc", "Cannot allocate memory")
 """How torch's CPU allocator, C++ and the operating system say it in a RuntimeError or OSError."""
+
+
+def peak_bytes() -> int:
+    """The most that this process has had so far: allocated on its GPU, or resident on the host where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager

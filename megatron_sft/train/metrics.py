@@ -1,6 +1,6 @@
-"""What a run prints and writes while it trains: console line, metrics.jsonl, TensorBoard, Weights & Biases.
+"""What a run prints and writes while it trains: console line or bar, metrics.jsonl, and the places of writers.py.
 
-One flat dict an iteration goes to every place. Names: sft/* (data and loss), perf/*, data/* (loader), valid/*, and
+One flat dict per iteration goes to every place. Names: sft/* (data and loss), perf/*, data/* (loader), valid/*, and
 Megatron's own `grad_norm` and `lr`. Only rank 0 writes.
 """
 
@@ -8,8 +8,6 @@ import contextlib
 import datetime
 import json
 import os
-import re
-import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,13 +17,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_sft.config.run import RunConfig
-from megatron_sft.errors import ConfigError, TrainingError
+from megatron_sft.errors import TrainingError
 from megatron_sft.files import write_whole
 from megatron_sft.log import logger
+from megatron_sft.train.writers import open_writers
 
 Metrics = Mapping[str, Any]
-RUN_ID = "wandb_run_id.txt"
-"""In the --save folder."""
+MEAN = "lm loss"
+"""Megatron-LM's name of the mean since the console line before, over the trained tokens; where there is a line."""
 
 
 def console_line(metrics: Metrics, train_iters: int, mean_loss: float | None = None) -> str:
@@ -117,52 +116,50 @@ class MetricsWriter:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 keep_until(path, iteration)
                 self._jsonl = open(path, "a", buffering=1, opener=_without_waiting)
-            self._tensorboard = _tensorboard(tensorboard, iteration)
-            self._wandb = _wandb(run, iteration)
+            self._writers = open_writers(run, iteration, tensorboard)
         self._sums = [0.0, 0]  # of losses and trained tokens since the last line
+        self._mean = 0.0
         self.bar = _bar(iteration, train_iters)
 
     def write(self, metrics: Metrics) -> None:
         """Writes one iteration: files always, the console line every log_interval iterations and on the last, or the bar."""
-        iteration = metrics["iteration"]
+        metrics = self._with_mean(metrics)
         self._show(metrics)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         with self._explained():
             if self._jsonl:
                 self._jsonl.write(json.dumps(metrics) + "\n")
-            if self._tensorboard:
-                for name, value in numbers.items():
-                    self._tensorboard.add_scalar(name, value, iteration)
-                self._tensorboard.flush()  # by itself it does so every 2 minutes, which a killed process may not live
-        if self._wandb:
-            self._wandb.log(numbers)
+            for writer in self._writers:
+                writer.write(numbers, metrics["iteration"])
 
-    def _show(self, metrics: Metrics) -> None:
+    def _with_mean(self, metrics: Metrics) -> Metrics:
+        """Adds the mean of the interval that ends here, if one does."""
         iteration, tokens = metrics["iteration"], metrics["sft/trained_tokens"]
         self._sums = [self._sums[0] + tokens * metrics["sft/loss"], self._sums[1] + tokens]
-        mean = self._sums[0] / self._sums[1] if self._sums[1] else 0.0
+        self._mean = self._sums[0] / self._sums[1] if self._sums[1] else 0.0
+        if iteration % self._log_interval and iteration != self._train_iters and "valid/loss" not in metrics:
+            return metrics
+        self._sums, mean = [0.0, 0], self._mean
+        return {**metrics, MEAN: mean}
+
+    def _show(self, metrics: Metrics) -> None:
         if self.bar:
-            self.bar.set_postfix_str(f"loss {mean:.4f}, {metrics['perf/tokens_per_s']:,.0f} tokens/s", refresh=False)
+            self.bar.set_postfix_str(f"loss {self._mean:.4f}, {metrics['perf/tokens_per_s']:,.0f} tokens/s", refresh=False)
             self.bar.update()
             if "valid/loss" in metrics:
-                logger.info("iteration %d: validation loss %.4f", iteration, metrics["valid/loss"])
-        is_shown = iteration % self._log_interval == 0 or iteration == self._train_iters or "valid/loss" in metrics
-        if is_shown:
-            self._sums = [0.0, 0]
-        if is_shown and not self.bar:
-            logger.info(console_line(metrics, self._train_iters, mean))
+                logger.info("iteration %d: validation loss %.4f", metrics["iteration"], metrics["valid/loss"])
+        elif MEAN in metrics:
+            logger.info(console_line(metrics, self._train_iters, metrics[MEAN]))
 
     def close(self, exit_code: int = 0) -> None:
-        """Flushes and closes every place; Weights & Biases shows a run with another exit code than 0 as failed."""
+        """Flushes and closes every place; Weights & Biases and others show a run with another exit code than 0 as failed."""
         if self.bar:
             self.bar.close()
         with self._explained():
             if self._jsonl:
                 self._jsonl.close()
-            if self._tensorboard:
-                self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish(exit_code=exit_code)
+            for writer in self._writers:
+                writer.close(exit_code)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -186,51 +183,3 @@ def _bar(iteration: int, train_iters: int) -> "tqdm[Any] | None":
 def _without_waiting(path: str, flags: int) -> int:
     """Opens for `open`; a FIFO that nobody reads is an error, not a wait."""
     return os.open(path, flags | os.O_NONBLOCK, 0o666)
-
-
-def _tensorboard(folder: str | None, iteration: int) -> Any:
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError([f"--tensorboard-dir {folder} needs tensorboard ({error}). Run: pip install tensorboard"]) from None
-    return SummaryWriter(folder, purge_step=iteration + 1)
-
-
-def _wandb(run: RunConfig, iteration: int) -> Any:
-    """The W&B run: the same one again for a run that goes on from a checkpoint, by the id in its --save folder."""
-    if run.log.wandb_project is None:
-        return None
-    import wandb  # problems.py says what to install where it is missing
-
-    log, save = run.log, run.checkpoint.save
-    run_id = _run_id(Path(save), iteration) if save else None
-    try:
-        started = wandb.init(
-            project=log.wandb_project,
-            name=log.wandb_exp_name,
-            group=log.wandb_group,
-            mode=log.wandb_mode,
-            config=json.loads(run.to_json()),
-            dir=save,
-            id=run_id,
-            resume="allow" if run_id else None,
-        )
-    except (wandb.errors.Error, OSError) as error:
-        project = f"--wandb-project {log.wandb_project}: {str(error).rstrip('.')}"
-        raise ConfigError([f"{project}. Expected a run of W&B. Log in (wandb login), or use --wandb-mode offline."]) from None
-    started.define_metric("iteration")
-    started.define_metric("*", step_metric="iteration")  # W&B's own steps never go back, as a resumed run may
-    return started
-
-
-def _run_id(save: Path, iteration: int) -> str:
-    """The id in the --save folder; a new one, which is kept there, where training begins."""
-    file = save / RUN_ID
-    known = file.read_text(encoding="ascii").strip() if iteration and file.is_file() else ""
-    if re.fullmatch("[0-9a-f]{8}", known):
-        return known
-    new = secrets.token_hex(4)
-    write_whole(file, new + "\n")
-    return new

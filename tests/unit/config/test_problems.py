@@ -6,8 +6,9 @@ import pytest
 
 from megatron_sft import log
 from megatron_sft.config.arguments import parse
-from megatron_sft.config.problems import _is_installed, problems
-from megatron_sft.config.run import LogConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_sft.config.log import NAMES, LogConfig, is_installed
+from megatron_sft.config.problems import problems
+from megatron_sft.config.run import ModelConfig, ParallelConfig, RunConfig
 from megatron_sft.errors import ConfigError
 
 NEEDED = ["--load", "model", "--finetune-hf-dataset", "rows.jsonl"]
@@ -37,6 +38,9 @@ TOGETHER = {
     "--save-interval 5": "--save-interval has no effect without --save",
     "--use-wandb": "--use-wandb needs --wandb-project",
     "--wandb-group g --wandb-mode offline": "--wandb-group, --wandb-mode without --wandb-project: nothing is sent",
+    "--mlflow-run-name n": "--mlflow-run-name without --mlflow-experiment: nothing is sent",
+    "--trackio-name n --trackio-group g": "--trackio-name, --trackio-group without --trackio-project: nothing is sent",
+    "--swanlab-mode offline": "--swanlab-mode without --swanlab-project: nothing is sent",
     "--use-dynamic-batch-size": "--use-dynamic-batch-size needs --max-tokens-per-gpu",
     f"{WHOLE} --expert-model-parallel-size 2": "--expert-model-parallel-size 2: the model has no experts. Expected 1",
     f"{WHOLE} --moe-z-loss-coeff 1 --moe-router-dtype fp32": "--moe-router-dtype, --moe-z-loss-coeff: the model has no experts",
@@ -124,14 +128,16 @@ def test_a_program_cannot_ask_for_sequence_parallelism_alone() -> None:
     assert problems(run, 1, training=False) == ["--sequence-parallel needs --tensor-model-parallel-size 2 or more. Leave it out."]
 
 
-def test_a_package_that_is_missing_is_noticed_before_any_work(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(("package", "field"), NAMES.items())
+def test_a_package_that_is_missing_is_noticed_before_any_work(package, field, tmp_path, monkeypatch) -> None:
     (tmp_path / "wandb_logs").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert [_is_installed(name) for name in ("json", "no_such_package", "wandb_logs")] == [True, False, False]
-    run = RunConfig(log=LogConfig(wandb_project="p"))
-    found = [sentence for sentence in problems(run, 1) if "wandb" in sentence]
-    needed = "--wandb-project needs the package wandb, which is not installed. Run: pip install wandb. Or leave it out."
-    assert found == ([] if _is_installed("wandb") else [needed])
+    assert [is_installed(name) for name in ("json", "no_such_package", "wandb_logs")] == [True, False, False]
+    run = RunConfig(log=LogConfig(**{field: "p"}))
+    found = [sentence for sentence in problems(run, 1) if package in sentence]
+    flag = "--" + field.replace("_", "-")
+    needed = f"{flag} needs the package {package}, which is not installed. Run: pip install {package}. Or leave it out."
+    assert found == ([] if is_installed(package) else [needed])
 
 
 def test_an_optimizer_of_the_table_has_flags_of_its_own() -> None:

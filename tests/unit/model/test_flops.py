@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sft.config.run import ParallelConfig
 from megatron_sft.model import attention, mamba
-from megatron_sft.model.flops import computed_flops, forward_flops, seen_pairs, train_flops
+from megatron_sft.model.flops import computed_flops, forward_flops, peak_tflops, seen_pairs, train_flops
 from megatron_sft.parallel import finalize, initialize
 from tests.unit.hf.tiny_models import KEYS
 from tests.unit.model.test_families import LENGTHS, make_pair, make_row, ours
@@ -107,3 +107,16 @@ def test_a_deepseek_layer_is_not_counted_as_a_dense_one(tmp_path, ranks):
     assert forward["experts"] == 20 * 3 * experts
     assert forward["head"] == 5 * 2 * 64 * pair.model.vocab_size
     assert forward_flops(dataclasses.replace(pair.model, padded_vocab_size=999), np.array([10, 10]), 5) == forward
+
+
+def test_the_peak_of_a_device_is_that_of_its_longest_name():
+    names = (
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA H100 PCIe",
+        "NVIDIA A100-SXM4-80GB",
+        "NVIDIA A10G",
+        "NVIDIA A10",
+        "NVIDIA GH200 480GB",
+    )
+    assert [peak_tflops(name) for name in names] == [989.4, 756.0, 312.0, 70.0, 125.0, 989.4]
+    assert peak_tflops("NVIDIA GeForce GTX 1080") is None and peak_tflops("Quadro RTX A1000") is None

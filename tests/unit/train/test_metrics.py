@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from megatron_sft.config.run import CheckpointConfig, LogConfig, RunConfig
+from megatron_sft.config.log import LogConfig
+from megatron_sft.config.run import CheckpointConfig, RunConfig
 from megatron_sft.errors import TrainingError
-from megatron_sft.train.metrics import MetricsWriter, _run_id, console_line, keep_until, metrics_writer
+from megatron_sft.train.metrics import MetricsWriter, console_line, keep_until, metrics_writer
 from tests.gloo import process_context
 
 
@@ -93,8 +94,9 @@ def test_a_killed_process_loses_nothing_that_was_logged(tmp_path):
     process.start()
     process.join(120)
     assert process.exitcode == 9
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == METRICS
-    numbers = {name: [(3, float(np.float32(value)))] for name, value in METRICS.items()}
+    written = {**METRICS, "lm loss": 1.25}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == written
+    numbers = {name: [(3, float(np.float32(value)))] for name, value in written.items()}
     assert tensorboard_points(tmp_path / "tensorboard") == numbers
 
 
@@ -116,28 +118,17 @@ def test_writer_has_one_object_an_iteration(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path, monkeypatch):
-    """Offline, by W&B as it is: each start leaves a folder offline-run-TIME-ID."""
-    pytest.importorskip("wandb", reason="needs the package wandb: pip install 'megatron-sft[wandb]'")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    for save, iteration in (("out", 0), ("out", 3), ("other", 0)):
-        (tmp_path / save).mkdir(exist_ok=True)
-        log = LogConfig(wandb_project="p", wandb_exp_name="name", wandb_group="g", wandb_mode="offline")
-        writer = MetricsWriter(RunConfig(log=log, checkpoint=CheckpointConfig(save=str(tmp_path / save))), iteration, 10)
-        writer.write({**METRICS, "iteration": iteration + 1})
-        assert writer._wandb.config["train"]["micro_batch_size"] == 1
-        assert (writer._wandb.project, writer._wandb.name, writer._wandb.group) == ("p", "name", "g")
-        writer.close()
-    kept = (tmp_path / "out" / "wandb_run_id.txt").read_text().strip()
-    folders = [path.name for path in (tmp_path / "out" / "wandb").glob("offline-run-*")]
-    assert folders and {name.rpartition("-")[2] for name in folders} == {kept}
-    assert (tmp_path / "other" / "wandb_run_id.txt").read_text().strip() != kept
-
-
-def test_the_id_of_a_wandb_run_is_kept_where_training_goes_on_and_new_where_it_begins(tmp_path):
-    first = _run_id(tmp_path, 0)
-    assert re.fullmatch("[0-9a-f]{8}", first)
-    assert _run_id(tmp_path, 5) == first
-    assert _run_id(tmp_path, 0) != first
-    (tmp_path / "wandb_run_id.txt").write_text("../x")
-    assert re.fullmatch("[0-9a-f]{8}", _run_id(tmp_path, 5))
+def test_the_mean_of_an_interval_stands_beside_the_loss_of_its_last_step(tmp_path):
+    """Over the trained tokens since the line before, in files as on the console; a validation ends an interval too."""
+    run = RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path)), log=LogConfig(log_interval=3))
+    writer = MetricsWriter(run, 0, 7)
+    for number, loss in enumerate((1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0), start=1):
+        more = {"valid/loss": 1.0} if number == 4 else {}
+        writer.write({**METRICS, "iteration": number, "sft/loss": loss, "sft/trained_tokens": number, **more})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = {line["iteration"]: line["lm loss"] for line in lines if "lm loss" in line}
+    assert found == {3: (1 + 2 * 2 + 3 * 4) / 6, 4: 8.0, 6: (5 * 16 + 6 * 32) / 11, 7: 64.0}
+    assert tensorboard_points(tmp_path / "tensorboard")["lm loss"] == [
+        (number, float(np.float32(mean))) for number, mean in found.items()
+    ]
