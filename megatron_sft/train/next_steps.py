@@ -1,4 +1,4 @@
-"""What a person can do with a run's results: the commands that go on, generate and export, as this run was started.
+"""What a person can do with a run's results: the commands that go on, generate, export and report, as this run was started.
 
 A run of finetune.sh is told in the scripts and their variables, any other in this project's Python commands.
 Not here: writing the results (saving.py).
@@ -38,6 +38,8 @@ def next_steps(run: RunConfig, state: TrainState, total: int, stopped: bool) -> 
     if run.checkpoint.save_hf and not stopped:
         places.append(f"HF folder {run.checkpoint.save_hf}")
     found = {name: text for name, text in commands(run, started()).items() if stopped or name != "go on"}
+    if run.checkpoint.save:
+        found["report"] = _line(started().path, [started().python, "-m", "megatron_sft", "report", run.checkpoint.save])
     width = max(map(len, found))
     return "\n".join([f"{how}: {', '.join(places)}", *(f"  {name.ljust(width)}  {text}" for name, text in found.items())])
 
@@ -65,7 +67,7 @@ def _of_scripts(run: RunConfig, how: Started) -> dict[str, str]:
     model["MLM_MODEL_CKPT"] = str(run.checkpoint.save)
     template = {"MLM_EXTRA_ARGS": shlex.join(["--chat-template", run.data.chat_template])} if run.data.chat_template else {}
     return {
-        "go on": _line(how.variables, [how.script, *how.arguments]),
+        "go on": started_by(how),
         "generate": _line(model | template, [os.path.join(folder, "generate.sh"), *conf]),
         "export": _line(model | {"EXPORT_DIR": _beside(str(run.checkpoint.save))}, [os.path.join(folder, "export.sh"), *conf]),
     }
@@ -80,9 +82,15 @@ def _line(variables: Mapping[str, str], words: Sequence[str]) -> str:
 
 
 def _again(how: Started) -> str:
-    if how.machines > 1:
-        return "the same command, on every machine"
-    return shlex.join([*_launcher(how, process_environment()[1]), *how.program, *how.arguments])
+    return "the same command, on every machine" if how.machines > 1 else started_by(how)
+
+
+def started_by(how: Started) -> str:
+    """The command that a run was started by; on several machines, where a launcher said more, what each process runs."""
+    if how.script:
+        return _line(how.variables, [how.script, *how.arguments])
+    launcher = _launcher(how, process_environment()[1] if how.machines == 1 else 1)
+    return shlex.join([*launcher, *how.program, *how.arguments])
 
 
 def _launcher(how: Started, ranks: int) -> list[str]:

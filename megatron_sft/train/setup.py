@@ -37,7 +37,7 @@ from megatron_sft.plan import Memory, expected_memory
 from megatron_sft.train import memory, overview
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loop import Job, loss_metrics, schedule_position, train
-from megatron_sft.train.next_steps import commands, next_steps
+from megatron_sft.train.next_steps import next_steps, started_by
 from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
 from megatron_sft.train.recorded import facts, recorded
 from megatron_sft.train.saving import METRIC, Saving
@@ -144,7 +144,7 @@ def _start(job: Job, data: Data, state: TrainState) -> dict[str, Any]:
     """What attempts.jsonl says of the start."""
     progress = {"iteration": state.iteration, "last_iteration": len(job.loader), "epoch_packs": len(data.train)}
     rows = overview.shown_rows(data.train, data.tokenizer)
-    return {**facts(job.run, job.ranks, commands(job.run, started())["go on"]), **progress, "data": data.report, "rows": rows}
+    return {**facts(job.run, job.ranks, started_by(started())), **progress, "data": data.report, "rows": rows}
 
 
 def _introduce(job: Job, data: Data, state: TrainState, expected: Memory | None) -> None:

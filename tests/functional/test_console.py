@@ -43,14 +43,18 @@ def test_a_run_says_what_it_does_and_what_to_do_with_it(finetune: Any, tmp_path:
         [metrics[i]["sft/loss"] for i in (1, 3)], rel=1e-6
     )
     assert f"\ntrained to the end, 4 iterations: checkpoints in {save}\n" in said and "go on" not in said
-    steps = dict(re.findall(r"^  (generate|export) +(.*)$", said, flags=re.MULTILINE))
-    for name, more in (("generate", ["--prompt", "Hi", "--osl", "3"]), ("export", [])):
+    steps = dict(re.findall(r"^  (generate|export|report) +(.*)$", said, flags=re.MULTILINE))
+    for name, more in (
+        ("generate", ["--prompt", "Hi", "--osl", "3"]),
+        ("export", []),
+        ("report", ["--output", tmp_path / "a.html"]),
+    ):
         words = [word for word in shlex.split(steps[name]) if "=" not in word]
         assert words[1:4] == ["-m", "megatron_sft", name]
         result = run_script("megatron_sft/__main__.py", [*words[3:], *more])
         assert result.returncode == 0, result.stdout + result.stderr
         assert "tokens/s" not in result.stdout, "what generate prints is answers"
-    assert (tmp_path / "out_hf" / "config.json").exists()
+    assert (tmp_path / "out_hf" / "config.json").exists() and "Training of out" in (tmp_path / "a.html").read_text()
 
 
 def test_a_terminal_has_colours_and_a_bar_and_ctrl_c_says_how_to_go_on(
