@@ -150,7 +150,7 @@ ul.said{padding-left:1.2rem;margin:.6rem 0}ul.said li{margin:.2rem 0}.warn{color
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);border:1px solid var(--line);border-radius:8px;
 padding:.7rem .9rem;margin:.5rem 0;font:13px/1.5 ui-monospace,"SFMono-Regular",Menlo,Consolas,monospace;
 max-height:32rem;overflow:auto}
-.t{background:var(--trained)}.o{background:var(--other)}.m{color:var(--soft)}.a{box-shadow:inset 0 -2px var(--line)}
+.t{background:var(--trained)}.o{background:var(--other)}.m{color:var(--soft)}.a{box-shadow:inset 0 -2px #80808066}
 details{margin:.6rem 0}summary{cursor:pointer}.pack{display:flex;height:1.1em;margin:2px 0;background:var(--card)}
 .pack i{background:var(--c0);border-right:1px solid var(--back)}
 @media(max-width:30rem){body{font-size:14px;padding-top:1rem}dd{font-size:1.05rem}
