@@ -15,7 +15,6 @@ from megatron_sft.config.arguments import Flag, flag_table
 from megatron_sft.config.derived_flags import DERIVED
 from megatron_sft.config.fields import Words, shown
 from megatron_sft.config.hints import nearest
-from megatron_sft.config.log import RARE
 from megatron_sft.config.options import COMMANDS, FIRST, GROUPS, Command
 from megatron_sft.config.run import RunConfig
 
@@ -31,6 +30,12 @@ TITLES: Mapping[str, str] = {
 """Group -> its title, in the order of --help-all."""
 ARCHITECTURE = "the checkpoint's"
 """Default of what belongs to the weights."""
+RARE = frozenset(
+    "--mlflow-run-name --mlflow-tracking-uri --trackio-name --trackio-group --swanlab-exp-name --swanlab-mode --sgd-momentum "
+    "--muon-variant --muon-momentum --init-lr-frac --warmdown-ratio --final-lr-frac --matrix-lr --embedding-lr --unembedding-lr "
+    "--decoupled-lr --decoupled-min-lr".split()
+)
+"""Of places, optimizers and schedules: in --help-all, so that --help stays under 200 flags."""
 WIDTH, COLUMN = 118, 38
 
 
@@ -92,10 +97,10 @@ def group_of(flag: Flag) -> str:
 
 
 def _is_rare(flag: Flag) -> bool:
-    """Not in --help: settings of a conf, what other flags say too, and details of places that few log to."""
+    """Not in --help: settings of a conf, what other flags say too, and what few use."""
     return (
         group_of(flag) in (CORE, NAMES, IDLE)
-        or flag.path.removeprefix("log.") in RARE
+        or flag.name in RARE
         or (flag.name in flags.SWITCHES and flag.name not in ("--bf16", "--fp32"))
     )
 

@@ -49,8 +49,6 @@ NAMES: Mapping[str, str] = {
     "swanlab": "swanlab_project",
 }
 """Package that is an extra -> the field without which nothing is sent to it."""
-RARE = frozenset("mlflow_run_name mlflow_tracking_uri trackio_name trackio_group swanlab_exp_name swanlab_mode".split())
-"""Fields that --help leaves to --help-all."""
 
 
 def log_problems(log: LogConfig) -> list[str]:
