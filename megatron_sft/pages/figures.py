@@ -27,7 +27,7 @@ LOGARITHMIC = 30.0
 """Values that span more than this factor can be shown on a logarithmic axis."""
 _INK, _SOFT, _GRID = "#0a0b0c", "#0a0b0d", "#0a0b0e"
 _COLOUR = "#0c0d{:02x}"
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "megatron-sft",
     "text.parse_math": False,

@@ -161,7 +161,8 @@ def _evaluation(runs: Sequence[Run]) -> Markup | str:
     names = list(dict.fromkeys(name for run in runs for name in run.names("eval/")))
     if not names:
         return ""
-    rows, parts = [], []
+    rows: list[tuple[Any, ...]] = []
+    parts: list[Markup] = []
     for name in names:
         for run in runs:
             x, y = run.points(name)

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_sft.config.run import RunConfig
 from megatron_sft.errors import ConfigError
@@ -86,7 +86,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError([f"--tensorboard-dir {folder} needs tensorboard ({error}). Run: pip install tensorboard"]) from None
-        self._writer = SummaryWriter(folder, purge_step=iteration + 1)
+        self._writer: Any = SummaryWriter(folder, purge_step=iteration + 1)
 
     def write(self, numbers: Numbers, iteration: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
