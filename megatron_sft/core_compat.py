@@ -246,6 +246,19 @@ def varlen_attention() -> Callable[..., Any]:
     return varlen_attn
 
 
+def varlen_kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What varlen_attn calls, and what its gradient calls, with log-sum-exps [heads, tokens] fp32 given out and taken in.
+
+    (query, key, value, cu_q, cu_k, max_q, max_k, is_causal, scale, window) -> output, log-sum-exp, random state;
+    (gradient, query, key, value, output, log-sum-exp, cu_q, cu_k, max_q, max_k, is_causal, state, scale, window) -> gradients.
+    torch 2.13, torch/nn/attention/varlen.py: _varlen_attn and _varlen_attn_backward.
+    """
+    import torch
+    from torch.nn.attention import varlen  # noqa: F401 # which registers them
+
+    return torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
+
+
 def multiplies_bf16() -> bool:
     """Whether this device has kernels for products in bf16; torch's for AVX2 take three times as long as those in fp32."""
     import torch

@@ -1,10 +1,11 @@
 """Core attention over packed documents, in place of megatron-core's, which packs only with TransformerEngine.
 
 1. context parallelism brings whole documents together (context.py);
-2. CUDA: torch's varlen flash attention; elsewhere, and for sinks and soft caps: one document at a time, in blocks of
-   queries where a mask is needed. Never an S x S mask.
+2. CUDA: torch's varlen flash attention, sinks and chunks included; elsewhere, and for soft caps: one document at a time, in
+   blocks of queries where a mask is needed. Never an S x S mask, and no scores that are kept for the backward pass.
 """
 
+import itertools
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_sft.config.run import ModelConfig
-from megatron_sft.core_compat import varlen_attention
+from megatron_sft.core_compat import varlen_attention, varlen_kernels
 from megatron_sft.model.cache import CachedSeqParams
 from megatron_sft.model.context import Span, gather_keys, heads_to_tokens, spans_of, tokens_to_heads
 from megatron_sft.model.pattern import layer_chunk, layer_window
@@ -50,6 +51,19 @@ def _ends(packed: PackedSeqParams) -> list[int]:
         cached = packed.cu_seqlens_q, packed.cu_seqlens_q.tolist()
         packed.sft_ends = cached  # type: ignore[attr-defined]
     return cast(list[int], cached[1])
+
+
+def _chunk_ends(packed: PackedSeqParams, chunk: int) -> torch.Tensor:
+    """cu_seqlens of documents that are cut into chunks: [0, 3, 8], 2 -> [0, 2, 3, 5, 7, 8]; made once per row."""
+    cached, whole = getattr(packed, "sft_chunk_ends", None), packed.cu_seqlens_q
+    assert whole is not None, "a packed row has cu_seqlens_q"
+    if cached is None or cached[0] is not whole or cached[1] != chunk:
+        ends = _ends(packed)
+        lengths = [span.queries for span in spans_of(ends, chunk, 0, ends[-1])]
+        fine = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        cached = whole, chunk, fine.to(whole.device, non_blocking=True)
+        packed.sft_chunk_ends = cached  # type: ignore[attr-defined]
+    return cast(torch.Tensor, cached[2])
 
 
 def fits_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -180,25 +194,24 @@ class PackedAttention(torch.nn.Module):
 
     def _attend(self, query: Any, key: Any, value: Any, packed: PackedSeqParams, sinks: Any) -> torch.Tensor:
         """Whole documents -> [tokens, heads, head_dim]."""
-        plain = sinks is None and self.softcap is None and self.chunk is None
-        if plain and fits_flash(query, value):
-            return self._flash(query, key, value, packed)
+        if self.softcap is None and fits_flash(query, value):
+            return self._flash(query, key, value, packed, sinks)
         spans = spans_of(_ends(packed), self.chunk, 0, query.shape[0])
         return self._by_span(query, key, value, spans, sinks)
 
-    def _flash(self, query: Any, key: Any, value: Any, packed: PackedSeqParams) -> torch.Tensor:
+    def _flash(self, query: Any, key: Any, value: Any, packed: PackedSeqParams, sinks: Any) -> torch.Tensor:
         channels = value.shape[-1]
-        output = varlen_attention()(
-            query,
-            key,
-            value if channels == query.shape[-1] else F.pad(value, (0, query.shape[-1] - channels)),
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
-            scale=self.softmax_scale,
-            window_size=(-1 if self.window is None else self.window - 1, 0),
-        )
+        if channels != query.shape[-1]:
+            value = F.pad(value, (0, query.shape[-1] - channels))
+        ends, longest = packed.cu_seqlens_q, cast(int, packed.max_seqlen_q)
+        if self.chunk is not None:
+            ends, longest = _chunk_ends(packed, self.chunk), min(longest, self.chunk)
+        places = ends, ends, longest, longest
+        window = (-1 if self.window is None else self.window - 1, 0)
+        if sinks is None:
+            output = varlen_attention()(query, key, value, *places, scale=self.softmax_scale, window_size=window)
+        else:
+            output = _FlashWithSinks.apply(query, key, value, sinks, places, self.softmax_scale, window)
         return cast(torch.Tensor, output)[..., :channels]  # a pair only where the log-sum-exp is asked for
 
     def _by_span(self, query: Any, key: Any, value: Any, spans: list[Span], sinks: Any) -> torch.Tensor:
@@ -225,13 +238,14 @@ class PackedAttention(torch.nn.Module):
         for first in range(0, length, QUERY_BLOCK):
             last = min(first + QUERY_BLOCK, length)
             low = max(0, offset + first - self.window + 1) if self.window else 0
-            seen = _seen(offset + first, offset + last, low, self.window, query.device)
-            args = (q[:, :, first:last], k[:, :, low : offset + last], v[:, :, low : offset + last], seen)
+            places = (offset + first, offset + last, low, self.window, query.device)
+            parts = (q[:, :, first:last], k[:, :, low : offset + last], v[:, :, low : offset + last])
             if special:
-                blocks.append(_capped_attention(*args, self.softmax_scale, self.softcap, sinks))
+                blocks.append(_CappedBlock.apply(*parts, sinks, places, self.softmax_scale, self.softcap))
             else:
+                seen = _seen(*places)
                 blocks.append(
-                    F.scaled_dot_product_attention(*args[:3], attn_mask=seen, enable_gqa=grouped, scale=self.softmax_scale)
+                    F.scaled_dot_product_attention(*parts, attn_mask=seen, enable_gqa=grouped, scale=self.softmax_scale)
                 )
         return torch.cat(blocks, dim=2)[0].transpose(0, 1)
 
@@ -242,6 +256,54 @@ def _seen(first: int, last: int, low: int, window: int | None, device: torch.dev
     keys = torch.arange(low, last, device=device)[None]
     seen = keys <= queries
     return seen & (keys > queries - window) if window else seen
+
+
+class _FlashWithSinks(torch.autograd.Function):
+    """Varlen flash attention with a sink a head (arXiv 2309.17453) and its exact gradient.
+
+    With lse a query's log-sum-exp without and l = log(exp lse + exp sink) that with its sink, the output is flash's times
+    exp(lse - l). Flash's backward pass takes its output and log-sum-exp as they are given, so that it gives the gradients of
+    this softmax for the pair with the sink; a sink's own is -sum over queries of exp(sink - l) (gradient . output).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, sinks: Any, places: tuple, scale: float | None, window: tuple) -> Any:
+        ctx.rest = (*places[2:], window == (-1, 0)), (scale, list(window))
+        output, lse, state = varlen_kernels()[0](q, k, v, *places, window == (-1, 0), *ctx.rest[1])
+        total = torch.logaddexp(lse, sinks.float()[:, None])
+        output = (output * (lse - total).exp().T[..., None]).to(output.dtype)
+        ctx.save_for_backward(q, k, v, sinks, output, total, *places[:2], state)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        q, k, v, sinks, output, total, *ends, state = ctx.saved_tensors
+        settings, last = ctx.rest
+        grads = varlen_kernels()[1](grad.contiguous(), q, k, v, output, total, *ends, *settings, state, *last)
+        weighted = (grad.float() * output.float()).sum(dim=-1) * (sinks.float() - total.T).exp()  # [tokens, heads]
+        return *grads, -weighted.sum(dim=0).to(sinks.dtype), None, None, None
+
+
+class _CappedBlock(torch.autograd.Function):
+    """_capped_attention of a block of queries, computed again for its gradient: scores are not kept, memory is linear."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, sinks: Any, places: Any, scale: float | None, softcap: float | None) -> Any:
+        ctx.save_for_backward(q, k, v, sinks)
+        ctx.places, ctx.settings = places, (scale, softcap)
+        return _capped_attention(q, k, v, _seen(*places), scale, softcap, sinks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        needed, (scale, softcap) = ctx.needs_input_grad[:4], ctx.settings
+        leaves: list[Any] = [
+            x if x is None else x.detach().requires_grad_(n) for x, n in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        q, k, v, sinks = leaves
+        with torch.enable_grad():
+            output = _capped_attention(q, k, v, _seen(*ctx.places), scale, softcap, sinks)
+        found = iter(torch.autograd.grad(output, [leaf for leaf, n in zip(leaves, needed, strict=True) if n], grad))
+        return *(next(found) if n else None for n in needed), None, None, None
 
 
 def _capped_attention(

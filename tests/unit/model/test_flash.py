@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import varlen
 
 from megatron_sft.config.run import ParallelConfig
+from megatron_sft.core_compat import varlen_kernels
 from megatron_sft.model import attention
 from megatron_sft.model.attention import PackedAttention, packed_seq_params
 from megatron_sft.parallel import finalize, initialize
@@ -18,9 +19,14 @@ LENGTHS = [7, 1, 60, 12]
 
 def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
     """torch 2.11's varlen_attn: grouped queries unasked, window (left, right) around the query, -1 for no limit."""
-    assert (max_q, cu_seq_q.dtype, type(max_q)) == (max(LENGTHS), torch.int32, int)
+    return written_out(query, key, value, cu_seq_q, max_q, scale, window_size)[0]
+
+
+def written_out(query, key, value, cu_seq_q, max_q, scale, window_size):
+    """Output and log-sum-exp [heads, tokens]."""
+    assert (max_q, cu_seq_q.dtype, type(max_q)) == (int(cu_seq_q.diff().max()), torch.int32, int)
     assert query.shape[2] == key.shape[2] == value.shape[2], "one width for queries, keys and values"
-    parts, repeats = [], query.shape[1] // key.shape[1]
+    parts, sums, repeats = [], [], query.shape[1] // key.shape[1]
     for first, last in itertools.pairwise(cu_seq_q.tolist()):
         q, k, v = (x[first:last].transpose(0, 1) for x in (query, key, value))
         distance = torch.arange(last - first)[:, None] - torch.arange(last - first)[None]
@@ -29,9 +35,33 @@ def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=No
             distance >= -right if right >= 0 else torch.tensor(True)
         )
         scores = q @ k.repeat_interleave(repeats, 0).transpose(1, 2) * (scale or q.shape[-1] ** -0.5)
-        shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        parts.append((shares @ v.repeat_interleave(repeats, 0)).transpose(0, 1))
-    return torch.cat(parts)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        parts.append((scores.softmax(-1) @ v.repeat_interleave(repeats, 0)).transpose(0, 1))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(parts), torch.cat(sums, dim=1)
+
+
+def forward_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, scale, window_size):
+    """torch_attn::_varlen_attn."""
+    assert is_causal == (window_size == [-1, 0])
+    return *written_out(query, key, value, cu_seq_q, max_q, scale, window_size), torch.zeros(2)
+
+
+def backward_kernel(grad, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, state, scale, window_size):
+    """torch_attn::_varlen_attn_backward: softmax by the log-sum-exp that is given, its gradient by the output that is given."""
+    scale, found = scale or query.shape[-1] ** -0.5, [torch.zeros_like(x) for x in (query, key, value)]
+    repeats = query.shape[1] // key.shape[1]
+    for first, last in itertools.pairwise(cu_seq_q.tolist()):
+        q, k, v, o, g = (x[first:last].transpose(0, 1) for x in (query, key, value, out, grad))
+        k, v = (x.repeat_interleave(repeats, 0) for x in (k, v))
+        distance = torch.arange(last - first)[:, None] - torch.arange(last - first)[None]
+        seen = (distance >= 0) & (distance <= (window_size[0] if window_size[0] >= 0 else last))
+        shares = torch.where(seen, (q @ k.transpose(1, 2) * scale - lse[:, first:last, None]).exp(), 0)
+        slopes = shares * (g @ v.transpose(1, 2) - (g * o).sum(-1, keepdim=True)) * scale
+        parts = (slopes @ k, (slopes.transpose(1, 2) @ q), shares.transpose(1, 2) @ g)
+        for whole, part, count in zip(found, parts, (1, repeats, repeats), strict=True):
+            whole[first:last] = part.unflatten(0, (-1, count)).sum(1).transpose(0, 1)
+    return tuple(found)
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +73,67 @@ def groups():
     finalize()
 
 
-@pytest.mark.parametrize("case", ["one-to-one", "grouped", "latent", "window", "window-of-two"])
+CASES["window-and-sinks"] = (8, 2, 64, dict(window_size=9, core={"softmax_type": "learnable"}))
+
+
+@pytest.mark.parametrize(
+    "case", ["one-to-one", "grouped", "latent", "window", "window-of-two", "chunked", "sinks", "window-and-sinks"]
+)
 def test_flash_branch_is_the_other_branch(case, groups, monkeypatch):
     heads, kv, dim, _ = CASES[case]
     module: PackedAttention = module_of(case, "fp32", groups, "cpu")
     shapes = ((heads, dim), (kv, dim), (kv, dim * 2 // 3 if case == "latent" else dim))
     tensors = [torch.randn(sum(LENGTHS), *shape, requires_grad=True) for shape in shapes]
     packed = packed_seq_params(torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32), max(LENGTHS))
+    leaves = [*tensors, *([] if module.softmax_offset is None else [module.softmax_offset])]
     by_document = module(*tensors, None, packed_seq_params=packed)
     upstream = torch.randn_like(by_document)
-    expected = torch.autograd.grad(by_document, tensors, upstream)
+    expected = torch.autograd.grad(by_document, leaves, upstream)
+    monkeypatch.setattr(attention, "varlen_kernels", lambda: (forward_kernel, backward_kernel))
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     monkeypatch.setattr(attention, "fits_flash", lambda query, value: True)
     by_kernel = module(*tensors, None, packed_seq_params=packed)
     torch.testing.assert_close(by_kernel, by_document, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(torch.autograd.grad(by_kernel, tensors, upstream), expected, strict=True):
+    for ours, theirs in zip(torch.autograd.grad(by_kernel, leaves, upstream), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_has_the_kernels_whose_sums_are_used():
+    """The names of their first arguments and what they give; no CPU can call them."""
+    forward, backward = (kernel.default._schema for kernel in varlen_kernels())
+    places = ["cu_seq_q", "cu_seq_k", "max_q", "max_k", "is_causal"]
+    inputs, rest = ["query", "key", "value"], ["scale", "window_size"]
+    assert [argument.name for argument in forward.arguments][:10] == [*inputs, *places, *rest]
+    assert [argument.name for argument in backward.arguments] == ["grad_out", *inputs, "out", "lse", *places, "rng_state", *rest]
+    assert len(forward.returns) == len(backward.returns) == 3
+
+
+@pytest.mark.parametrize("case", ["sinks", "softcap"])
+def test_no_score_is_kept_and_no_number_changes(case, groups, monkeypatch):
+    """Twice the tokens keep twice the bytes; gradients are those of scores that are kept, bit by bit."""
+    heads, kv, dim, _ = CASES[case]
+    module: PackedAttention = module_of(case, "fp32", groups, "cpu")
+    found, kept = {}, {}
+    for name, length in (("linear", 600), ("linear", 1200), ("direct", 1200)):
+        if name == "direct":
+            monkeypatch.setattr(attention._CappedBlock, "apply", direct)
+        torch.manual_seed(0)
+        leaves = [torch.randn(length, count, dim, requires_grad=True) for count in (heads, kv, kv)]
+        packed = packed_seq_params(torch.tensor([0, length], dtype=torch.int32), length)
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: keep(x, saved), lambda x: x):
+            output = module(*leaves, None, packed_seq_params=packed)
+        kept[name, length] = sum(saved.values())
+        found[name] = [output, *torch.autograd.grad(output.square().sum(), [*leaves, *module.parameters()])]
+    assert kept["linear", 1200] <= 2.01 * kept["linear", 600] and kept["direct", 1200] > 4 * kept["linear", 1200]
+    assert all(torch.equal(*pair) for pair in zip(found["linear"], found["direct"], strict=True))
+
+
+def keep(tensor, saved):
+    storage = tensor.untyped_storage()
+    saved[storage.data_ptr()] = storage.nbytes()
+    return tensor
+
+
+def direct(q, k, v, sinks, places, scale, softcap):
+    return attention._capped_attention(q, k, v, attention._seen(*places), scale, softcap, sinks)
