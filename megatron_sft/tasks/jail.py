@@ -35,7 +35,9 @@ WORD_FD = 3
 RUNNER = f"""
 import json, os, sys
 asked = json.load(sys.stdin)
-os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+null = os.open("/dev/null", os.O_RDONLY)
+os.dup2(null, 0)
+os.close(null)
 try:
     exec(compile(asked["program"], "<program>", "exec"), {{"__name__": "__main__"}})
 except BaseException as error:
@@ -99,9 +101,7 @@ def _new_root(prefix: str) -> None:
         target = root + path
         if path in links:
             os.symlink(links[path], target)
-        elif path == prefix and path.startswith("/usr/"):
-            continue  # there already
-        else:
+        elif path != prefix or not path.startswith("/usr/"):  # that would be there already
             is_folder = os.path.isdir(f"/proc/self/fd/{handle}")
             os.makedirs(target if is_folder else os.path.dirname(target), 0o755, exist_ok=True)
             if not is_folder:

@@ -65,6 +65,8 @@ def test_a_program_is_nobody_with_nothing_of_ours_in_sight() -> None:
     assert sandbox.run_program(UID) == sandbox.Outcome(True, "")
     seen = "import os\nassert sorted(os.listdir('/dev')) == ['null', 'random', 'urandom', 'zero'] and os.listdir('/tmp') == []"
     assert sandbox.run_program(f"{seen}\nassert not os.path.exists('/proc/self') and not os.path.exists({__file__!r})").passed
+    opened = "for number in range(4, 64):\n    try: os.fstat(number)\n    except OSError: continue\n    raise ValueError(number)"
+    assert sandbox.run_program(f"import os\n{opened}") == sandbox.Outcome(True, "")
     assert sandbox.run_program("raise KeyError('k')").why == "KeyError: 'k'"
     assert sandbox.run_program("def f(:").why.startswith("SyntaxError")
 
