@@ -21,6 +21,7 @@ from megatron_sft.log import logger
 from megatron_sft.model.flops import peak_tflops, train_flops
 from megatron_sft.parallel import Ranks
 from megatron_sft.train import memory
+from megatron_sft.train.benchmarks import Benchmarks
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loss import LossTotals
 from megatron_sft.train.metrics import metrics_writer
@@ -48,6 +49,7 @@ class Job:
     name_document: Callable[[int], str]
     save: Callable[[TrainState, float | None], None]
     """Writes a checkpoint; the number is the held-out loss at it, where that was taken."""
+    benchmarks: Benchmarks | None = None
 
 
 class StopRequest:
@@ -131,6 +133,9 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
                     totals = evaluate(job.chunks, job.valid_loader)
                 metrics |= loss_metrics("valid", totals, job.valid_loader.dataset.store.source_names)
                 valid_loss = totals.loss
+            if job.benchmarks and job.benchmarks.is_due(state.iteration, state.iteration == last_iteration):
+                with whole_parameters(job.chunks, run.parallel):
+                    metrics |= job.benchmarks.answer(job.chunks, job.ranks, state.iteration)
             write(metrics)
             interval = run.checkpoint.save_interval
             if run.checkpoint.save and (ends or (interval and state.iteration % interval == 0)):

@@ -35,6 +35,7 @@ from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks, agree, gather
 from megatron_sft.plan import Memory, expected_memory
 from megatron_sft.train import memory, overview
+from megatron_sft.train.benchmarks import Benchmarks, read_benchmarks
 from megatron_sft.train.evaluate import evaluate
 from megatron_sft.train.loop import Job, loss_metrics, schedule_position, train
 from megatron_sft.train.next_steps import next_steps, started_by
@@ -57,6 +58,7 @@ class Data:
     valid: SFTDataset | None
     tokenizer: Any
     report: Mapping[str, Any]
+    benchmarks: Benchmarks | None = None
 
 
 def finetune(run: RunConfig, explicit: frozenset[str]) -> int:
@@ -188,7 +190,7 @@ def build_data(run: RunConfig) -> Data:
         _require_same_on_all(opened)
     report = data_report(store, train_set.plan, config.seq_length)
     logger.info("%s", as_table(report))
-    return Data(store, train_set, valid_set, tokenizer, report)
+    return Data(store, train_set, valid_set, tokenizer, report, read_benchmarks(run, tokenizer))
 
 
 def _require_same_on_all(store: TokenStore) -> None:
@@ -245,6 +247,7 @@ def build_job(
         data.store.source_names,
         data.store.where,
         saving.checkpoint,
+        data.benchmarks,
     )
     return job, state, saving
 
