@@ -23,6 +23,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "examples" / "data" / "gsm8k_train_400.jsonl"
 BARS = {"save peak": 1.15, "save time": 1.3, "resume peak": 1.02}
+EVERY_STEP = ["--save-interval", "1", "--save-retain", "1"]
 MEASURED = """
 import os, sys, time
 from megatron_sft.train.saving import Saving
@@ -71,9 +72,9 @@ def measured(options: argparse.Namespace, processes: int, folder: Path) -> dict[
     """The four runs of one number of processes."""
     flags = ["--load", options.model, "--finetune-hf-dataset", str(ROWS), "--seq-length", str(options.seq_length), "--bf16"]
     flags += ["--global-batch-size", "2", "--num-workers", "1", "--data-cache-path", str(folder / "cache"), "--lr", "1e-5"]
-    flags += ["--no-verify-conversion", "--save-interval", "1", "--save-retain", "1", "--train-iters"]
-    distributed, save = ["--use-distributed-optimizer"], ["--save", str(folder / "out")]
-    whole = ["--save", str(folder / "whole")]
+    flags += ["--no-verify-conversion", "--train-iters"]
+    distributed, save = ["--use-distributed-optimizer"], [*EVERY_STEP, "--save", str(folder / "out")]
+    whole = [*EVERY_STEP, "--save", str(folder / "whole")]
     runs = {}
     for name, iterations, more in (
         ("without --save", "4", distributed),
