@@ -34,6 +34,7 @@ bench: $(MODEL)/config.json
 	$(BIN)/python bench/checkpoint.py
 	$(BIN)/python bench/loss.py
 	$(BIN)/python bench/log.py --model $(MODEL)
+	$(BIN)/python bench/experts.py
 
 ROWS ?= examples/data/gsm8k_train_400.jsonl
 TOKENIZER ?= $(MODEL)

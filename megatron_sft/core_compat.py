@@ -127,7 +127,7 @@ def _cpu_function_mode() -> Any:
     cpu = torch.device("cpu")
     names = ("matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__")
     products = {getattr(owner, name) for owner in (torch, torch.Tensor) for name in names if hasattr(owner, name)}
-    products |= {functional.linear, functional.scaled_dot_product_attention, torch.einsum}
+    products |= {functional.linear, functional.scaled_dot_product_attention, torch.einsum, torch._grouped_mm}
     if multiplies_bf16():
         products.clear()
 

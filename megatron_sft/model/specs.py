@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_sft.config.run import ModelConfig
 from megatron_sft.model.attention import PackedAttention
+from megatron_sft.model.experts import GroupedExperts
 from megatron_sft.model.layers import BiasedRowParallelLinear, L2Norm, LayerNorm, NormedRowParallelLinear, RMSNorm
 from megatron_sft.model.mamba import hybrid_layer
 from megatron_sft.model.self_attention import PackedMLASelfAttention, PackedSelfAttention
@@ -63,8 +64,13 @@ def _replace(layer: ModuleSpec, norm: type, model: ModelConfig, config: Transfor
     mlp = _submodules(submodules.mlp)
     if hasattr(mlp, "linear_fc2"):  # a dense layer; experts have no norm after them
         mlp.linear_fc2 = after
-    elif config.add_bias_linear:
+        return
+    if config.add_bias_linear:
         _submodules(mlp.experts).linear_fc2 = BiasedRowParallelLinear
+    if isinstance(mlp.experts, functools.partial):
+        mlp.experts = functools.partial(GroupedExperts, *mlp.experts.args, **mlp.experts.keywords)
+    else:
+        mlp.experts.module = GroupedExperts
 
 
 def _submodules(spec: Any) -> Any:

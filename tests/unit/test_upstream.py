@@ -26,6 +26,8 @@ SIGNATURES: dict[str, str] = {
     "tensor_parallel/mappings.py:_gather_along_first_dim": "input_ group output_split_sizes",
     "tensor_parallel/mappings.py:_reduce_scatter_along_first_dim": "input_ group input_split_sizes",
     "transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu": "tensor as_numpy record_stream",
+    "transformer/moe/moe_utils.py:sort_chunks_by_idxs": "input split_sizes sorted_idxs probs fused",
+    "transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize": "self point tokens_per_expert",
     "transformer/moe/moe_utils.py:get_tokens_per_expert_and_token_count": "routing_map reduce_group",
     "transformer/moe/moe_utils.py:z_loss_func": "logits z_loss_coeff",
     "transformer/moe/router.py:TopKRouter._apply_expert_bias": "self routing_map padding_mask",
@@ -57,6 +59,8 @@ SIGNATURES: dict[str, str] = {
     # model/ overrides or goes around these
     "tensor_parallel/layers.py:ColumnParallelLinear.forward": "self input_",
     "tensor_parallel/layers.py:RowParallelLinear.forward": "self input_",
+    "transformer/moe/experts.py:SequentialMLP.forward": "self permuted_local_hidden_states tokens_per_expert permuted_probs",
+    "transformer/mlp.py:MLP.forward": "self hidden_states per_token_scale",
     "ssm/mamba_layer.py:MambaLayer.__init__": "self config submodules layer_number",
     "models/common/language_module/language_module.py:LanguageModule.shared_embedding_or_output_weight": "self",
 }
@@ -79,7 +83,7 @@ PATCHED: dict[str, str] = {
 """The same of torch: what core_compat.py answers with the CPU."""
 WORDS: dict[str, list[str]] = {
     "tensor_parallel/random.py": ["self.fp8 = fp8 is not None"],
-    "transformer/moe/token_dispatcher.py": ["maybe_move_tensor_to_cpu("],
+    "transformer/moe/token_dispatcher.py": ["maybe_move_tensor_to_cpu(", "sort_chunks_by_idxs(", "self.num_out_tokens ="],
     "transformer/moe/moe_utils.py": ["te_general_gemm"],
     "transformer/moe/moe_layer.py": ["HAVE_TE", "TELinear"],
     "transformer/moe/router.py": ["get_tokens_per_expert_and_token_count(", "z_loss_func("],
