@@ -28,6 +28,13 @@ def device() -> "torch.device":
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def moved(tensor: "torch.Tensor") -> "torch.Tensor":
+    """A host's tensor on the device of this process, which is not waited for: CUDA waits for copies from pageable memory."""
+    here = device()
+    pinned = tensor.pin_memory() if here.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return pinned.to(here, non_blocking=True)
+
+
 class _NoStream:
     """Stands in for torch.cuda.Stream and Event where there is one queue only: every wait is already over."""
 
@@ -379,6 +386,35 @@ def keep_frozen_expert_bias() -> None:
 
     updated.keeps_frozen = True  # type: ignore[attr-defined]
     module._update_router_expert_bias = updated
+
+
+def leave_sorted_tokens() -> None:
+    """Spares a rank with all experts to itself what sorts tokens by the rank that they came from: they are sorted by expert.
+
+    megatron/core/transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher waits for the number of tokens of each expert,
+    cuts tokens there and lays the pieces together in the order that they had (moe_utils.py:sort_chunks_by_idxs), both versions.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe import token_dispatcher
+
+    kind, sort = token_dispatcher.MoEAlltoAllTokenDispatcher, token_dispatcher.sort_chunks_by_idxs
+    synchronize = kind._maybe_dtoh_and_synchronize
+    if getattr(sort, "leaves_sorted", False):
+        return
+
+    def is_alone() -> bool:
+        return bool(parallel_state.get_expert_tensor_and_model_parallel_world_size() == 1)
+
+    def sorted_chunks(input: Any, split_sizes: Any, sorted_idxs: Any, probs: Any = None, fused: bool = False) -> Any:
+        return (input, probs) if is_alone() else sort(input, split_sizes, sorted_idxs, probs, fused)
+
+    def synchronized(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        if is_alone() and isinstance(self.num_out_tokens, int):  # a tensor where experts have a capacity
+            return tokens_per_expert
+        return synchronize(self, point, tokens_per_expert)
+
+    sorted_chunks.leaves_sorted = True  # type: ignore[attr-defined]
+    token_dispatcher.sort_chunks_by_idxs, kind._maybe_dtoh_and_synchronize = sorted_chunks, synchronized
 
 
 def fuse_gradient_norm() -> None:

@@ -28,6 +28,7 @@ from megatron_sft.core_compat import (
     balance_experts_by_row,
     device,
     keep_frozen_expert_bias,
+    leave_sorted_tokens,
     provide_latent_projections,
 )
 from megatron_sft.errors import ConfigError
@@ -117,6 +118,7 @@ class SFTModel(GPTModel):
         packed_seq_params: Any = None,
         noise: tuple[torch.Tensor, torch.Tensor] | None = None,
         output: Output | None = None,
+        trained: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One pass over a packed row; T counts this context-parallel rank's tokens.
 
@@ -131,6 +133,7 @@ class SFTModel(GPTModel):
             noise: (keys [1, T] int64, bounds [1, T] float32) of noise.py; None: embeddings as they are.
             output: what the last stage gives; None: with labels losses [1, T] float32, 0 where loss_mask is 0, else
                 logits [1, T, padded_vocab_size / tp_size].
+            trained: [n] int64, where loss_mask is not 0; None: the device is asked, and waited for.
 
         Returns:
             On the last stage the output; before it hidden states [T, 1, hidden], cut by sequence parallelism.
@@ -160,7 +163,7 @@ class SFTModel(GPTModel):
         if labels is None:
             return head.logits(states)[None]
         mask = torch.ones_like(labels[0]).float() if loss_mask is None else loss_mask[0]
-        return head.losses(states, labels[0], mask, self.token_loss if self.training else CROSS_ENTROPY)[None]
+        return head.losses(states, labels[0], mask, self.token_loss if self.training else CROSS_ENTROPY, trained)[None]
 
     def _embedded(
         self, tokens: torch.Tensor, position_ids: torch.Tensor, noise: tuple[torch.Tensor, torch.Tensor] | None
@@ -284,6 +287,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
     apply_gathered_rope(rotate)
     balance_experts_by_row()
     keep_frozen_expert_bias()
+    leave_sorted_tokens()
     provide_latent_projections(WholeLinear)
     config = transformer_config(model, parallel, train)
     stages = parallel.virtual_pipeline_model_parallel_size

@@ -29,7 +29,12 @@ class Head:
     """Tensor-parallel ranks, which have the other rows."""
 
     def losses(
-        self, hidden: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor, token_loss: TokenLoss = CROSS_ENTROPY
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        token_loss: TokenLoss = CROSS_ENTROPY,
+        trained: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Per-token costs, by blocks of the vocabulary: full logits never exist.
 
@@ -38,11 +43,13 @@ class Head:
             labels: [tokens] int64.
             loss_mask: [tokens] float32; tokens at 0 cost nothing.
             token_loss: what the others cost.
+            trained: [n] int64, where loss_mask is not 0; None: the device is asked.
 
         Returns:
             [tokens] float32; 0 where loss_mask is 0. Not multiplied by the mask's weights.
         """
-        return linear_cross_entropy(hidden, self.weight, labels, loss_mask, self.vocab_size, self.group, self.softcap, token_loss)
+        settings = self.vocab_size, self.group, self.softcap, token_loss
+        return linear_cross_entropy(hidden, self.weight, labels, loss_mask, *settings, trained)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, rows] in the activations' dtype: those of this rank's rows, padding included."""

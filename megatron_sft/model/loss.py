@@ -104,6 +104,7 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     softcap: float | None = None,
     token_loss: TokenLoss = CROSS_ENTROPY,
+    trained: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Per-token costs of labels under softmax(hidden @ weight.T).
 
@@ -116,11 +117,14 @@ def linear_cross_entropy(
         group: tensor-parallel group; None: one rank has all rows.
         softcap: logits become softcap * tanh(logit / softcap) (Gemma 2).
         token_loss: what a token costs; cross-entropy unless said otherwise.
+        trained: [n] int64, where loss_mask is not 0; None: it is looked for, and the device is waited for.
 
     Returns:
         [tokens] float32; 0 where loss_mask is 0. Not multiplied by the mask's weights.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, vocab_size, group, softcap, token_loss)
+    if trained is None:
+        trained = loss_mask.nonzero(as_tuple=True)[0]
+    return _LinearCrossEntropy.apply(hidden, weight, labels, trained, vocab_size, group, softcap, token_loss)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -132,7 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Any,
         weight: Any,
         labels: Any,
-        loss_mask: Any,
+        index: Any,
         vocab_size: int,
         group: Any,
         softcap: float | None,
@@ -141,7 +145,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rank, rows = (dist.get_rank(group) if group is not None else 0), weight.shape[0]
         ctx.first_row, ctx.valid_rows = rank * rows, max(0, min(rows, vocab_size - rank * rows))
         ctx.softcap = softcap
-        index = loss_mask.nonzero(as_tuple=True)[0]
         chosen, targets = hidden.index_select(0, index), labels.index_select(0, index)
         peak = torch.full((len(index),), -torch.inf, device=hidden.device)
         total, score = torch.zeros_like(peak), torch.zeros_like(peak)

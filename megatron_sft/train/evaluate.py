@@ -7,7 +7,7 @@ import torch
 
 from megatron_sft.core_compat import device
 from megatron_sft.data.loader import ValidLoader
-from megatron_sft.train.loss import LossTotals, reduce_totals
+from megatron_sft.train.loss import LossTotals, summed_totals
 from megatron_sft.train.step import run_schedule
 
 
@@ -25,7 +25,7 @@ def evaluate(chunks: list[Any], loader: ValidLoader) -> LossTotals:
     by_source = np.zeros((num_sources, 3))
     for step in loader:
         reports = run_schedule(chunks, step.micro_batches, forward_only=True)
-        by_source = by_source + reduce_totals(reports, step.micro_batches, num_sources, device()).by_source
+        by_source = by_source + summed_totals(reports, step.micro_batches, num_sources, device()).cpu().numpy()
     for chunk in chunks:
         chunk.train()
     return LossTotals(by_source)

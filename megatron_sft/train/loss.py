@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_sft.core_compat import moved
 from megatron_sft.data.loader import Batch
 
 
@@ -72,25 +73,27 @@ class LossTotals:
         return float(total / tokens) if tokens else None
 
 
-def reduce_totals(reports: list[dict], batches: list[Batch], num_sources: int, device: torch.device) -> LossTotals:
+def summed_totals(reports: list[dict], batches: list[Batch], num_sources: int, device: torch.device) -> torch.Tensor:
     """Adds up the reports of a step over micro-batches, data parallel, context parallel and pipeline stages.
 
     Args:
         reports: what step_loss returned for each micro-batch; empty except on the last pipeline stage.
         batches: this rank's micro-batches, in the same order.
         num_sources: sources of the data set.
-        device: where the collectives run.
+        device: where the collectives run; it is not waited for.
+
+    Returns:
+        [num_sources, 3] float64 on the device: LossTotals.by_source.
     """
     from megatron.core import parallel_state as ps
 
-    totals = torch.zeros(num_sources, 3, dtype=torch.float64)
+    totals = torch.zeros(num_sources + 1, 3, dtype=torch.float64, device=device)
     for report, batch in zip(reports, batches, strict=False):
-        real = torch.as_tensor(np.asarray(batch.document_ids) >= 0)  # padding is a document of id -1
-        sources = batch.source_ids.long()
-        documents = report["documents"].cpu()[: len(sources)]  # a lengthened batch ends with one more padding
-        totals.index_add_(0, sources[real], documents[real])
-    totals = totals.to(device)
+        is_padding = torch.as_tensor(np.asarray(batch.document_ids) < 0)  # padding is a document of id -1: the last row's
+        rows = batch.source_ids.long().masked_fill(is_padding, num_sources)
+        totals.index_add_(0, moved(rows), report["documents"][: len(rows)])  # a lengthened batch ends with one more padding
+    totals = totals[:num_sources].contiguous()
     dist.all_reduce(totals, group=ps.get_data_parallel_group(with_context_parallel=True))
     if ps.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast(totals, src=ps.get_pipeline_model_parallel_last_rank(), group=ps.get_pipeline_model_parallel_group())
-    return LossTotals(totals.cpu().numpy())
+    return totals

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -50,11 +52,31 @@ def wrap_ddp(chunks: list[Any], parallel: ParallelConfig, grads_dtype: str = "fp
         for index, chunk in enumerate(chunks)
     ]
     for chunk in chunks:  # what the schedules call back; as megatron/training/training.py:train sets them
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.finalize_model_grads_func = finalize_gradients
         if parallel.overlap_grad_reduce:
             hooks = [model.no_sync for model in wrapped]
             chunk.config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
     return wrapped
+
+
+def finalize_gradients(model: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+    """Collective: megatron-core's finalize_model_grads, then its division by the step's trained tokens.
+
+    That of 0.16 asks on the host whether there are any, and so waits for the device; here none divides by one, as in 0.19.
+
+    Args:
+        model: every chunk of this rank.
+        num_tokens: [] int32, those of this rank's micro-batches; those of the last pipeline stage count.
+        options: what a schedule passes on.
+    """
+    finalize_model_grads(model, None, **options)
+    if num_tokens is None:
+        return
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(num_tokens, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    dist.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    for chunk in model:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))
 
 
 def _freeze_tied_copies(chunks: list[Any]) -> None:

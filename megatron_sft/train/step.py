@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -20,7 +21,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_sft.core_compat import device
+from megatron_sft.core_compat import device, moved
 from megatron_sft.data.loader import Batch, lengthened, padding_batch
 from megatron_sft.errors import TrainingError
 from megatron_sft.log import logger
@@ -28,7 +29,7 @@ from megatron_sft.model.attention import packed_seq_params
 from megatron_sft.model.context import shard_tokens
 from megatron_sft.model.noise import neftune_bounds, noise_keys
 from megatron_sft.parallel import gather
-from megatron_sft.train.loss import LossTotals, document_losses, reduce_totals, step_loss
+from megatron_sft.train.loss import LossTotals, document_losses, step_loss, summed_totals
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,9 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     reports = run_schedule(chunks, batches, forward_only=False, noise=noise)
-    totals = reduce_totals(reports, batches, num_sources, device())
-    if check_for_nan:
-        _require_finite(chunks, reports, batches, totals, name_document, iteration)
+    totals, is_finite = _on_the_host(summed_totals(reports, batches, num_sources, device()), chunks if check_for_nan else [])
+    if check_for_nan and not (is_finite and np.isfinite(totals.by_source).all()):
+        _refuse(chunks, reports, batches, totals, name_document, iteration)
     if loss_limit != float("inf") and _is_spike(totals.loss, loss_limit):
         rows = _rows_where(lambda loss: loss > loss_limit, reports, batches, name_document)
         of_rows = f", most of it in the rows {', '.join(rows[:8])}" if rows else ""
@@ -154,7 +155,17 @@ def _is_finite(tensors: list[torch.Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor.sum())) for tensor in tensors)
 
 
-def _require_finite(
+def _on_the_host(totals: torch.Tensor, chunks: list[Any]) -> tuple[LossTotals, bool]:
+    """A step's totals, and whether every rank's gradient is finite (True without chunks): the device is waited for once."""
+    flag = torch.zeros((), dtype=torch.int32, device=totals.device)
+    if chunks:
+        flag += sum((~torch.isfinite(tensor.sum())).int() for tensor in _gradient_buffers(chunks))
+        dist.all_reduce(flag)
+    *found, bad = torch.cat((totals.flatten(), flag[None].double())).tolist()
+    return LossTotals(np.array(found).reshape(totals.shape)), not bad
+
+
+def _refuse(
     chunks: list[Any],
     reports: list[dict],
     batches: list[Batch],
@@ -162,14 +173,8 @@ def _require_finite(
     name_document: Any,
     iteration: int,
 ) -> None:
-    """Raises the same TrainingError on every rank when the step's loss or any rank's gradient is not finite."""
-    bad_gradient = sum((~torch.isfinite(tensor.sum())).int() for tensor in _gradient_buffers(chunks))
-    flag = torch.as_tensor(bad_gradient, dtype=torch.int32, device=device())
-    dist.all_reduce(flag)
-    finite_loss = bool(torch.isfinite(torch.as_tensor(totals.by_source)).all())
-    if finite_loss and not flag:
-        return
-    if finite_loss:
+    """Raises the same TrainingError on every rank: the step's loss or a rank's gradient is not finite."""
+    if np.isfinite(totals.by_source).all():
         of_what = f"; the loss is finite, the gradient is not: {_bad_gradients(chunks, batches, name_document)}"
     else:
         rows = _rows_where(lambda loss: not math.isfinite(loss), reports, batches, name_document)
@@ -228,6 +233,7 @@ def forward_step(batches: Iterator[Batch], model: Any, noise: Noise | None = Non
         padding_mask=_padding_mask(batch) if model.config.num_moe_experts else None,
         packed_seq_params=packed_seq_params(batch.cu_seqlens, batch.max_seqlen, here),
         noise=_embedding_noise(batch, model.config.hidden_size, noise) if noise else None,
+        trained=moved(shard_tokens(batch.loss_mask)[0].nonzero()[:, 0]),
     )
     return output, partial(_loss, loss_mask, documents[0], len(counts))
 
@@ -237,13 +243,13 @@ def _embedding_noise(batch: Batch, hidden_size: int, noise: Noise) -> tuple[torc
     ids, lengths = torch.tensor(batch.document_ids), batch.document_offsets.long().diff()
     keys = noise_keys(noise.seed, noise.iteration, ids, lengths)
     bounds = neftune_bounds(noise.alpha, lengths, hidden_size, ids >= 0)
-    return shard_tokens(keys[None]).to(device()), shard_tokens(bounds[None]).to(device())
+    return moved(shard_tokens(keys[None])), moved(shard_tokens(bounds[None]))
 
 
 def _padding_mask(batch: Batch) -> torch.Tensor:
     """[1, tokens / cp_size] bool, True where experts need no balance."""
     padding = torch.tensor(batch.document_ids) < 0
-    return shard_tokens(padding.repeat_interleave(batch.document_offsets.diff())[None]).to(device(), non_blocking=True)
+    return moved(shard_tokens(padding.repeat_interleave(batch.document_offsets.diff())[None]))
 
 
 def _loss(loss_mask: torch.Tensor, documents: torch.Tensor, count: int, token_loss: torch.Tensor) -> tuple:

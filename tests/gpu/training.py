@@ -49,10 +49,17 @@ class Training:
     dataset: SFTDataset
 
     @classmethod
-    def fresh(cls, dtype: str, ranks: Ranks, checkpoint: CheckpointConfig | None = None) -> "Training":
+    def fresh(
+        cls,
+        dtype: str,
+        ranks: Ranks,
+        checkpoint: CheckpointConfig | None = None,
+        model: ModelConfig = MODEL,
+        clip_grad: float = 0.0,
+    ) -> "Training":
         run = RunConfig(
-            model=MODEL,
-            optim=OptimConfig(lr=1e-3, clip_grad=0.0, weight_decay=0.01),
+            model=model,
+            optim=OptimConfig(lr=1e-3, clip_grad=clip_grad, weight_decay=0.01),
             train=TrainConfig(train_iters=STEPS, params_dtype=dtype, micro_batch_size=2, global_batch_size=4),
             checkpoint=checkpoint or CheckpointConfig(),
         )

@@ -1,0 +1,49 @@
+"""How often a step waits for its device: where a tensor of it is asked for its numbers, or for how many of them there are."""
+
+import pytest
+from torch.overrides import TorchFunctionMode
+
+from megatron_sft import parallel
+from megatron_sft.config.run import ParallelConfig
+from megatron_sft.data.loader import TrainLoader
+from megatron_sft.train.step import train_step
+from tests.gpu.training import MODEL, Training
+
+ASKS = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__"}
+EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32, "moe_router_topk": 2, "moe_router_load_balancing_type": "aux_loss"}
+EXPERTS |= {"moe_aux_loss_coeff": 0.01, "moe_router_dtype": "fp32"}
+MODELS = {"dense": MODEL, "experts": MODEL.with_core(EXPERTS)}
+
+
+class Waits(TorchFunctionMode):
+    """What tensors are asked for within it; those of a micro-batch are on the host and cost nothing."""
+
+    def __init__(self, batches):
+        super().__init__()
+        tensors = [value for batch in batches for value in vars(batch).values() if hasattr(value, "data_ptr")]
+        self.hosts = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in ASKS and args[0].untyped_storage().data_ptr() not in self.hosts:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    yield parallel.initialize(ParallelConfig(), 1)
+    parallel.finalize()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_step_waits_once_for_its_totals_and_once_for_the_norm(name, dtype, ranks):
+    training = Training.fresh(dtype, ranks, model=MODELS[name], clip_grad=1.0)
+    step = next(iter(TrainLoader(training.dataset, training.run.train)))
+    store = training.dataset.store
+    with Waits(step.micro_batches) as waits:
+        result = train_step(training.chunks, training.optimizer, step.micro_batches, 1, store.where, iteration=1)
+    assert len(step.micro_batches) == 2 and result.grad_norm > 0
+    assert waits.found == ["tolist", "item"]
