@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -25,12 +26,11 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.gpu_cells import FITS, SHAPES, Sizes, run_config, squares_of  # noqa: E402
+from bench.gpu_cells import FITS, SHAPES, SWITCHES, Sizes, run_config, squares_of  # noqa: E402
 
 START_UP_S, GRACE_S = 15.0, 40.0
 """Of a cell's share of the budget, what is not for steps; what it may take beyond its share before it is ended."""
@@ -59,8 +59,8 @@ def attempt(options: argparse.Namespace, cell: Sequence[Any], until: float) -> d
     """Runs one cell in a process; a row with a status, whatever happens in it."""
     command = [sys.executable, "-m", "bench.gpu_cells", json.dumps(cell), "--until", str(until)]
     command += ["--trl-attention", options.trl_attention]
-    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONWARNINGS"] = "ignore"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment["PYTORCH_ALLOC_CONF"] = f"expandable_segments:{'fixed-segments' not in cell[4]}"
     if options.trl_folder:
         environment["PYTHONPATH"] = os.pathsep.join([options.trl_folder, environment.get("PYTHONPATH", "")])
     if options.cpu:
@@ -89,13 +89,21 @@ def row_of(options: argparse.Namespace, shape: str, engine: str, until: float) -
     """The cell's row: the first setting of FITS that fits; time may run out before one does."""
     tried: list[list[Any]] = []
     for packs, recompute in FITS[SHAPES[shape].first :]:
-        row = attempt(options, (shape, engine, packs, recompute), until)
+        row = attempt(options, (shape, engine, packs, recompute, options.switches), until)
         tried.append([packs, recompute, row["status"]])
         if row["status"] != "out of memory":
             break
         until = max(until, time.time() + START_UP_S)
     named = {"shape": shape, "engine": engine, "packs_per_micro_batch": packs, "recompute": recompute}
     return {**named, **row, "tried": tried}
+
+
+def cell_row(shape: str, engine: str, until: float, packs: int, switches: Sequence[str]) -> dict[str, Any]:
+    """A row without a table. packs: packs a micro-batch; 0: the first setting of FITS that fits."""
+    options = argparse.Namespace(trl_attention="sdpa", trl_folder=None, cpu=False, switches=list(switches))
+    if packs:
+        return attempt(options, (shape, engine, packs, False, options.switches), until)
+    return row_of(options, shape, engine, until)
 
 
 def judged(row: dict[str, Any], device: dict[str, Any]) -> dict[str, Any]:
@@ -108,8 +116,9 @@ def judged(row: dict[str, Any], device: dict[str, Any]) -> dict[str, Any]:
     lengths = Sizes.of(row["shape"]).lengths()
     tflops = train_flops(model, lengths, int(lengths.sum())) / lengths.sum() * row["tokens_per_s"] / 1e12
     row |= {"tflops": tflops, "mfu": tflops / device["matmul_tflops"], "squared_over_tokens": squares}
-    if "H200" in device["name"] and row["shape"] != "tiny":
-        floor, bar = floor_tokens_per_s(model, squares), SHAPES[row["shape"]].share
+    bar = SHAPES[row["shape"]].share
+    if "H200" in device["name"] and bar is not None:
+        floor = floor_tokens_per_s(model, squares)
         share = row["tokens_per_s"] / floor
         row |= {"floor_tokens_per_s": floor, "share_of_floor": share, "bar": bar, "passes": share >= bar}
     return row
@@ -167,31 +176,33 @@ def engines_of(options: argparse.Namespace) -> list[str]:
     return ["ours", "loss"] + ["trl"] * has_trl + ["liger"] * (has_trl and has_liger)
 
 
-def counted(junit: Path) -> dict[str, int]:
-    """Tests of a JUnit file by outcome."""
-    if not junit.is_file():
-        return {}
-    suite = next(ElementTree.parse(junit).getroot().iter("testsuite")).attrib
-    counts = {name: int(suite[name]) for name in ("tests", "failures", "errors", "skipped")}
-    return {**counts, "passed": counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]}
+def counted(log: str) -> dict[str, Any]:
+    """Tests of what `pytest -v` printed, by outcome; "unfinished": the one during which it was ended."""
+    found = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", log, re.MULTILINE)
+    outcomes = [outcome.lower() for _, outcome in found]
+    counts: dict[str, Any] = {name: outcomes.count(name) for name in ("passed", "failed", "error", "skipped")}
+    last = log.rstrip().rpartition("\n")[2]
+    counts["not_passed"] = [name for name, outcome in found if outcome in ("FAILED", "ERROR")]
+    return {**counts, "unfinished": last if re.fullmatch(r"\S+::\S+", last) else ""}
 
 
 def table(options: argparse.Namespace) -> int:
     """Runs every cell, prints its line, writes the JSON file after each; 1 where a row of ours failed."""
     deadline = time.time() + options.budget_seconds
     out = Path(options.out)
-    shapes = options.shapes.split(",") if options.shapes else ["tiny"] if options.cpu else [s for s in SHAPES if s != "tiny"]
+    shapes = options.shapes.split(",") if options.shapes else ["tiny"] if options.cpu else [s for s in SHAPES if SHAPES[s].share]
     cells = [(shape, engine) for engine in engines_of(options) for shape in (shapes[:1] if engine == "loss" else shapes)]
-    device = attempt(options, ("", "device", 1, False), time.time() + 60)
+    device = attempt(options, ("", "device", 1, False, []), time.time() + 60)
     report: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
         "versions": versions(),
         "device": device,
         "budget_seconds": options.budget_seconds,
-        "tests": {"status": options.tests_status, **counted(Path(options.tests or "-"))},
+        "tests": {"status": options.tests_status, **counted(Path(options.tests or os.devnull).read_text())},
         "rows": [],
     }
+    out.write_text(json.dumps(report, indent=1) + "\n")
     figures = "{matmul_tflops:.1f} TFLOP/s in bf16 products, {copy_gb_per_s:,.0f} GB/s copied (bytes read and written)"
     print(f"{device['name']}: {figures.format(**device)}" if device["status"] == "ok" else f"the device: {device}", flush=True)
     for number, (shape, engine) in enumerate(cells):
@@ -213,7 +224,8 @@ def main() -> int:
     parser.add_argument("--trl-attention", default="sdpa", help="attn_implementation of TRL's model")
     parser.add_argument("--trl-folder", help="made by pip install --no-deps --target FOLDER trl accelerate")
     parser.add_argument("--cpu", action="store_true", help="no GPU is used, also where there is one")
-    parser.add_argument("--tests", help="JUnit file of tests/gpu, for the JSON file")
+    parser.add_argument("--switches", nargs="+", default=[], choices=SWITCHES, help="for ours: left out or put in")
+    parser.add_argument("--tests", help="what pytest -v printed for tests/gpu, for the JSON file")
     parser.add_argument("--tests-status", type=int, help="exit status of tests/gpu, for the JSON file")
     return table(parser.parse_args())
 

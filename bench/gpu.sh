@@ -1,22 +1,29 @@
 #!/bin/bash
 # tests/gpu and bench/gpu.py on a CUDA machine that has this checkout and, without a network, a folder of wheels:
 #
-#   [WHEELS=folder] bench/gpu.sh OUT_DIR
-#   bench/gpu.sh --cpu OUT_DIR      the CPU form; also what runs where there is no CUDA
+#   [WHEELS=folder] bench/gpu.sh first OUT_DIR    smoke tests and microbenchmarks: before anything else on a new machine
+#   [WHEELS=folder] bench/gpu.sh OUT_DIR          tests/gpu and the table
+#   bench/gpu.sh [first] --cpu OUT_DIR            the CPU form; also what runs where there is no CUDA
 #
-# Under ten minutes, unattended: every part has a time limit, and a part that fails does not keep the next from running.
-# Writes OUT_DIR/gpu.json (docs/gpu.md), tests.xml and the logs. Exit status: 0, or 1 when a part failed.
+# Each is under ten minutes, unattended: every part has a time limit, and one that fails does not keep the next from running.
+# `first` writes OUT_DIR/first/PART.json as each part ends and first.json; called again it goes on. Exit status: 0, 1 a part
+# failed, 3 parts are left. The other writes OUT_DIR/gpu.json and the logs, in which every test and row stands as it ends.
+# Exit status: 0, or 1 when a part failed. docs/gpu.md has the parts and the fields.
 #
 # PYTHON        an interpreter (default python3); one that has torch with CUDA already lends it
 # BENCH_PYTHON  an interpreter that has everything: nothing is installed
 # WHEELS        all wheels in it are installed as they are, nothing is fetched
-# TESTS_S BENCH_S   seconds for the tests and the benchmark (180, 360)
-# BENCH_ARGS    further flags of bench/gpu.py
+# TESTS_S BENCH_S FIRST_S   seconds for the tests, the table and `first` (180, 360, 540)
+# BENCH_ARGS FIRST_ARGS     further flags of bench/gpu.py and bench/gpu_first.py
 set -uo pipefail
 
 root=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/..")
-usage="usage: [WHEELS=folder] bench/gpu.sh [--cpu] OUT_DIR"
-cpu=
+usage="usage: [WHEELS=folder] bench/gpu.sh [first] [--cpu] OUT_DIR"
+cpu='' first=''
+if [[ ${1:-} == first ]]; then
+  first=1
+  shift
+fi
 if [[ ${1:-} == --cpu ]]; then
   cpu=1
   shift
@@ -25,13 +32,14 @@ if [[ $# -ne 1 || $1 == -* ]]; then
   echo "bench/gpu.sh: $# arguments: expected a folder for the results. $usage" >&2
   exit 2
 fi
-for limit in "${TESTS_S:=180}" "${BENCH_S:=360}"; do # before any arithmetic, in which bash runs x[$(command)]
+for limit in "${TESTS_S:=180}" "${BENCH_S:=360}" "${FIRST_S:=540}"; do # before any arithmetic, in which bash runs x[$(command)]
   if [[ ! $limit =~ ^[1-9][0-9]{0,5}$ ]]; then
-    echo "bench/gpu.sh: '$limit' seconds: expected a whole number. Correct TESTS_S or BENCH_S." >&2
+    echo "bench/gpu.sh: '$limit' seconds: expected a whole number. Correct TESTS_S, BENCH_S or FIRST_S." >&2
     exit 2
   fi
 done
 read -ra bench_args <<<"${BENCH_ARGS:-}"
+read -ra first_args <<<"${FIRST_ARGS:-}"
 mkdir -p "$1" || exit 2
 out=$(realpath -- "$1")
 base=${PYTHON:-python3}
@@ -83,13 +91,19 @@ if [[ -n $cpu ]]; then
 fi
 cd "$root" || exit 1
 
+if [[ -n $first ]]; then
+  echo "== bench/gpu_first.py"
+  timeout --kill-after=10 "$((FIRST_S + 30))" "$python" bench/gpu_first.py --out "$out/first" --budget-seconds "$FIRST_S" \
+    ${cpu:+--cpu} "${first_args[@]}"
+  exit
+fi
+
 failed=0
 echo "== tests/gpu"
-rm -f "$out/tests.xml" "$out/gpu.json"
-timeout --kill-after=10 "$TESTS_S" "$python" -m pytest tests/gpu -q -p no:cacheprovider --junitxml="$out/tests.xml" \
-  >"$out/tests.log" 2>&1
+rm -f "$out/gpu.json"
+timeout --kill-after=10 "$TESTS_S" "$python" -m pytest tests/gpu -v --tb=short -p no:cacheprovider >"$out/tests.log" 2>&1
 status=$?
-tail -3 "$out/tests.log"
+tail -1 "$out/tests.log"
 if [[ $status -ne 0 ]]; then
   grep -E '^(FAILED|ERROR)' "$out/tests.log"
   echo "tests/gpu ended with status $status; see $out/tests.log"
@@ -97,7 +111,7 @@ if [[ $status -ne 0 ]]; then
 fi
 
 echo "== bench/gpu.py"
-timeout --kill-after=10 "$BENCH_S" "$python" bench/gpu.py --out "$out/gpu.json" --tests "$out/tests.xml" --tests-status "$status" \
+timeout --kill-after=10 "$BENCH_S" "$python" bench/gpu.py --out "$out/gpu.json" --tests "$out/tests.log" --tests-status "$status" \
   --budget-seconds "$((BENCH_S * 9 / 10))" ${cpu:+--cpu} "${bench_args[@]}" 2>"$out/bench.log" || failed=1
 tail -5 "$out/bench.log"
 echo "results in $out/gpu.json"

@@ -1,8 +1,9 @@
 """What a cell of bench/gpu.py runs, in a process of its own: one engine on one shape. Prints RESULT and a JSON object.
 
-    python -m bench.gpu_cells '["Qwen3-0.6B", "ours", 4, false]' --until 1790000000 [--trl-attention sdpa]
+    python -m bench.gpu_cells '["Qwen3-0.6B", "ours", 4, false, []]' --until 1790000000 [--trl-attention sdpa]
 
-Engines: ours, trl, liger (TRL with Liger's kernels), loss (the fused head and loss beside full logits), device.
+Engines: ours, trl, liger (TRL with Liger's kernels), loss (the fused head and loss beside full logits), device. The last item of
+a cell names what of ours is left out or put in (SWITCHES).
 """
 
 import argparse
@@ -41,17 +42,27 @@ class Shape:
     """Added for ours: the dtypes of the optimizer's states."""
     first: int = 0
     """Where FITS is begun: what would not fit in 139 GiB is not tried."""
-    share: float = 0.55
-    """Of the floor that ours must reach (docs/gpu.md)."""
+    share: float | None = None
+    """Of the floor that ours must reach (docs/gpu.md); None: no row of the table."""
+    packs: int = 4
+    """Packs an optimizer step."""
 
 
 SHAPES = {
-    "Qwen3-0.6B": Shape("Qwen/Qwen3-0.6B"),
-    "Qwen3-1.7B": Shape("Qwen/Qwen3-1.7B"),
+    "Qwen3-0.6B": Shape("Qwen/Qwen3-0.6B", share=0.55),
+    "Qwen3-1.7B": Shape("Qwen/Qwen3-1.7B", share=0.55),
     "Qwen3-4B": Shape("Qwen/Qwen3-4B", first=1, share=0.65),
     "Qwen3-8B": Shape("Qwen/Qwen3-8B", NARROW, first=2, share=0.65),
+    "Qwen3-1.7B-64k": Shape("Qwen/Qwen3-1.7B", packs=16),
+    "Qwen3-30B-A3B-6": Shape("Qwen/Qwen3-30B-A3B", f"--num-layers 6 {NARROW}", first=1),
+    "gpt-oss-20b-6": Shape("openai/gpt-oss-20b", f"--num-layers 6 {NARROW}", first=2),
+    "gemma-2-2b": Shape("google/gemma-2-2b-it", first=2),
+    "Nemotron-H-4B-13": Shape("nvidia/Nemotron-H-4B-Instruct", "--num-layers 13 --hybrid-layer-pattern M-M-M-M*-M-M-", first=2),
     "tiny": Shape(""),
 }
+"""A number behind a model's name: layers that are left of it."""
+SWITCHES = ("unaligned", "fixed-segments", "FA3", "FA4", "cuDNN")
+"""Blocks of the vocabulary as they come; torch's allocator without expandable segments; attention kernels by name."""
 FITS = ((4, False), (2, False), (1, False), (1, True))
 """(packs a micro-batch, full recomputation), the fastest first."""
 
@@ -67,7 +78,7 @@ class Sizes:
 
     @classmethod
     def of(cls, shape: str) -> "Sizes":
-        return cls(256, 4, 60) if shape == "tiny" else cls(4096, 4, 2000)
+        return cls(256, 4, 60) if shape == "tiny" else cls(4096, SHAPES[shape].packs, 2000)
 
     def lengths(self) -> np.ndarray:
         """Document lengths: log-normal, so that at 4,096 the mean of length^2 over the mean is 1,917 (ShareGPT: 1,895)."""
@@ -86,11 +97,11 @@ def model_flags(shape: str) -> list[str]:
         return shlex.split(TINY)
     script = 'source "$0"; printf "%s\\n" "${MODEL_ARGS[@]}"'
     command = ["bash", "-euc", script, str(ROOT / "conf" / f"{SHAPES[shape].conf}.sh")]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def run_config(shape: str, packs: int, recompute: bool) -> Any:
-    """RunConfig of ours for a shape."""
+def run_config(shape: str, packs: int, recompute: bool, more: Sequence[str] = ()) -> Any:
+    """RunConfig of ours for a shape, with more flags behind all others."""
     from megatron_sft.config.arguments import parse
 
     sizes = Sizes.of(shape)
@@ -99,6 +110,7 @@ def run_config(shape: str, packs: int, recompute: bool) -> Any:
     flags += shlex.split(SHAPES[shape].flags)
     if recompute:
         flags += shlex.split("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
+    flags += more
     run, _ = parse([str(flag) for flag in flags], 1, training=False)
     model = dataclasses.replace(run.model, vocab_size=run.model.padded_vocab_size)
     return dataclasses.replace(run, model=model)
@@ -173,11 +185,11 @@ def ours_cell(shape: str, packs: int, recompute: bool, until: float) -> dict[str
         done = train_step(chunks, optimizer, next(steps).micro_batches, 1, store.where)
         return done.totals.tokens, done.totals.loss
 
-    row = timed_steps(step, until)
-    row["states"] = "bf16 weights and gradients, fp32 master, bf16 moments" if SHAPES[shape].flags else "bf16 weights, fp32 rest"
-    row["bytes_per_parameter"] = 12 if SHAPES[shape].flags else 18
+    row, narrow = timed_steps(step, until), NARROW in SHAPES[shape].flags
+    row["states"] = "bf16 weights and gradients, fp32 master, bf16 moments" if narrow else "bf16 weights, fp32 rest"
+    row["bytes_per_parameter"] = 12 if narrow else 18
     give(row)  # before the profiler, which a machine may lack
-    row["kernels"] = kernels(step)
+    row |= kernels(step, row["step_ms"])
     steps.close()  # type: ignore[attr-defined]
     parallel.finalize()
     return row
@@ -247,8 +259,11 @@ def peak_memory() -> dict[str, float]:
     return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "peak_reserved_gib": reserved}
 
 
-def kernels(step: Callable[[], object], count: int = 15) -> list[dict[str, Any]]:
-    """Where one more step spends its time: the kernels (on a CPU: operators) with the most of it."""
+def kernels(step: Callable[[], object], step_ms: float, count: int = 15) -> dict[str, Any]:
+    """Where one more step spends its time: the kernels (on a CPU: operators) with the most of it, launches, and busy_share.
+
+    busy_share: time of all kernels over that of a step without the profiler; kernels that overlap count twice.
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -257,8 +272,32 @@ def kernels(step: Callable[[], object], count: int = 15) -> list[dict[str, Any]]
         step()
         synchronize()
     field = "self_device_time_total" if cuda else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, field))[:count]
-    return [{"name": event.key[:120], "ms": getattr(event, field) / 1e3, "calls": event.count} for event in events]
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, field))
+    names = ("cudaLaunchKernel", "cuLaunchKernelEx", "cudaLaunchKernelExC")
+    return {
+        "kernels": [
+            {"name": event.key[:120], "ms": getattr(event, field) / 1e3, "calls": event.count} for event in events[:count]
+        ],
+        "busy_share": sum(getattr(event, field) for event in events) / 1e3 / step_ms,
+        "launches": sum(event.count for event in events if event.key in names),
+    }
+
+
+def switch_on(names: Sequence[str]) -> None:
+    """What is named of SWITCHES, in this process; the allocator is the caller's."""
+    import torch
+    from torch.nn.attention import varlen
+
+    from megatron_sft.model import loss
+
+    for name in names:
+        assert name in SWITCHES, f"{name} is none of {', '.join(SWITCHES)}"
+        if name == "unaligned":
+            loss.ALIGNED_ROWS = 1
+        if name in ("FA3", "FA4"):
+            torch.nn.attention.activate_flash_attention_impl(name)
+        if name == "cuDNN":
+            varlen._should_use_cudnn = lambda device_index: True
 
 
 def trl_cell(shape: str, packs: int, recompute: bool, until: float, liger: bool, attention: str) -> dict[str, Any]:
@@ -370,11 +409,13 @@ def loss_cell(shape: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cell", help="JSON: shape, engine, packs a micro-batch, full recomputation")
+    parser.add_argument("cell", help="JSON: shape, engine, packs a micro-batch, full recomputation, switches")
     parser.add_argument("--until", type=float, default=0.0, help="time.time() at which measuring ends")
     parser.add_argument("--trl-attention", default="sdpa")
     options = parser.parse_args()
-    shape, engine, packs, recompute = json.loads(options.cell)
+    shape, engine, packs, recompute, switches = json.loads(options.cell)
+    if switches:
+        switch_on(switches)
     if engine == "device":
         row = device_cell()
     elif engine == "loss":
