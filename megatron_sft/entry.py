@@ -50,6 +50,7 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
         log.logger.error("%s", missing_package(error))
         return UserError.exit_status
     except KeyboardInterrupt:
+        _is_answered.set()
         if rank == 0:
             log.logger.error("interrupted: nothing half-written is kept. Give the command again to go on.")
         return 128 + signal.SIGINT
@@ -72,15 +73,24 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+_is_answered = threading.Event()
+"""A Ctrl-C has ended the command."""
+
+
 def _unraisable(what: "sys.UnraisableHookArgs") -> None:
     """A Ctrl-C in the middle of a `__del__` or a weakref's callback, where Python drops every exception, comes again."""
     if what.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(what)
         return
     signal.signal(signal.SIGINT, _interrupt)
-    again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+    again = threading.Timer(0.01, _press_again)
     again.daemon = True
     again.start()
+
+
+def _press_again() -> None:
+    if not _is_answered.is_set():
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def leave(status: int) -> NoReturn:
