@@ -48,7 +48,7 @@ def test_every_problem_is_reported_at_once():
         "--fp16: fp16 needs loss scaling, which this project does not have. Use --bf16.",
         "--lr x: expected a number from 0 to 1. Correct it.",
         "--packing bestfit: expected one of best-fit, sequential, none. Did you mean best-fit?",
-        "--micro-batch-size 0: expected a whole number from 1 to 2147483647. Correct it.",
+        "--micro-batch-size 0: expected a whole number from 1 to 1048576. Correct it.",
     )
 
 
