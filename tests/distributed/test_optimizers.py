@@ -53,7 +53,7 @@ NANOCHAT = MUON | {"muon_variant": "nanochat"}
 
 def tuned(optim: dict[str, Any], model: str, *parts: dict[str, Any], frozen: str = "") -> Case:
     settings: dict[str, Any] = {"optim": tuple(optim.items()), "muon_dtype": torch.float32, "steps": 5, "frozen": frozen}
-    return dataclasses.replace(case(model, *parts), **settings)
+    return dataclasses.replace(case(model, *parts, micro=4), **settings)
 
 
 ALONE = {
