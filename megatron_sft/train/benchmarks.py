@@ -50,21 +50,26 @@ class Benchmarks:
         Returns:
             eval/<task>: its score; the same on every rank.
         """
-        run = self.run
-        loaded = Inference(chunks, run.model, self.tokenizer, run.data.tokenizer_model, ranks)
-        results = [scored(loaded, name, asked, run.tasks) for name, asked in self.questions.items()]
+        loaded = self._loaded(chunks, ranks)
+        results = [scored(loaded, name, asked, self.run.tasks) for name, asked in self.questions.items()]
         if results:
             logger.info("iteration %d\n%s", iteration, as_table(results))
-        if self.prompts:
-            self._sample(loaded, iteration)
+        self.sample(chunks, ranks, iteration)
         return {f"eval/{result.task}": result.score for result in results}
 
-    def _sample(self, loaded: Inference, iteration: int) -> None:
+    def _loaded(self, chunks: Sequence[Any], ranks: Ranks) -> Inference:
+        return Inference(chunks, self.run.model, self.tokenizer, self.run.data.tokenizer_model, ranks)
+
+    def sample(self, chunks: Sequence[Any], ranks: Ranks, iteration: int) -> None:
+        """Collective, as answer: the sample prompts alone; before training with iteration 0."""
+        if not self.prompts:
+            return
+        loaded = self._loaded(chunks, ranks)
         options = GenerateConfig(osl=self.run.tasks.eval_osl, batch_size=self.run.tasks.eval_batch_size)
         ends = end_token_ids(self.tokenizer, loaded.tokenizer_folder)
         limit = loaded.model.max_position_embeddings or None
-        answers = generate(loaded.chunks, self.encoded, options, ends, loaded.ranks, limit)
-        if loaded.ranks.rank != 0:
+        answers = generate(chunks, self.encoded, options, ends, ranks, limit)
+        if ranks.rank != 0:
             return
         rows = []
         for prompt, answer in zip(self.prompts, answers, strict=True):
@@ -99,6 +104,7 @@ def read_benchmarks(run: RunConfig, tokenizer: Any) -> Benchmarks | None:
 def _append(path: Path, iteration: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """Adds lines; those of this iteration and later, of an attempt that was broken off, go first."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         keep_until(path, iteration - 1)
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

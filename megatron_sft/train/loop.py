@@ -101,6 +101,9 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
     """
     run, stop, stopped = job.run, StopRequest(job.run), 0
     last_iteration = len(job.loader)
+    if job.benchmarks and not state.iteration:
+        with whole_parameters(job.chunks, run.parallel):
+            job.benchmarks.sample(job.chunks, job.ranks, 0)
     with metrics_writer(run, job.ranks.rank, state.iteration, last_iteration) as write:
         clock = time.perf_counter()
         for step in job.loader:

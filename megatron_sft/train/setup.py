@@ -117,7 +117,7 @@ def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch, 
     watch.tell("building the model")
     job, state, saving = build_job(run, ranks, source, data, watch, lock)
     if run.train.skip_train:
-        validate_only(job)
+        validate_only(job, state.iteration)
         return 0
     if state.iteration >= len(job.loader):
         raise TrainingError(
@@ -281,9 +281,11 @@ def _state_of(restored: dict[str, Any], source: WeightSource) -> TrainState:
     return TrainState(iteration=restored.get("iteration", 0), consumed_samples=restored.get("consumed_train_samples", 0))
 
 
-def validate_only(job: Job) -> None:
-    """--skip-train: prints the loss of the held-out rows."""
+def validate_only(job: Job, iteration: int) -> None:
+    """--skip-train: prints the loss of the held-out rows, and asks what --eval-tasks and --sample-prompts ask."""
     assert job.valid_loader is not None, "build_data refuses --skip-train without held-out rows"
     totals = evaluate(job.chunks, job.valid_loader)
     metrics = loss_metrics("valid", totals, job.valid_loader.dataset.store.source_names)
     logger.info("validation loss: %.6f | trained tokens: %d | %s", totals.loss, totals.trained_tokens, dict(metrics))
+    if job.benchmarks:
+        job.benchmarks.answer(job.chunks, job.ranks, iteration)

@@ -46,7 +46,7 @@ def test_training_is_the_same_bit_for_bit(name: str, finetune: Any, asked: list[
         assert {key: ours[key] for key in kept} == {key: theirs[key] for key in kept}
     samples = [json.loads(line) for line in (tmp_path / "asked/samples.jsonl").read_text().splitlines()]
     assert [(row["iteration"], row["prompt"]) for row in samples] == [
-        (iteration, said) for iteration in (2, 3) for said in ("What is 2 + 2?", "Tell me.")
+        (iteration, said) for iteration in (0, 2, 3) for said in ("What is 2 + 2?", "Tell me.")
     ]
     assert "iteration 3, " in with_tasks.stdout and "> Tell me." in with_tasks.stdout
     if processes > 1:
@@ -70,3 +70,9 @@ def test_what_cannot_be_asked_is_said_before_training(finetune: Any, asked: list
     assert "--eval-task-interval has no effect without --eval-tasks" in said
     done = finetune("--train-iters", 1, "--eval-tasks", "gsm8k/chat", "--eval-data", f"gsm8k={tmp_path}/none.jsonl")
     assert done.returncode == 2 and "For this task the place is --eval-data gsm8k=PLACE." in done.stdout + done.stderr
+
+
+def test_a_run_that_only_validates_asks_too(finetune: Any, asked: list[Any], rows_file: Path) -> None:
+    done = finetune("--skip-train", "--valid-data", rows_file, "--eval-iters", 1, *asked)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "validation loss:" in done.stdout and "text/bits-per-byte" in done.stdout and "> Tell me." in done.stdout
