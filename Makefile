@@ -41,7 +41,7 @@ TOKENIZER ?= $(MODEL)
 bench-data: $(MODEL)/config.json
 	$(BIN)/python bench/data.py --rows $(ROWS) --tokenizer $(TOKENIZER)
 
-soak: $(READY)
+soak: $(MODEL)/config.json
 	for test in tests/soak/*.py; do PYTHONPATH=. $(BIN)/python $$test || exit 1; done
 
 model: $(MODEL)/config.json

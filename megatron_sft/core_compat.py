@@ -122,6 +122,10 @@ def install_cpu_mode() -> None:
     _patch_core_for_cpu()
 
 
+products_in_fp32: set[Any] = set()
+"""Functions of torch that take bf16 in fp32 here; where autograd itself keeps their inputs, these are fp32 then too."""
+
+
 def _cpu_function_mode() -> Any:
     """A TorchFunctionMode that sends device="cuda" to the CPU and names CPU tensor types as CUDA ones.
 
@@ -133,13 +137,15 @@ def _cpu_function_mode() -> Any:
 
     cpu = torch.device("cpu")
     names = ("matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__")
-    products = {getattr(owner, name) for owner in (torch, torch.Tensor) for name in names if hasattr(owner, name)}
-    products |= {functional.linear, functional.scaled_dot_product_attention, torch.einsum, torch._grouped_mm}
-    if multiplies_bf16():
-        products.clear()
+    if not multiplies_bf16():
+        products_in_fp32.update(getattr(owner, name) for owner in (torch, torch.Tensor) for name in names if hasattr(owner, name))
+        products_in_fp32.update({functional.linear, functional.scaled_dot_product_attention, torch.einsum, torch._grouped_mm})
+
+    def is_narrow(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16
 
     def widened(value: Any) -> Any:
-        return value.float() if isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16 else value
+        return value.float() if is_narrow(value) else value
 
     class CpuMode(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -151,7 +157,9 @@ def _cpu_function_mode() -> Any:
                 kwargs = {**kwargs, "pin_memory": False}
             if func is torch.Tensor.type and len(args) == 1 and not kwargs:
                 return func(*args).replace("torch.", "torch.cuda.")
-            if func in products and any(isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16 for value in args):
+            if func in products_in_fp32 and any(
+                isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16 for value in args
+            ):
                 named = {name: widened(value) for name, value in (kwargs or {}).items() if name != "out"}
                 product = func(*map(widened, args), **named).bfloat16()
                 return kwargs["out"].copy_(product) if kwargs and "out" in kwargs else product

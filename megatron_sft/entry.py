@@ -50,7 +50,7 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
         log.logger.error("%s", missing_package(error))
         return UserError.exit_status
     except KeyboardInterrupt:
-        _is_answered.set()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         if rank == 0:
             log.logger.error("interrupted: nothing half-written is kept. Give the command again to go on.")
         return 128 + signal.SIGINT
@@ -73,10 +73,6 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-_is_answered = threading.Event()
-"""A Ctrl-C has ended the command."""
-
-
 def _unraisable(what: "sys.UnraisableHookArgs") -> None:
     """A Ctrl-C in the middle of a `__del__` or a weakref's callback, where Python drops every exception, comes again."""
     if what.exc_type is not KeyboardInterrupt:
@@ -89,7 +85,8 @@ def _unraisable(what: "sys.UnraisableHookArgs") -> None:
 
 
 def _press_again() -> None:
-    if not _is_answered.is_set():
+    """Unless a Ctrl-C is being answered, or has been: another one would then end the process at once."""
+    if signal.getsignal(signal.SIGINT) is _interrupt:
         os.kill(os.getpid(), signal.SIGINT)
 
 

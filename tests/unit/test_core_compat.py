@@ -119,6 +119,7 @@ class Dtypes(TorchDispatchMode):
 
 def test_a_cpu_without_bf16_kernels_takes_products_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core_compat, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(core_compat, "products_in_fp32", set())
     monkeypatch.setattr(torch.autograd, "_engine_run_backward", torch.autograd._engine_run_backward)  # type: ignore[attr-defined]
     left, right = (torch.randn(6, 5).bfloat16().requires_grad_() for _ in range(2))
     mode = core_compat._cpu_function_mode()

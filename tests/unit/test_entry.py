@@ -30,6 +30,8 @@ import os, signal, sys, time, weakref
 from megatron_sft import entry
 from tests.gloo import ROOT
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell's background job ignores it
+
 def press(*_):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0)
