@@ -19,9 +19,8 @@ def main() -> int:
         finetune(*THIRTY_STEPS, "--save", folder)
         lines = metrics_of(Path(folder))
     after, first = lines[-1]["valid/loss"], [line["sft/loss"] for line in lines[: len(LOSSES)]]
-    print(
-        f"NLL over {tokens} tokens: {before:.4f} before, {after:.4f} after 30 steps of {lines[-1]['sft/tokens_seen'] / 30:.0f} tokens"
-    )
+    size = lines[-1]["sft/tokens_seen"] / 30
+    print(f"NLL over {tokens} tokens: {before:.4f} before, {after:.4f} after 30 steps of {size:.0f} tokens")
     print("first losses", *(f"{loss:.5f}" for loss in first))
     return 0 if abs(before - 1.4560) <= 0.002 and after <= 0.85 else 1
 
