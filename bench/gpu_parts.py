@@ -81,7 +81,7 @@ def attempt(action: Callable[[], Any]) -> Any:
     """What an action gives, or the text of its error: a kernel that is not there is an answer too."""
     try:
         return action()
-    except (RuntimeError, ImportError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+    except (RuntimeError, ImportError, ValueError, TypeError, AttributeError) as error:
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 

@@ -102,14 +102,15 @@ def log_likelihoods(
                 places += range(end - 1 - counts[i], end - 1)
                 owners += [number] * counts[i]
                 start = end
-            where, labels = torch.tensor(places, device=device()), tokens[0, torch.tensor(places, device=device()) + 1]
+            asked = torch.tensor(places, device=device())
+            labels = tokens[0, asked + 1]
             nats = forward(
                 chunks,
                 tokens,
                 positions,
                 params,
-                lambda head, hidden, where=where, labels=labels: head.losses(  # type: ignore[misc]
-                    hidden[where], labels, torch.ones_like(labels, dtype=torch.float32)
+                lambda head, hidden, asked=asked, labels=labels: head.losses(  # type: ignore[misc]
+                    hidden[asked], labels, torch.ones_like(labels, dtype=torch.float32)
                 ),
             )
             sums = torch.zeros(len(batch), dtype=torch.float64, device=device())
