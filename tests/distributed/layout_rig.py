@@ -22,6 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_sft.config.run import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from tests.gloo import run_ranks
 from tests.unit.hf.tiny_models import tiny_folder
 
 STEPS, STEP_PACKS, NUM_PACKS, SEQ_LENGTH = 10, 8, 36, 32
@@ -344,3 +345,15 @@ CASES: dict[int, dict[str, Case]] = {
 }
 REFERENCES = {"qwen3": "accumulation-8"}
 """A model's case of one process, where its name is another."""
+
+
+def against_one_process(
+    alone_cases: dict[str, Case], cases: dict[str, Case], hf: dict[str, str]
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """Trains cases on one process and, in layouts, on two: (outcomes of the one, of each of two, figures beyond the bounds).
+
+    A case's name begins with that of the one-process case that it equals: "muon-tp2" and "muon".
+    """
+    alone, ranks = run_ranks(train_cases, 1, alone_cases, hf)[0], run_ranks(train_cases, 2, cases, hf)
+    found = {name: compared([rank[name] for rank in ranks], alone[name.split("-")[0]]) for name in cases}
+    return alone, ranks, {name: figures for name, figures in found.items() if not figures.within}

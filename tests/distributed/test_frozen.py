@@ -20,7 +20,6 @@ from tests.distributed.layout_rig import (
     Case,
     case,
     compared,
-    folders,
     freeze,
     loader_of,
     model_of,
@@ -53,11 +52,6 @@ CASES = {
     "pp2": frozen(BOTTOM, "qwen3", PP2),
     "pp2-tied": frozen(BOTTOM, "llama-tied", PP2),
 }
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return folders(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(scope="module")

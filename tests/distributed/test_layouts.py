@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.layout_rig import CASES, REFERENCES, compared, folders, train_cases
+from tests.distributed.layout_rig import CASES, REFERENCES, compared, train_cases
 from tests.gloo import run_ranks
 
 CHOSEN = {
@@ -12,11 +12,6 @@ CHOSEN = {
     2: ("dp2-overlaps", "pp2-vpp2", "cp2-allgather", "moe-cp2", "moe-tp2-sp"),
     4: ("tp2-pp2", "pp2-dp2-overlaps", "shared-tp2-sp-ep2-etp2", "shared-pp2-ep2-overlaps"),
 }
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory) -> dict[str, str]:
-    return folders(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,17 @@
 import dataclasses
 from typing import Any
 
-import pytest
-
-from tests.distributed.layout_rig import CP2, GATHER, PP2, SHARDED, SP, TP2, Case, case, compared, folders, train_cases
-from tests.gloo import run_ranks
+from tests.distributed.layout_rig import (
+    CP2,
+    GATHER,
+    PP2,
+    SHARDED,
+    SP,
+    TP2,
+    Case,
+    against_one_process,
+    case,
+)
 
 DFT = (("loss_type", "dft"), ("label_smoothing", 0.1), ("z_loss_coeff", 1e-3))
 EAFT = (("loss_type", "eaft"), ("neftune_noise_alpha", 5.0))
@@ -28,15 +35,8 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return folders(tmp_path_factory.mktemp("hf"))
-
-
 def test_losses_and_noise_train_as_in_one_process(hf: dict[str, str]) -> None:
-    alone = run_ranks(train_cases, 1, ALONE, hf)[0]
-    ranks = run_ranks(train_cases, 2, CASES, hf)
-    found = {name: compared([rank[name] for rank in ranks], alone[name.split("-")[0]]) for name in CASES}
-    assert {name: figures for name, figures in found.items() if not figures.within} == {}
+    alone, _, beyond = against_one_process(ALONE, CASES, hf)
+    assert beyond == {}
     firsts = [alone[name].losses[0] for name in ALONE]
     assert len({round(loss, 3) for loss in firsts}) == len(firsts)

@@ -22,12 +22,10 @@ from tests.distributed.layout_rig import (
     STEP_PACKS,
     TP2,
     Case,
+    against_one_process,
     case,
-    compared,
-    folders,
     loader_of,
     model_of,
-    train_cases,
 )
 from tests.gloo import run_ranks
 
@@ -73,16 +71,9 @@ CASES = {
 flips an element by 4e-3 of itself (tests/unit/train/test_muon.py has it bit for bit on whole matrices)."""
 
 
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return folders(tmp_path_factory.mktemp("hf"))
-
-
 def test_layouts_equal_one_process(hf: dict[str, str]) -> None:
-    alone = run_ranks(train_cases, 1, ALONE, hf)[0]
-    ranks = run_ranks(train_cases, 2, CASES, hf)
-    found = {name: compared([rank[name] for rank in ranks], alone[name.split("-")[0]]) for name in CASES}
-    assert {name: figures for name, figures in found.items() if not figures.within} == {}
+    _, ranks, beyond = against_one_process(ALONE, CASES, hf)
+    assert beyond == {}
     before = load_file(Path(hf["qwen3"]) / "model.safetensors")
     kept = {name for name, tensor in ranks[0]["nanochat-distopt"].parameters.items() if torch.equal(tensor, before[name])}
     assert kept == {name for name in before if re.search(r"lm_head|[qkv]_proj|layers\.2\.", name)}

@@ -1,28 +1,17 @@
 """Every family on the device beside the CPU: experts, sinks, soft caps, Mamba layers, latent attention and the rest."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_sft import parallel
-from megatron_sft.config.run import ParallelConfig
 from megatron_sft.core_compat import use_deterministic_algorithms
 from tests.gpu.families import FAMILIES, step
-from tests.gpu.place import CUDA, error, on_device
+from tests.gpu.place import CUDA, error, on_device, without_gpu
 from tests.unit.hf.tiny_models import KEYS
 
 ROOT = Path(__file__).parents[2]
 NAMES = list(KEYS) if CUDA else FAMILIES
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    yield parallel.initialize(ParallelConfig(), 1)
-    parallel.finalize()
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +20,7 @@ def on_the_cpu(tmp_path_factory, ranks):
     if not CUDA:
         return {name: step(name, "fp32", ranks) for name in NAMES}
     out = tmp_path_factory.mktemp("cpu") / "families.pt"
-    command = [sys.executable, "-m", "tests.gpu.families", str(out), *NAMES]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True)
+    return without_gpu("tests.gpu.families", [str(out), *NAMES], out, timeout=240)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Whole training steps on the device: the CPU's numbers, and a resumed run that is the uninterrupted one bit by bit."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,21 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sft import parallel
 from megatron_sft.checkpoint.distributed import CheckpointSaver, load_checkpoint
-from megatron_sft.config.run import CheckpointConfig, ParallelConfig
+from megatron_sft.config.run import CheckpointConfig
 from megatron_sft.core_compat import use_deterministic_algorithms
-from tests.gpu.place import CUDA, error, on_cuda, on_device
+from tests.gpu.place import CUDA, error, on_cuda, on_device, without_gpu
 from tests.gpu.training import STEPS, Training, trained
 from tests.text_models import text_model
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    yield parallel.initialize(ParallelConfig(), 1)
-    parallel.finalize()
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +24,7 @@ def on_the_cpu(tmp_path_factory, ranks):
     if not CUDA:
         return {dtype: trained(dtype, ranks) for dtype in ("fp32", "bf16")}
     out = tmp_path_factory.mktemp("cpu") / "trained.pt"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tests.gpu.training", "fp32,bf16", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True)
+    return without_gpu("tests.gpu.training", ["fp32,bf16", str(out)], out, timeout=120)
 
 
 @on_device
