@@ -99,15 +99,15 @@ def report(argv: Sequence[str], world_size: int) -> int:
 
 def _report_runs(argv: Sequence[str]) -> int:
     places = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    values, found = read_flags(argv[len(places) :], ReportConfig)
-    found += [
+    values, problems = read_flags(argv[len(places) :], ReportConfig)
+    problems += [
         f"{flag_of(path.split('.')[1])} has no effect on the page of a RUN. Leave it out."
         for path in values
         if path != "own.output"
     ]
     output = str(values.get("own.output", "report.html"))
-    if found := found + output_problems("--output", output):
-        raise ConfigError(found)
+    if problems := problems + output_problems("--output", output):
+        raise ConfigError(problems)
     from megatron_sft.pages.figures import require_matplotlib
 
     require_matplotlib("megatron-sft report RUN")
@@ -120,8 +120,8 @@ def _report_runs(argv: Sequence[str]) -> int:
 
 def _check_outputs(**outputs: str | None) -> None:
     """Raises ConfigError where one of the files could not be written, before there is anything to write."""
-    if found := [problem for name, path in outputs.items() for problem in output_problems(f"--{name}", path)]:
-        raise ConfigError(found)
+    if problems := [problem for name, path in outputs.items() for problem in output_problems(f"--{name}", path)]:
+        raise ConfigError(problems)
 
 
 def generate(argv: Sequence[str], world_size: int) -> int:

@@ -24,10 +24,10 @@ def append(save: str, line: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ATTEMPTS, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
     with os.fdopen(descriptor, "ab") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "no regular file")
-        half = found.st_size > 0 and os.pread(descriptor, 1, found.st_size - 1) != b"\n"
+        half = status.st_size > 0 and os.pread(descriptor, 1, status.st_size - 1) != b"\n"
         file.write(b"\n" * half + json.dumps(line, default=str).encode() + b"\n")
 
 
@@ -41,12 +41,12 @@ def json_lines(path: Path, most_bytes: int = MOST_BYTES) -> list[dict[str, Any]]
         return []
     if not path.is_file() or path.stat().st_size > most_bytes:
         raise OSError(f"no regular file of at most {most_bytes >> 20} MiB")
-    found = []
+    values = []
     for line in path.read_bytes().split(b"\n"):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
-            found.append(value)
-    return found
+            values.append(value)
+    return values

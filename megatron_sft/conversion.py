@@ -75,8 +75,8 @@ def export(run: RunConfig, explicit: frozenset[str] = NOTHING) -> None:
         )
     if is_megatron_checkpoint(folder) or Path(load).resolve().is_relative_to(Path(folder).resolve()):
         raise CheckpointError(f"{folder}: holds a Megatron checkpoint; expected a folder for an HF model. Change --save-hf.")
-    if found := folder_problems(run):
-        raise ConfigError(found)
+    if problems := folder_problems(run):
+        raise ConfigError(problems)
     run, source = resolve(_in_dtype(run, "bf16"), explicit, training=False, like=_like(run))
     if source.base is not None:  # adapters are written as they were trained
         run = _in_dtype(run, source.run_config.get("train", {}).get("params_dtype", "bf16"))
@@ -97,8 +97,8 @@ def merge(run: RunConfig) -> None:
         UserError: as convert's; the adapter belongs to other weights.
     """
     load, folder = str(run.checkpoint.load), str(run.checkpoint.save_hf)
-    if found := folder_problems(run):
-        raise ConfigError(found)
+    if problems := folder_problems(run):
+        raise ConfigError(problems)
     like = _like(run) or (load if not is_megatron_checkpoint(load) else None)
     checkpoint = dataclasses.replace(run.checkpoint, verify_conversion=False)
     run = dataclasses.replace(run, lora=dataclasses.replace(run.lora, lora_merge=True), checkpoint=checkpoint)

@@ -134,19 +134,19 @@ def packages(patient: Patient) -> str:
         wanted = [Requirement(text) for text in metadata.requires("megatron-sft") or [] if "extra ==" not in text]
     except metadata.PackageNotFoundError:
         wanted = [Requirement(name) for name in ("torch", "megatron-core", "transformers")]
-    wrong, found = [], []
+    wrong, versions = [], []
     for requirement in wanted:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             wrong.append(f"{requirement.name} is not installed; expected it. pip install '{requirement}'.")
             continue
-        found.append(f"{requirement.name} {version}")
+        versions.append(f"{requirement.name} {version}")
         if not requirement.specifier.contains(Version(version).base_version):
             wrong.append(f"{requirement.name} is {version}; expected {requirement.specifier}. pip install '{requirement}'.")
     if wrong:
         raise ConfigError(wrong)
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return ", ".join(versions[:3]) + (f" and {len(versions) - 3} more" if len(versions) > 3 else "")
 
 
 def devices(patient: Patient) -> str:
@@ -219,27 +219,27 @@ def rows(patient: Patient) -> str:
     ends = encoded.lengths.cumsum()
     bounds = zip(ends - encoded.lengths, ends, strict=True)
     patient.documents = [Document(encoded.tokens[a:b], encoded.loss_mask[a:b]) for a, b in bounds]
-    found, count = [], len(patient.rows)
+    problems, count = [], len(patient.rows)
     if len(encoded.problems) > config.max_bad_rows:
         first = "; ".join(problem.message for problem in encoded.problems[:3])
-        found.append(f"{len(encoded.problems)} of the first {count} rows are bad. {first} Or set them aside: --max-bad-rows.")
+        problems.append(f"{len(encoded.problems)} of the first {count} rows are bad. {first} Or set them aside: --max-bad-rows.")
     for reason, way_out in DROPPED.items():
         if dropped := encoded.counts.get(f"dropped:{reason}"):
-            found.append(f"{dropped} of the first {count} rows: {reason}; expected something to train. {way_out}")
+            problems.append(f"{dropped} of the first {count} rows: {reason}; expected something to train. {way_out}")
     if (cut := encoded.counts.get("truncated", 0)) and "truncation" not in patient.explicit:
-        found.append(
+        problems.append(
             f"{cut} of the first {count} rows are longer than --seq-length {config.seq_length} and lose the ends of their "
             "answers. Raise --seq-length, or choose what happens to them: --truncation split, drop or right."
         )
-    if not patient.documents and not found:
-        found.append(f"none of the first {count} rows is left to train on. Look at them: megatron-sft preview.")
+    if not patient.documents and not problems:
+        problems.append(f"none of the first {count} rows is left to train on. Look at them: megatron-sft preview.")
     if patient.source and encoded.tokens.max(initial=0) >= patient.run.model.vocab_size:
-        found.append(
+        problems.append(
             f"token id {encoded.tokens.max()}, but the model's vocabulary ends at {patient.run.model.vocab_size - 1}. Expected "
             "the model's own tokenizer: pass its folder as --tokenizer-model."
         )
-    if found:
-        raise ConfigError(found)
+    if problems:
+        raise ConfigError(problems)
     trained = (encoded.loss_mask > 0).mean()
     return f"{count} read, {len(patient.documents)} documents, {len(encoded.tokens):,} tokens, {trained:.0%} of them trained"
 
@@ -270,8 +270,8 @@ def layout(patient: Patient) -> str:
     memory = patient.options.gpu_memory or available / GB
     size = patient.run.parallel.tensor_model_parallel_size
     run = dataclasses.replace(patient.run, model=plan.padded(patient.run.model, size))
-    if found := problems(run, count):  # of the architecture that the flags left open
-        raise ConfigError(found)
+    if wrong := problems(run, count):  # of the architecture that the flags left open
+        raise ConfigError(wrong)
     row = plan.row_of(run, PlanConfig(gpus=count, gpu_memory=memory), patient.run.data.tokenizer_model, ())
     sizes = " ".join(f"{name}={value}" for name, value in row.sizes.items() if value > 1) or "one process"
     if not row.fits:
@@ -286,7 +286,7 @@ def layout(patient: Patient) -> str:
 
 def disk(patient: Patient) -> str:
     """Checkpoints, HF folder and token store can be written, and there is room for what is kept."""
-    run, found, said = patient.run, list[str](), list[str]()
+    run, problems, said = patient.run, list[str](), list[str]()
     parameters = _parameters(run)
     per_weight, _, per_state = plan.state_bytes(run)
     one = parameters * (per_weight + (per_state if run.checkpoint.save_optim else 0))
@@ -294,10 +294,10 @@ def disk(patient: Patient) -> str:
     places = {"--save": (run.checkpoint.save, one * kept), "--data-cache-path": (run.data.data_cache_path, _data_bytes(run))}
     for flag, (place, needed) in places.items():
         if place:
-            free = _free_bytes(flag, place, found)
+            free = _free_bytes(flag, place, problems)
             said.append(f"{place}: {free / GB:.1f} GB free, {needed / GB:.1f} needed")
             if 0 <= free < needed:
-                found.append(
+                problems.append(
                     f"{flag} {place}: {free / GB:.1f} GB free; expected {needed / GB:.1f} GB ({kept} checkpoints of "
                     f"{one / GB:.1f} GB). Free room, name another folder, or use --no-save-optim."
                     if flag == "--save"
@@ -305,8 +305,8 @@ def disk(patient: Patient) -> str:
                 )
     if run.checkpoint.save_hf:
         try_target(Path(export_folder(run.checkpoint.save_hf, 0)), None, parameters * 2)
-    if found:
-        raise ConfigError(found)
+    if problems:
+        raise ConfigError(problems)
     return "; ".join(said) or "nothing is saved: no --save"
 
 
@@ -314,7 +314,7 @@ def _data_bytes(run: RunConfig) -> int:
     return sum(os.path.getsize(path) for path in run.data.train_data if os.path.isfile(path))
 
 
-def _free_bytes(flag: str, place: str, found: list[str]) -> int:
+def _free_bytes(flag: str, place: str, problems: list[str]) -> int:
     """Of the disk that a folder is or will be on; -1 with a sentence in `found` where it cannot be written."""
     parent = os.path.abspath(place)
     while not os.path.lexists(parent):
@@ -323,7 +323,7 @@ def _free_bytes(flag: str, place: str, found: list[str]) -> int:
         os.rmdir(tempfile.mkdtemp(prefix=".doctor-", dir=parent))
         return shutil.disk_usage(parent).free
     except OSError as error:
-        found.append(f"{flag} {place}: {parent} cannot be written ({error.strerror}). Name a folder that can: {flag} FOLDER.")
+        problems.append(f"{flag} {place}: {parent} cannot be written ({error.strerror}). Name a folder that can: {flag} FOLDER.")
         return -1
 
 

@@ -23,19 +23,19 @@ def process_environment() -> tuple[int, int, int]:
     """
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     texts = {name: os.environ.get(name) or default for name, default in defaults.items()}
-    found = [f"{name}={text!r}" for name, text in texts.items() if not re.fullmatch(r"[0-9]{1,9}", text)]
-    rank, world_size, local_rank = (0, 1, 0) if found else map(int, texts.values())
+    wrong = [f"{name}={text!r}" for name, text in texts.items() if not re.fullmatch(r"[0-9]{1,9}", text)]
+    rank, world_size, local_rank = (0, 1, 0) if wrong else map(int, texts.values())
     if not 0 <= rank < world_size:
-        found.append(f"RANK={rank} with WORLD_SIZE={world_size}")
+        wrong.append(f"RANK={rank} with WORLD_SIZE={world_size}")
     port = os.environ.get("MASTER_PORT", "")
     if world_size > 1:
-        found += [f"no {name} beside WORLD_SIZE" for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        wrong += [f"no {name} beside WORLD_SIZE" for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world_size > 1 and port and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16):
-        found.append(f"MASTER_PORT={port!r}")
-    if found:
+        wrong.append(f"MASTER_PORT={port!r}")
+    if wrong:
         raise ConfigError(
             [
-                f"environment: {', '.join(found)}; expected RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as "
+                f"environment: {', '.join(wrong)}; expected RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as "
                 "torchrun sets them, or none of them for one process. Start with torchrun, or unset them."
             ]
         )

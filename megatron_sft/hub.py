@@ -51,11 +51,11 @@ def fetched(run: RunConfig, weights: bool = True) -> RunConfig:
     load, save, tokenizer = run.checkpoint.load, run.checkpoint.save, run.data.tokenizer_model
     code = run.data.trust_remote_code
     weights = weights and not (save and candidates(Path(save)))
-    found = folder("--load", load, weights, code) if load and (weights or load == tokenizer) else load
-    tokens = found if tokenizer == load else folder("--tokenizer-model", tokenizer, False, code)
+    place = folder("--load", load, weights, code) if load and (weights or load == tokenizer) else load
+    tokens = place if tokenizer == load else folder("--tokenizer-model", tokenizer, False, code)
     return dataclasses.replace(
         run,
-        checkpoint=dataclasses.replace(run.checkpoint, load=found),
+        checkpoint=dataclasses.replace(run.checkpoint, load=place),
         data=dataclasses.replace(run.data, tokenizer_model=tokens or ""),
     )
 
@@ -78,8 +78,8 @@ def folder(flag: str, place: str, weights: bool, code: bool = False) -> str:
     name = NAME.fullmatch(place)
     if name is None or os.path.lexists(place):
         return place
-    found = _download(flag, name["repo"], name["revision"], weights, code)
-    if weights and not any(Path(found).glob(WEIGHTS)):
+    path = _download(flag, name["repo"], name["revision"], weights, code)
+    if weights and not any(Path(path).glob(WEIGHTS)):
         raise ConfigError(
             [
                 f"{flag} {place}: the model on the hub has no safetensors; expected some, as to unpickle other files can run "
@@ -87,7 +87,7 @@ def folder(flag: str, place: str, weights: bool, code: bool = False) -> str:
                 "AutoModelForCausalLM.from_pretrained(NAME).save_pretrained(FOLDER)."
             ]
         )
-    return found
+    return path
 
 
 def _download(flag: str, repo: str, revision: str | None, weights: bool, code: bool) -> str:
@@ -103,15 +103,15 @@ def _download(flag: str, repo: str, revision: str | None, weights: bool, code: b
     try:
         with contextlib.nullcontext() if refusal else _one_process(repo):
             local = refusal is not None
-            found = snapshot_download(
+            place = snapshot_download(
                 repo, revision=revision, local_files_only=local, allow_patterns=wanted, ignore_patterns=ignored
             )
     except _errors() as error:
         raise ConfigError([_explained(flag, repo, revision, refusal or error)]) from None
     if refusal:
         logger.warning("%s: not asked anew of the hub (%s).", repo, _short(refusal))
-    logger.info("%s of the hub: %s", repo, found)
-    return found
+    logger.info("%s of the hub: %s", repo, place)
+    return place
 
 
 def _refusal(repo: str, revision: str | None) -> Exception | None:

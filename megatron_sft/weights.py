@@ -92,9 +92,9 @@ def resolve(
     run = dataclasses.replace(
         run, model=resolve_model(run, explicit, source.whole, like), lora=adapter_settings(run, explicit, source)
     )
-    found = problems(run, process_environment()[1], training) + (_warm_start_problems(run, source) if training else [])
-    if found:
-        raise ConfigError(found)
+    wrong = problems(run, process_environment()[1], training) + (_warm_start_problems(run, source) if training else [])
+    if wrong:
+        raise ConfigError(wrong)
     transformer_config(run.model, run.parallel, run.train)  # what only megatron-core refuses, before a row is read
     return run, source
 
@@ -314,16 +314,16 @@ def adapter_settings(run: RunConfig, explicit: frozenset[str], source: WeightSou
         return run.lora
     saved = source.run_config["lora"]
     values: dict[str, Any] = {}
-    found = []
+    problems = []
     for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_type"):
         value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
         given = getattr(run.lora, name)
         if name not in explicit:
             values[name] = value
         elif given != value and name != "lora_dropout" and not source.resumes:
-            found.append(f"{flag_of(name)} {shown(given)}: {source.path} has {shown(value)}. Leave the flag out.")
-    if found:
-        raise ConfigError(found)
+            problems.append(f"{flag_of(name)} {shown(given)}: {source.path} has {shown(value)}. Leave the flag out.")
+    if problems:
+        raise ConfigError(problems)
     return dataclasses.replace(run.lora, **values)
 
 
@@ -388,8 +388,8 @@ def resolve_model(run: RunConfig, explicit: frozenset[str], source: WeightSource
             f"{place}: does not say which architecture it has; expected run_config.json with it. Pass the flags of its conf, "
             "or to convert and export the HF folder that the model came from (--tokenizer-model)."
         )
-    if found := conflicts(run.model, explicit, model):
-        raise ConfigError([f"{place}: {problem}" for problem in found])
+    if problems := conflicts(run.model, explicit, model):
+        raise ConfigError([f"{place}: {problem}" for problem in problems])
     model, size = merged(run.model, explicit, model), run.parallel.tensor_model_parallel_size
     return padded(model, size if model.padded_vocab_size else model.make_vocab_size_divisible_by * size)
 

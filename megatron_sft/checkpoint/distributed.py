@@ -436,9 +436,9 @@ def _restore_rng(folder: Path, states: Any) -> None:
 
 def _problems(folder: Path, content: bool, share: tuple[int, int] = (0, 1)) -> list[str]:
     """manifest.problems, and that one of ours has its manifest: what it keeps of training stands in no other's common state."""
-    found = manifest.problems(folder, content, share)
-    if found or share[0] or os.path.lexists(folder / manifest.MANIFEST):
-        return found
+    problems = manifest.problems(folder, content, share)
+    if problems or share[0] or os.path.lexists(folder / manifest.MANIFEST):
+        return problems
     try:
         is_ours = state_dicts.TRAIN_STATE in torch_dist.read_common(folder)
     except CheckpointError:  # whoever loads it says so

@@ -294,7 +294,7 @@ def _look(path: Path) -> _Seen | None:
         if not stat.S_ISREG(os.stat(path, follow_symlinks=False).st_mode):
             raise CheckpointError(f"{path}: is no file; expected a lock file or nothing. Remove it.")
         with open_regular(path) as file:
-            found, text = os.fstat(file.fileno()), file.read(1 << 16)
+            status, text = os.fstat(file.fileno()), file.read(1 << 16)
     except FileNotFoundError:
         return None
     try:
@@ -303,8 +303,8 @@ def _look(path: Path) -> _Seen | None:
         is_whole = is_whole and bool(_ID.fullmatch(owner.id)) and f"{owner.host}{owner.since}".isprintable()
     except (ValueError, TypeError, RecursionError):
         is_whole = False
-    unknown = Owner(f"{found.st_ino:x}-{found.st_mtime_ns:x}", "", "", 0, "", "")
-    return _Seen(owner if is_whole else unknown, found.st_mtime)
+    unknown = Owner(f"{status.st_ino:x}-{status.st_mtime_ns:x}", "", "", 0, "", "")
+    return _Seen(owner if is_whole else unknown, status.st_mtime)
 
 
 def _machine() -> str:

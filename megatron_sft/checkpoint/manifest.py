@@ -141,8 +141,8 @@ def problems(folder: Path, content: bool, share: tuple[int, int] = (0, 1)) -> li
         return [f"{path}: does not list {', '.join(unlisted)}; expected every file with its checksum"]
     mine = sorted(files.items(), key=lambda file: file[1], reverse=True)[share[0] :: share[1]]
     with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-        found = pool.map(lambda file: _file_problem(folder / file[0], file[1], content), mine)
-        return [problem for problem in found if problem]
+        checked = pool.map(lambda file: _file_problem(folder / file[0], file[1], content), mine)
+        return [problem for problem in checked if problem]
 
 
 def _our_files(data: Any) -> Files:

@@ -65,8 +65,8 @@ def settings(parts: list[DistributedOptimizer], is_loading: bool) -> dict[Any, A
     if is_loading:
         for part in parts:
             part.load_state_dict(part.state_dict())
-    found = [{**part.state_dict(), "param_state_sharding_type": FORMAT} for part in parts]
-    return found[0] if len(found) == 1 else dict(enumerate(found))
+    states = [{**part.state_dict(), "param_state_sharding_type": FORMAT} for part in parts]
+    return states[0] if len(states) == 1 else dict(enumerate(states))
 
 
 def boxes(parts: list[DistributedOptimizer], model_state: dict[str, Any]) -> Iterator[Box]:
@@ -113,13 +113,13 @@ def _state_boxes(name: str, state: torch.Tensor, base: Any, start: int, end: int
 
 def names_of_others(boxes: Iterable[Box], known: Container[str]) -> list[Box]:
     """The boxes, the fp32 weights under the name that they have in a checkpoint (`known`) of an optimizer not distributed."""
-    found = []
+    renamed = []
     for box in boxes:
         name = box.key.removeprefix(_MAIN)
         others = [key for key in (_OTHERS_MAIN + name, name) if key in known]
         is_other = box.key.startswith(_MAIN) and box.key not in known and others
-        found.append(replace(box, key=others[0]) if is_other else box)
-    return found
+        renamed.append(replace(box, key=others[0]) if is_other else box)
+    return renamed
 
 
 def take_names(wanted: Any, known: Container[str]) -> None:
@@ -138,18 +138,18 @@ def flat_boxes(shape: tuple[int, ...], start: int, end: int) -> list[tuple[tuple
     """
     if not shape:
         return [((), ())] if start < end else []
-    inner, found = math.prod(shape[1:]), []
+    inner, boxes = math.prod(shape[1:]), []
     while start < end:
         row, column = divmod(start, inner)
         rows = (end - start) // inner
         if column or not rows:  # a part of one row
             stop = min(end, (row + 1) * inner)
-            found += [((row, *offsets), (1, *sizes)) for offsets, sizes in flat_boxes(shape[1:], column, stop - row * inner)]
+            boxes += [((row, *offsets), (1, *sizes)) for offsets, sizes in flat_boxes(shape[1:], column, stop - row * inner)]
             start = stop
         else:
-            found.append(((row, *(0 for _ in shape[1:])), (rows, *shape[1:])))
+            boxes.append(((row, *(0 for _ in shape[1:])), (rows, *shape[1:])))
             start += rows * inner
-    return found
+    return boxes
 
 
 def write_items(parts: list[DistributedOptimizer], model_state: dict[str, Any]) -> list[tuple[WriteItem, torch.Tensor]]:

@@ -117,8 +117,8 @@ def optimizer_settings(wanted: Any, saved: Any) -> Any:
         wanted: optimizer part of sharded_state(is_loading=True).
         saved: optimizer part of the checkpoint's common state.
     """
-    found = _values(saved, "step") + _values(saved, "common_step")
-    steps = [step for step in found if isinstance(step, (int, float)) or (torch.is_tensor(step) and step.numel() == 1)]
+    values = _values(saved, "step") + _values(saved, "common_step")
+    steps = [step for step in values if isinstance(step, (int, float)) or (torch.is_tensor(step) and step.numel() == 1)]
     settings = _not_sharded(wanted)
     for groups in _values(settings, "param_groups"):
         for group in groups:

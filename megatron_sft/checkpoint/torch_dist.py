@@ -152,7 +152,7 @@ def read_state(folder: Path, wanted: dict[str, Any], metadata: Metadata, common:
     return apply_factory_merges(common, factories)
 
 
-def _with_empty_lists(found: Any, whole: Any) -> Any:
+def _with_empty_lists(loaded: Any, whole: Any) -> Any:
     """Puts back what extract_sharded_base leaves out of lists: groups of parameters of which this process has none.
 
     Without them the weights of a group would go to the one before: [[], [a], [b]] -> [[a], [b]] -> [[], [a], [b]].
@@ -161,14 +161,14 @@ def _with_empty_lists(found: Any, whole: Any) -> Any:
         found: loaded leaves, in the order of `whole`.
         whole: what they were extracted from.
     """
-    if isinstance(found, dict) and isinstance(whole, dict):
-        return {key: _with_empty_lists(value, whole[key]) for key, value in found.items()}
-    if not (isinstance(found, list) and isinstance(whole, list)):  # a leaf; a loaded object may be a list too
-        return found
+    if isinstance(loaded, dict) and isinstance(whole, dict):
+        return {key: _with_empty_lists(value, whole[key]) for key, value in loaded.items()}
+    if not (isinstance(loaded, list) and isinstance(whole, list)):  # a leaf; a loaded object may be a list too
+        return loaded
     gone = [isinstance(item, list) and not item for item in whole]
-    if len(found) != len(whole) - sum(gone):  # of a list in which other things are not sharded
-        return found
-    left = iter(found)
+    if len(loaded) != len(whole) - sum(gone):  # of a list in which other things are not sharded
+        return loaded
+    left = iter(loaded)
     return [[] if is_gone else _with_empty_lists(next(left), item) for is_gone, item in zip(gone, whole, strict=True)]
 
 

@@ -92,10 +92,10 @@ def parse(argv: Sequence[str], world_size: int, training: bool = True, *, option
     Raises:
         ConfigError: every unknown flag, wrong value and contradiction, at once.
     """
-    values, found = read_flags(argv, options)
+    values, sentences = read_flags(argv, options)
     own = {path.removeprefix("own."): value for path, value in values.items() if path.startswith("own.")}
     run = _run({path: value for path, value in values.items() if not path.startswith("own.")})
-    wrong = [sentence.split()[0].rstrip(":") for sentence in found]
+    wrong = [sentence.split()[0].rstrip(":") for sentence in sentences]
     if options in (ViewConfig, ReportConfig):
         together = data_problems(run.data)
     elif options is PlanConfig:  # whatever the layout and the data
@@ -106,9 +106,9 @@ def parse(argv: Sequence[str], world_size: int, training: bool = True, *, option
     explicit = frozenset(path.split(".")[1] for path in values)
     together += idle_problems(run.model, explicit - run.model.core_fields().keys())
     # What contradicts a flag whose own value is wrong may vanish with it.
-    found += [sentence for sentence in together if not any(re.search(rf"{re.escape(name)}\b", sentence) for name in wrong)]
-    if found:
-        raise ConfigError(found)
+    sentences += [sentence for sentence in together if not any(re.search(rf"{re.escape(name)}\b", sentence) for name in wrong)]
+    if sentences:
+        raise ConfigError(sentences)
     return (run, explicit) if options is None else (run, explicit, options(**own))
 
 
@@ -120,19 +120,19 @@ def read_flags(argv: Sequence[str], options: type | None = None) -> tuple[Values
         options: dataclass of run.py whose fields are flags too; their paths start with "own.".
     """
     table = flag_table(options)
-    given, found = split_flags(argv, table)
+    given, problems = split_flags(argv, table)
     values: Values = {}
     said: dict[str, Given] = {}
     _say_idle([item.flag.name for item in given])
-    for item in _last_length_wins(given, found):
+    for item in _last_length_wins(given, problems):
         values |= dict(item.flag.sets)
         if item.flag.path and not item.flag.sets:
-            _take(item, values, said, found)
+            _take(item, values, said, problems)
     raw = {item.flag.name: item.words[0] if item.flag.words == 1 else list(item.words) for item in given}
     for name, derived in DERIVED.items():
         if name in raw and derived.read:
-            derived.read(raw, values, found)
-    return values, found
+            derived.read(raw, values, problems)
+    return values, problems
 
 
 def _say_idle(names: Sequence[str]) -> None:
@@ -147,27 +147,27 @@ def _say_idle(names: Sequence[str]) -> None:
 def split_flags(argv: Sequence[str], table: Mapping[str, Flag]) -> tuple[list[Given], list[str]]:
     """(flags with their words, in the order of the command line; problems)."""
     given: list[Given] = []
-    found: list[str] = []
+    problems: list[str] = []
     words = list(argv)
     while words:
         name, has_value, value = words.pop(0).partition("=")
         if not name.startswith("--"):
-            found.append(f"{name}: unknown value; no flag takes it. {ELSEWHERE.get(name.lstrip('+'), 'See --help.')}")
+            problems.append(f"{name}: unknown value; no flag takes it. {ELSEWHERE.get(name.lstrip('+'), 'See --help.')}")
             continue
         following = [value] if has_value else _following(words)
         known = table.get(name)
         if known is None:
-            found.append(hint(name, list(table)))
+            problems.append(hint(name, list(table)))
             del words[: 0 if has_value else len(following)]  # the value of an unknown flag is no problem of its own
         elif has_value and known.words == 0:
-            found.append(f"{name}={value}: expected no value. Write {name} alone.")
+            problems.append(f"{name}={value}: expected no value. Write {name} alone.")
         elif known.words != 0 and not following:
-            found.append(f"{name}: expected a value after it. Add one, or leave the flag out.")
+            problems.append(f"{name}: expected a value after it. Add one, or leave the flag out.")
         else:
             taken = following if known.words == "+" else following[: int(known.words)]
             del words[: 0 if has_value else len(taken)]
             given.append(Given(known, tuple(taken)))
-    return given, found
+    return given, problems
 
 
 def _following(words: Sequence[str]) -> list[str]:
@@ -180,7 +180,7 @@ def _following(words: Sequence[str]) -> list[str]:
     return taken
 
 
-def _take(given: Given, values: Values, said: dict[str, Given], found: list[str]) -> None:
+def _take(given: Given, values: Values, said: dict[str, Given], problems: list[str]) -> None:
     """Puts the value of a flag in `values`, or a sentence in `found`."""
     kind, path = given.flag.kind, given.flag.path
     try:
@@ -190,20 +190,20 @@ def _take(given: Given, values: Values, said: dict[str, Given], found: list[str]
         is_right = False
     if not is_right:
         near = nearest(given.words[0], kind.rule.words) if isinstance(kind.rule, Words) else ""
-        found.append(f"{given}: expected {kind.expected()}.{f' Did you mean {near}?' if near else ' Correct it.'}")
+        problems.append(f"{given}: expected {kind.expected()}.{f' Did you mean {near}?' if near else ' Correct it.'}")
         return
     if path in ("own.prompt", "own.stop"):
         value = (*values.get(path, ()), *value)
     before = said.get(path)
     if before and before.flag.name != given.flag.name and values.get(path) != value:
         if path in flags.NOT_THE_SAME:
-            found.append(f"{before}, {given}: {flags.NOT_THE_SAME[path]}")
+            problems.append(f"{before}, {given}: {flags.NOT_THE_SAME[path]}")
         else:
             logger.info("%s has no effect: %s comes later.", before, given)
     values[path], said[path] = value, given
 
 
-def _last_length_wins(given: Sequence[Given], found: list[str]) -> Iterator[Given]:
+def _last_length_wins(given: Sequence[Given], problems: list[str]) -> Iterator[Given]:
     """Of --train-iters, --train-samples and --num-epoch the last one counts, with schedule lengths of its own unit.
 
     finetune.sh gives --train-samples by default, so that a user's --num-epoch in MLM_EXTRA_ARGS has to win.

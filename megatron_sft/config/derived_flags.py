@@ -55,7 +55,7 @@ def integers(text: str) -> list[int]:
     return listed
 
 
-def _train_data(raw: Values, values: Values, found: list[str]) -> None:
+def _train_data(raw: Values, values: Values, problems: list[str]) -> None:
     """--finetune-hf-dataset, --finetune-data-files and --prompt-data all say what is trained on; the last kind counts."""
     for name in ("--finetune-hf-dataset", "--finetune-data-files", "--train-data"):
         if name in raw:
@@ -66,30 +66,30 @@ def _train_data(raw: Values, values: Values, found: list[str]) -> None:
     if len(pairs) == 1:
         values["data.train_data"] = tuple(pairs)
     elif len(pairs) % 2:
-        found.append(f"--prompt-data has {len(pairs)} words; expected one path, or NAME PATH pairs. Add the missing word.")
+        problems.append(f"--prompt-data has {len(pairs)} words; expected one path, or NAME PATH pairs. Add the missing word.")
     else:
         values["data.train_names"], values["data.train_data"] = tuple(pairs[::2]), tuple(pairs[1::2])
         if files := [name for name in pairs[::2] if os.path.isfile(name) or name.endswith(DATA_ENDINGS)]:
             example = " ".join(f"{os.path.basename(path).partition('.')[0]} {path}" for path in pairs)
-            found.append(
+            problems.append(
                 f"--prompt-data {' '.join(pairs)}: {', '.join(files)} stands where a name is expected: NAME PATH NAME PATH, or "
                 f"one path. Write --prompt-data {example}, or --finetune-data-files {' '.join(pairs)} without names."
             )
 
 
-def _split(raw: Values, values: Values, found: list[str]) -> None:
+def _split(raw: Values, values: Values, problems: list[str]) -> None:
     kind = kinds(DataConfig)["split"]
     try:
         shares = kind.read(raw["--split"].split(","))
     except ValueError:
         shares = ()
     if not 1 <= len(shares) <= 3 or not kind.has(shares):
-        found.append(f"--split {raw['--split']}: expected shares of training, validation and test such as 98,2,0. Correct it.")
+        problems.append(f"--split {raw['--split']}: expected shares of training, validation and test such as 98,2,0. Correct it.")
         return
     values["data.split"] = (*shares, 0.0, 0.0)[:3]
 
 
-def _rope_scaling(raw: Values, values: Values, found: list[str]) -> None:
+def _rope_scaling(raw: Values, values: Values, problems: list[str]) -> None:
     """--use-rope-scaling: Llama 3's, with megatron-core's defaults for what --rope-scaling-factor leaves open."""
     factor, kind = raw.get("--rope-scaling-factor", "8"), kind_of(Factor)
     try:
@@ -97,7 +97,7 @@ def _rope_scaling(raw: Values, values: Values, found: list[str]) -> None:
     except ValueError:
         number = None
     if not kind.has(number):
-        found.append(f"--rope-scaling-factor {factor}: expected {kind.expected()}. Correct it.")
+        problems.append(f"--rope-scaling-factor {factor}: expected {kind.expected()}. Correct it.")
         return
     values["model.rope_scaling"] = {
         "rope_type": "llama3",
@@ -108,12 +108,12 @@ def _rope_scaling(raw: Values, values: Values, found: list[str]) -> None:
     }
 
 
-def _rope_scaling_factor(raw: Values, values: Values, found: list[str]) -> None:
+def _rope_scaling_factor(raw: Values, values: Values, problems: list[str]) -> None:
     if "--use-rope-scaling" not in raw:
-        found.append("--rope-scaling-factor has no effect without --use-rope-scaling. Add it, or leave it out.")
+        problems.append("--rope-scaling-factor has no effect without --use-rope-scaling. Add it, or leave it out.")
 
 
-def _any_rope_scaling(raw: Values, values: Values, found: list[str]) -> None:
+def _any_rope_scaling(raw: Values, values: Values, problems: list[str]) -> None:
     """--rope-scaling: config.json's mapping as JSON, for the kinds that Megatron has no flags for."""
     text = raw["--rope-scaling"]
     try:
@@ -121,12 +121,12 @@ def _any_rope_scaling(raw: Values, values: Values, found: list[str]) -> None:
     except (ValueError, RecursionError):
         scaling = None
     if not isinstance(scaling, dict) or "rope_type" not in scaling:
-        found.append(f'--rope-scaling {text}: expected JSON such as {{"rope_type": "linear", "factor": 8}}.')
+        problems.append(f'--rope-scaling {text}: expected JSON such as {{"rope_type": "linear", "factor": 8}}.')
         return
     values["model.rope_scaling"] = scaling
 
 
-def _latent(raw: Values, values: Values, found: list[str]) -> None:
+def _latent(raw: Values, values: Values, problems: list[str]) -> None:
     """Latent attention: YaRN where there is a factor."""
     given = {path.removeprefix("core."): value for path, value in values.items() if path.startswith("core.")}
     if given.get("rope_type", "yarn") != "yarn" or "rotary_scaling_factor" not in given:
@@ -136,7 +136,7 @@ def _latent(raw: Values, values: Values, found: list[str]) -> None:
     values["model.rope_scaling"] = {"rope_type": "yarn", "factor": given["rotary_scaling_factor"], **scaling}
 
 
-def _hybrid(raw: Values, values: Values, found: list[str]) -> None:
+def _hybrid(raw: Values, values: Values, problems: list[str]) -> None:
     """One letter a layer: how many there are, and which have experts."""
     pattern = values.get("core.hybrid_layer_pattern", "")
     values.setdefault("model.num_layers", len(pattern))
@@ -144,36 +144,36 @@ def _hybrid(raw: Values, values: Values, found: list[str]) -> None:
         values.setdefault("core.moe_layer_freq", [int(letter == "E") for letter in pattern])
 
 
-def _window(raw: Values, values: Values, found: list[str]) -> None:
+def _window(raw: Values, values: Values, problems: list[str]) -> None:
     """--window-size LEFT,RIGHT counts neighbours: 127,0 is a window of 128 tokens."""
     left, _, right = raw["--window-size"].strip("()").partition(",")
     if not _is_count(left) or (right or "0").strip() != "0":
-        found.append(
+        problems.append(
             f"--window-size {raw['--window-size']}: expected LEFT,0 with LEFT earlier tokens, such as 127,0. Correct it."
         )
         return
     values["model.window_size"] = int(left) + 1
 
 
-def _window_layers(raw: Values, values: Values, found: list[str]) -> None:
+def _window_layers(raw: Values, values: Values, problems: list[str]) -> None:
     """Every n-th layer has full attention, or a list with 1 where a layer has a window."""
     text, layers = raw["--window-attn-skip-freq"], values.get("model.num_layers", 0)
     try:
         every = int(text) if _is_count(text) else None
         pattern = integers(text) if every is None else [(layer + 1) % every for layer in range(layers)]
     except (ValueError, ZeroDivisionError):
-        found.append(
+        problems.append(
             f"--window-attn-skip-freq {text}: expected N, every how many layers none has a window, or a list of 0 and 1."
         )
         return
     values["model.window_layers"] = tuple(bool(item) for item in pattern)
 
 
-def _virtual_layers(raw: Values, values: Values, found: list[str]) -> None:
+def _virtual_layers(raw: Values, values: Values, problems: list[str]) -> None:
     layers, stages = values.get("model.num_layers", 0), values.get("parallel.pipeline_model_parallel_size", 1)
     wanted = raw["--num-layers-per-virtual-pipeline-stage"]
     if not _is_count(wanted) or not int(wanted) or not layers or layers % (stages * int(wanted)):
-        found.append(
+        problems.append(
             f"--num-layers-per-virtual-pipeline-stage {wanted}: expected a number that divides {layers} layers over {stages} "
             "stages. Choose one that does, with --num-layers beside it."
         )
@@ -185,59 +185,59 @@ def _is_count(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 10
 
 
-def _hf_checkpoint(raw: Values, values: Values, found: list[str]) -> None:
+def _hf_checkpoint(raw: Values, values: Values, problems: list[str]) -> None:
     """slime's --hf-checkpoint: tokenizer and config.json, and the weights where neither --load nor --ref-load is given."""
     values.setdefault("data.tokenizer_model", raw["--hf-checkpoint"])
     values.setdefault("checkpoint.load", raw.get("--ref-load", raw["--hf-checkpoint"]))
 
 
-def _ref_load(raw: Values, values: Values, found: list[str]) -> None:
+def _ref_load(raw: Values, values: Values, problems: list[str]) -> None:
     values.setdefault("checkpoint.load", raw["--ref-load"])
 
 
-def _tokenizer_type(raw: Values, values: Values, found: list[str]) -> None:
+def _tokenizer_type(raw: Values, values: Values, problems: list[str]) -> None:
     kind = raw["--tokenizer-type"]
     if kind not in ("HuggingFaceTokenizer", "SentencePieceTokenizer", "SFTTokenizer"):
-        found.append(
+        problems.append(
             f"--tokenizer-type {kind}: expected HuggingFaceTokenizer or SentencePieceTokenizer. "
             "--tokenizer-model takes an HF folder, a hub name or a sentencepiece tokenizer.model."
         )
 
 
-def _use_wandb(raw: Values, values: Values, found: list[str]) -> None:
+def _use_wandb(raw: Values, values: Values, problems: list[str]) -> None:
     if "--wandb-project" not in raw:
-        found.append("--use-wandb needs --wandb-project. Add it, or leave it out.")
+        problems.append("--use-wandb needs --wandb-project. Add it, or leave it out.")
 
 
-def _dynamic_batch(raw: Values, values: Values, found: list[str]) -> None:
+def _dynamic_batch(raw: Values, values: Values, problems: list[str]) -> None:
     if "--max-tokens-per-gpu" not in raw:
-        found.append("--use-dynamic-batch-size needs --max-tokens-per-gpu. Add it, or leave it out.")
+        problems.append("--use-dynamic-batch-size needs --max-tokens-per-gpu. Add it, or leave it out.")
 
 
-def _total_batch_size(raw: Values, values: Values, found: list[str]) -> None:
+def _total_batch_size(raw: Values, values: Values, problems: list[str]) -> None:
     """nanochat's tokens per step -> packs of --seq-length tokens."""
     text, length = raw["--total-batch-size"], values.get("data.seq_length", DataConfig.seq_length)
     if not _is_count(text) or not int(text) or int(text) % length:
-        found.append(
+        problems.append(
             f"--total-batch-size {text}: expected tokens of a step, a multiple of --seq-length {length}. Correct it, or give "
             "--global-batch-size in packs."
         )
         return
     packs = int(text) // length
     if values.setdefault("train.global_batch_size", packs) != packs:
-        found.append(
+        problems.append(
             f"--total-batch-size {text} makes {packs} packs per step, --global-batch-size "
             f"{values['train.global_batch_size']}. Expected one number. Leave one out."
         )
 
 
-def _decoupled_lr(raw: Values, values: Values, found: list[str]) -> None:
+def _decoupled_lr(raw: Values, values: Values, problems: list[str]) -> None:
     """Megatron's --decoupled-lr and --decoupled-min-lr, of input and output layer: the last entry of --param-groups.
 
     Their lowest rate is --min-lr, as in megatron-core (optimizer/__init__.py:get_standard_config_overrides).
     """
     if "--decoupled-lr" not in raw:
-        found.append("--decoupled-min-lr has no effect without --decoupled-lr. Add it, or leave it out.")
+        problems.append("--decoupled-min-lr has no effect without --decoupled-lr. Add it, or leave it out.")
         return
     settings = f"lr={raw['--decoupled-lr']}"
     least = raw.get("--decoupled-min-lr", values.get("optim.min_lr"))
@@ -248,17 +248,17 @@ def _decoupled_lr(raw: Values, values: Values, found: list[str]) -> None:
     values["optim.param_groups"] = entries if entry in entries else (*entries, entry)
 
 
-def _loss_type(raw: Values, values: Values, found: list[str]) -> None:
+def _loss_type(raw: Values, values: Values, problems: list[str]) -> None:
     """--loss-type, with slime's word for cross-entropy."""
     word, kind = raw["--loss-type"], kinds(TrainConfig)["loss_type"]
     word = "sft" if word == "sft_loss" else word
     if word == "asft":
-        found.append(
+        problems.append(
             "--loss-type asft: it anchors to a second, frozen copy of the weights, which this project does not hold beside the "
             "model. Use dft, which is asft without the anchor, with fewer steps or a lower --lr."
         )
     elif not kind.has(word):
-        found.append(f"--loss-type {word}: expected {kind.expected()}. Correct it.")
+        problems.append(f"--loss-type {word}: expected {kind.expected()}. Correct it.")
     else:
         values["train.loss_type"] = word
 

@@ -167,10 +167,10 @@ def flag_of(name: str) -> str:
 
 def range_problems(section: Any) -> list[str]:
     """One sentence for each field of a dataclass that holds what it may not. A default is always right."""
-    found = []
+    problems = []
     for field in dataclasses.fields(section):
         kind, value = kinds(type(section))[field.name], getattr(section, field.name)  # type: ignore[arg-type]
         is_default = type(value) is type(field.default) and value == field.default
         if not is_default and not kind.has(value):
-            found.append(f"{flag_of(field.name)} is {shown(value)}; expected {kind.expected()}. Correct it.")
-    return found
+            problems.append(f"{flag_of(field.name)} is {shown(value)}; expected {kind.expected()}. Correct it.")
+    return problems

@@ -18,9 +18,9 @@ def checkpoint_place(load: str) -> tuple[str, int | None]:
     """
     path = os.path.abspath(load)
     root, name = os.path.split(path)
-    found = re.fullmatch("iter_([0-9]{7,18})", name)
-    if os.path.isdir(path) and (found or (name == "release" and not glob.glob(glob.escape(root) + "/iter_*"))):
-        return os.path.dirname(load.rstrip("/")) or root, int(found[1]) if found else None
+    match = re.fullmatch("iter_([0-9]{7,18})", name)
+    if os.path.isdir(path) and (match or (name == "release" and not glob.glob(glob.escape(root) + "/iter_*"))):
+        return os.path.dirname(load.rstrip("/")) or root, int(match[1]) if match else None
     return load, None
 
 
@@ -60,12 +60,12 @@ def folder_problems(run: RunConfig) -> list[str]:
     read |= {f"data set {number}": path for number, path in enumerate((*run.data.train_data, *run.data.valid_data), start=1)}
     written = {"--save": run.checkpoint.save, "--data-cache-path": run.data.data_cache_path}
     written |= {"--tensorboard-dir": run.log.tensorboard_dir}
-    found = [
+    problems = [
         f"--save-hf {save_hf}: {flag} {path} is there or below; expected a folder of the HF folder's own. Name another."
         for flag, path in {**read, **written}.items()
         if path and (flag in written or os.path.lexists(path)) and _is_at_or_below(os.path.realpath(path), target)
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(problems))
 
 
 def _is_at_or_below(path: str, folder: str) -> bool:

@@ -42,7 +42,7 @@ def parsed(entry: str) -> tuple[str, dict[str, float | str]]:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{pattern} is no regular expression ({error})") from None
-    found: dict[str, float | str] = {}
+    settings: dict[str, float | str] = {}
     for word in words:
         name, _, text = word.partition("=")
         if name not in SETTINGS:
@@ -54,10 +54,10 @@ def parsed(entry: str) -> tuple[str, dict[str, float | str]]:
             value = None
         if value is None or not kind.has(value):
             raise ValueError(f"{word}: expected {kind.expected()}")
-        found[name] = value
-    if not found:
+        settings[name] = value
+    if not settings:
         raise ValueError("nothing is set for it")
-    return pattern, found
+    return pattern, settings
 
 
 def parameter_groups(optim: OptimConfig) -> list[ParameterGroup]:
@@ -102,12 +102,12 @@ def optimizers_of(entries: Sequence[str]) -> list[list[str]]:
 
     Example: ["a lr=1", "b optimizer=sgd lr=1", "c lr=1"] -> [["a"], ["b", "optimizer=sgd"]].
     """
-    found = [
+    groups = [
         [word for number, word in enumerate(entry.split()) if not number or word.startswith("optimizer=")] for entry in entries
     ]
-    while found and len(found[-1]) < 2:
-        found.pop()
-    return found
+    while groups and len(groups[-1]) < 2:
+        groups.pop()
+    return groups
 
 
 def lowest_rate(optim: OptimConfig, peak: float) -> float:
@@ -119,7 +119,7 @@ def lowest_rate(optim: OptimConfig, peak: float) -> float:
 
 def group_problems(optim: OptimConfig) -> list[str]:
     """What is wrong with the table, one sentence each."""
-    found = []
+    problems = []
     for entry in optim.param_groups:
         try:
             if not entry.split():
@@ -127,27 +127,27 @@ def group_problems(optim: OptimConfig) -> list[str]:
             parsed(entry)
         except ValueError as error:
             example = '"embedding lr=1e-5 weight_decay=0"'
-            found.append(f"--param-groups {entry!r}: {error}. Expected a pattern and settings such as {example}. Correct it.")
-    if found:
-        return found
+            problems.append(f"--param-groups {entry!r}: {error}. Expected a pattern and settings such as {example}. Correct it.")
+    if problems:
+        return problems
     groups = parameter_groups(optim)
     used = {group.optimizer for group in groups}
     for name, optimizer in (("sgd_momentum", "sgd"), ("muon_variant", "muon"), ("muon_momentum", "muon")):
         value = getattr(optim, name)
         if value != getattr(OptimConfig(), name) and optimizer not in used:
-            found.append(
+            problems.append(
                 f"{flag_of(name)} {shown(value)} has no effect without --optimizer {optimizer}. Add it, or leave it out."
             )
     if optim.muon_variant == "nanochat" and optim.muon_momentum != OptimConfig().muon_momentum:
-        found.append("--muon-momentum has no effect with --muon-variant nanochat, whose momentum rises. Leave it out.")
+        problems.append("--muon-momentum has no effect with --muon-variant nanochat, whose momentum rises. Leave it out.")
     for group in groups:
         if group.min_lr > group.lr:
-            found.append(
+            problems.append(
                 f"the rate of group {group.label} would rise from {shown(group.lr)} to {shown(group.min_lr)}. Lower --min-lr or "
                 "the group's min_lr, or raise its lr."
             )
         if optim.lr_warmup_init > group.lr:
-            found.append(
+            problems.append(
                 f"--lr-warmup-init {optim.lr_warmup_init:g} is above the rate of group {group.label}, {group.lr:g}. Lower it."
             )
-    return found
+    return problems

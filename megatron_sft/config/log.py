@@ -53,19 +53,19 @@ NAMES: Mapping[str, str] = {
 
 def log_problems(log: LogConfig) -> list[str]:
     """Settings of a place that is not written to, and packages that are missing, one sentence each."""
-    found = []
+    problems = []
     for package, needed in NAMES.items():
         fields = [name for name in vars(log) if name.startswith(package) and name != needed and getattr(log, name) is not None]
         if getattr(log, needed) is None and fields:
             told = ", ".join(map(flag_of, fields))
-            found.append(f"{told} without {flag_of(needed)}: nothing is sent. Add it, or leave it out.")
+            problems.append(f"{told} without {flag_of(needed)}: nothing is sent. Add it, or leave it out.")
         if getattr(log, needed) is not None and not is_installed(package):
             missing = f"{flag_of(needed)} needs the package {package}, which is not installed"
-            found.append(f"{missing}. Run: pip install {package}. Or leave it out.")
-    return found
+            problems.append(f"{missing}. Run: pip install {package}. Or leave it out.")
+    return problems
 
 
 def is_installed(package: str) -> bool:
     """Whether it can be imported; a folder of that name, such as W&B's own logs, is no package."""
-    found = importlib.util.find_spec(package)
-    return found is not None and found.origin is not None
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None

@@ -50,13 +50,13 @@ def problems(run: RunConfig, world_size: int, training: bool = True) -> list[str
         world_size: processes.
         training: False for commands that only read a model (generate, mmlu).
     """
-    if found := _range_problems(run):  # what follows counts with these values
-        return found
-    found = _layout_problems(run, world_size) + model_problems(run.model) + trained_problems(run) + _task_problems(run.tasks)
+    if wrong := _range_problems(run):  # what follows counts with these values
+        return wrong
+    wrong = _layout_problems(run, world_size) + model_problems(run.model) + trained_problems(run) + _task_problems(run.tasks)
     if training:
-        found += _training_problems(run) + _optim_problems(run) + _folder_problems(run.checkpoint)
-        found += folder_problems(run) + _allowed_problems(run) + log_problems(run.log) + _idle_task_problems(run.tasks)
-    return found
+        wrong += _training_problems(run) + _optim_problems(run) + _folder_problems(run.checkpoint)
+        wrong += folder_problems(run) + _allowed_problems(run) + log_problems(run.log) + _idle_task_problems(run.tasks)
+    return wrong
 
 
 def _range_problems(run: RunConfig) -> list[str]:
@@ -67,60 +67,60 @@ def _range_problems(run: RunConfig) -> list[str]:
 
 def core_problems(core: Mapping[str, Any]) -> list[str]:
     """Entries of ModelConfig.core that have no effect here or belong elsewhere, or a value that they may not have."""
-    found = []
+    problems = []
     for name, value in core.items():
         if name in RECORD_OF or name in OWN_CORE:
-            found.append(f"model setting {name!r}: expected outside of `core`. Set it with ModelConfig.with_core.")
+            problems.append(f"model setting {name!r}: expected outside of `core`. Set it with ModelConfig.with_core.")
         elif name not in EFFECTIVE:
             near = nearest(name, list(EFFECTIVE))
             way_out = f"Did you mean {near}?" if near else "Leave it out."
-            found.append(f"model setting {name!r}: expected a setting of megatron-core that has an effect here. {way_out}")
+            problems.append(f"model setting {name!r}: expected a setting of megatron-core that has an effect here. {way_out}")
         elif not EFFECTIVE[name].has(value):
-            found.append(f"{flag_of(name)} is {shown(value)}; expected {EFFECTIVE[name].expected()}. Correct it.")
-    return found
+            problems.append(f"{flag_of(name)} is {shown(value)}; expected {EFFECTIVE[name].expected()}. Correct it.")
+    return problems
 
 
 def _layout_problems(run: RunConfig, world_size: int) -> list[str]:
     parallel, model = run.parallel, run.model
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
-    found = []
+    problems = []
     if world_size % parallel.model_parallel_size:
-        found.append(
+        problems.append(
             f"{world_size} processes cannot be cut into TP {tp} x PP {pp} x CP {cp} = {parallel.model_parallel_size}. "
             "Start a multiple of it, or change --tensor-, --pipeline- or --context-parallel-size."
         )
     elif world_size // pp % (ep * parallel.expert_tensor_parallel_size):
-        found.append(
+        problems.append(
             f"{world_size // pp} processes a pipeline stage cannot be cut into EP {ep} x ETP "
             f"{parallel.expert_tensor_parallel_size}. Change --expert-model-parallel-size, or "
             "--expert-tensor-parallel-size (TP's where it is not given)."
         )
-    found += _division_problems(run)
+    problems += _division_problems(run)
     for name, value in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.num_query_groups)):
         if value % tp and not (name == "num_query_groups" and tp % value == 0):
             flag = f"--{name.replace('_', '-')}"
-            found.append(f"--tensor-model-parallel-size {tp} does not divide {flag} {value}. Choose one that does.")
+            problems.append(f"--tensor-model-parallel-size {tp} does not divide {flag} {value}. Choose one that does.")
     if parallel.virtual_pipeline_model_parallel_size and pp == 1:
-        found.append("virtual pipeline stages need --pipeline-model-parallel-size 2 or more.")
+        problems.append("virtual pipeline stages need --pipeline-model-parallel-size 2 or more.")
     if parallel.sequence_parallel and tp == 1:
-        found.append("--sequence-parallel needs --tensor-model-parallel-size 2 or more. Leave it out.")
+        problems.append("--sequence-parallel needs --tensor-model-parallel-size 2 or more. Leave it out.")
     if cp > 1 and parallel.cp_comm_type == "p2p":
-        found.append("--cp-comm-type p2p needs TransformerEngine. Use a2a (heads divisible by CP x TP) or allgather.")
-    found += _head_problems(model, parallel)
+        problems.append("--cp-comm-type p2p needs TransformerEngine. Use a2a (heads divisible by CP x TP) or allgather.")
+    problems += _head_problems(model, parallel)
     if model.norm_placement != "pre" and model.add_bias_linear:
-        found.append(f"--norm-placement {model.norm_placement} with biases: expected none. Add --disable-bias-linear.")
+        problems.append(f"--norm-placement {model.norm_placement} with biases: expected none. Add --disable-bias-linear.")
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
-        found.append("--overlap-param-gather needs --use-distributed-optimizer. Add it.")
+        problems.append("--overlap-param-gather needs --use-distributed-optimizer. Add it.")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
-        found.append("--overlap-param-gather needs --overlap-grad-reduce. Add it.")
-    return found
+        problems.append("--overlap-param-gather needs --overlap-grad-reduce. Add it.")
+    return problems
 
 
 def _division_problems(run: RunConfig) -> list[str]:
     """Layers over pipeline stages, experts over EP, the MLP over TP: what megatron-core only asserts."""
     parallel, model = run.parallel, run.model
-    found = []
+    problems = []
     ends = (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers)
     stages = parallel.pipeline_model_parallel_size - sum(1 for layers in ends if layers is not None)
     if stages < 0 or (any(ends) and parallel.pipeline_model_parallel_size == 1):
@@ -128,18 +128,18 @@ def _division_problems(run: RunConfig) -> list[str]:
     layers = model.num_layers - sum(layers or 0 for layers in ends)
     chunks = stages * (parallel.virtual_pipeline_model_parallel_size or 1)
     if model.num_layers and (layers < 0 or (layers % chunks if stages else layers)):
-        found.append(
+        problems.append(
             f"{layers} layers cannot be cut into {chunks} equal pipeline stages. Change --pipeline-model-parallel-size, or use "
             "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
         )
     experts, ep = model.moe.num_moe_experts or 0, parallel.expert_model_parallel_size
     if ep > 1 and model.is_whole and not experts:
-        found.append(f"--expert-model-parallel-size {ep}: the model has no experts. Expected 1 (EP=1); leave it out.")
+        problems.append(f"--expert-model-parallel-size {ep}: the model has no experts. Expected 1 (EP=1); leave it out.")
     if experts % ep:
-        found.append(f"--expert-model-parallel-size {ep} does not divide --num-experts {experts}. Choose one that does.")
+        problems.append(f"--expert-model-parallel-size {ep} does not divide --num-experts {experts}. Choose one that does.")
     if experts and model.add_bias_linear and parallel.expert_tensor_parallel_size > 1:
         etp = parallel.expert_tensor_parallel_size
-        found.append(f"--expert-tensor-parallel-size {etp}: megatron-core cuts no expert that has biases. Use 1 (ETP=1).")
+        problems.append(f"--expert-tensor-parallel-size {etp}: megatron-core cuts no expert that has biases. Use 1 (ETP=1).")
     tp = parallel.tensor_model_parallel_size
     widths = {"--ffn-hidden-size": model.ffn_hidden_size}
     if model.mla.multi_latent_attention:
@@ -147,8 +147,8 @@ def _division_problems(run: RunConfig) -> list[str]:
         widths["--q-lora-rank"] = model.mla.q_lora_rank or 0
     for flag, width in widths.items():
         if width % tp:
-            found.append(f"--tensor-model-parallel-size {tp} does not divide {flag} {width}. Choose one that does.")
-    return found
+            problems.append(f"--tensor-model-parallel-size {tp} does not divide {flag} {width}. Choose one that does.")
+    return problems
 
 
 def _chunk_layers(run: RunConfig) -> list[int]:
@@ -166,57 +166,57 @@ def _head_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if cp == 1 or parallel.cp_comm_type != "a2a" or not model.num_attention_heads:
         return []
-    found = []
+    problems = []
     way_out = "Change --context-parallel-size, or use --cp-comm-type allgather."
     if model.num_attention_heads % (tp * cp):
-        found.append(
+        problems.append(
             f"--cp-comm-type a2a: --num-attention-heads {model.num_attention_heads} is not a multiple of "
             f"--tensor-model-parallel-size {tp} x --context-parallel-size {cp}. {way_out}"
         )
     groups = max(model.num_query_groups // tp, 1)  # of one tensor-parallel rank
     if model.num_query_groups and groups % cp and cp % groups:
-        found.append(
+        problems.append(
             f"--cp-comm-type a2a: {groups} of --num-query-groups {model.num_query_groups} on a tensor-parallel rank; "
             f"expected a multiple or a divisor of --context-parallel-size {cp}. {way_out}"
         )
-    return found
+    return problems
 
 
 def model_problems(model: ModelConfig) -> list[str]:
     """Counts of a model that do not go together; what is not said yet is left out."""
-    core, moe, found = model.core, model.moe, []
+    core, moe, problems = model.core, model.moe, []
     if model.num_query_groups and model.num_attention_heads % model.num_query_groups:
-        found.append(
+        problems.append(
             f"--num-query-groups {model.num_query_groups} does not divide --num-attention-heads "
             f"{model.num_attention_heads}. Choose one that does."
         )
     experts, groups, best = moe.num_moe_experts, moe.moe_router_num_groups, moe.moe_router_group_topk
     if experts and moe.moe_router_topk > experts:
-        found.append(f"--moe-router-topk {moe.moe_router_topk} is above --num-experts {experts}. Lower it.")
-    found += idle_problems(model, model.core_fields().keys())
+        problems.append(f"--moe-router-topk {moe.moe_router_topk} is above --num-experts {experts}. Lower it.")
+    problems += idle_problems(model, model.core_fields().keys())
     if (groups is None) != (best is None) or (groups and best and (best > groups or (experts or groups) % groups)):
-        found.append(
+        problems.append(
             f"--moe-router-num-groups {groups} and --moe-router-group-topk {best}: expected both, groups that divide "
             f"--num-experts {experts}, and no more of them than there are. Correct them."
         )
     losses, weights = core.get("moe_router_load_balancing_type"), core.get("moe_aux_loss_coeff")
     if isinstance(losses, list) and not (isinstance(weights, list) and len(weights) == len(losses)):
-        found.append(f"--moe-router-load-balancing-type has {len(losses)} values; expected as many of --moe-aux-loss-coeff.")
+        problems.append(f"--moe-router-load-balancing-type has {len(losses)} values; expected as many of --moe-aux-loss-coeff.")
     if isinstance(weights, list) and not isinstance(losses, list):
-        found.append(f"--moe-aux-loss-coeff has {len(weights)} values; expected one for one --moe-router-load-balancing-type.")
-    found += [f"--rope-scaling: {sentence}. Correct it." for sentence in rope_problems(model.rope_scaling)]
-    return found + _layer_problems(model)
+        problems.append(f"--moe-aux-loss-coeff has {len(weights)} values; expected one for one --moe-router-load-balancing-type.")
+    problems += [f"--rope-scaling: {sentence}. Correct it." for sentence in rope_problems(model.rope_scaling)]
+    return problems + _layer_problems(model)
 
 
 def idle_problems(model: ModelConfig, names: Collection[str]) -> list[str]:
     """Of these names of megatron-core those that mean nothing, because the model has not the part that they are about."""
-    found = []
+    problems = []
     for record, part in PARTS.items():
         training = {name for name in kinds(CoreTraining) if record == "moe" and name.startswith("moe_")}
         idle = sorted(name for name in names if RECORD_OF.get(name) == record or name in training)
         if idle and model.is_whole and not has_part(getattr(model, record)):
-            found.append(f"{', '.join(map(flag_of, idle))}: the model has no {part}. Expected none of these; leave them out.")
-    return found
+            problems.append(f"{', '.join(map(flag_of, idle))}: the model has no {part}. Expected none of these; leave them out.")
+    return problems
 
 
 def rope_problems(scaling: Mapping[str, Any] | None) -> list[str]:
@@ -225,170 +225,172 @@ def rope_problems(scaling: Mapping[str, Any] | None) -> list[str]:
     if scaling is None or kind not in ROPE_NEEDS:
         known = ", ".join(ROPE_NEEDS)
         return [] if scaling is None else [f"rope_scaling: unknown rope_type {kind!r}; expected one of {known}"]
-    found = [f"rope_scaling of type {kind}: {key} is missing" for key in ROPE_NEEDS[kind] if key not in scaling]
+    problems = [f"rope_scaling of type {kind}: {key} is missing" for key in ROPE_NEEDS[kind] if key not in scaling]
     for key in ROPE_NUMBERS:
         if scaling.get(key) is not None and not FACTOR.has(scaling[key]):
-            found.append(f"rope_scaling: {key} is {scaling[key]!r}; expected {FACTOR.expected()}")
-    return found
+            problems.append(f"rope_scaling: {key} is {scaling[key]!r}; expected {FACTOR.expected()}")
+    return problems
 
 
 def _layer_problems(model: ModelConfig) -> list[str]:
     """Lists with one entry per layer."""
-    layers, pattern, found = model.num_layers, model.mamba.hybrid_layer_pattern, []
+    layers, pattern, problems = model.num_layers, model.mamba.hybrid_layer_pattern, []
     every = {"--moe-layer-freq": model.moe.moe_layer_freq, "--no-rope-freq": model.no_rope_freq}
     lists = {"--window-attn-skip-freq": model.window_layers, **every, "--hybrid-layer-pattern": pattern}
     for name, listed in lists.items():
         if layers and listed and not isinstance(listed, int) and len(listed) != layers:
-            found.append(f"{name} names {len(listed)} layers; expected --num-layers {layers}. Correct one of them.")
+            problems.append(f"{name} names {len(listed)} layers; expected --num-layers {layers}. Correct one of them.")
     for name, nth in every.items():
         if nth == 0:
-            found.append(f"{name} 0: expected every how many layers, from 1 on, or a list. Leave it out for none.")
+            problems.append(f"{name} 0: expected every how many layers, from 1 on, or a list. Leave it out for none.")
     skipped = model.no_rope_freq
     if layers and isinstance(skipped, int) and skipped and layers % skipped:
-        found.append(f"--no-rope-freq {skipped} does not divide --num-layers {layers}. Choose one that does, or give a list.")
+        problems.append(f"--no-rope-freq {skipped} does not divide --num-layers {layers}. Choose one that does, or give a list.")
     if pattern is not None and (not pattern or set(pattern) - set("M*-E")):
-        found.append(f"--hybrid-layer-pattern {pattern!r}: expected M, *, - and E, one letter a layer. Correct it.")
+        problems.append(f"--hybrid-layer-pattern {pattern!r}: expected M, *, - and E, one letter a layer. Correct it.")
     if model.window_layers and model.is_whole and not model.window_size:
-        found.append("--window-attn-skip-freq has no effect without --window-size. Add it, or leave both out.")
-    return found
+        problems.append("--window-attn-skip-freq has no effect without --window-size. Add it, or leave both out.")
+    return problems
 
 
 def _training_problems(run: RunConfig) -> list[str]:
     train, data = run.train, run.data
     lengths = {name: value for name in LENGTHS if (value := getattr(train, name)) is not None}
-    found = []
+    problems = []
     if len(lengths) != 1:
         spelled = ", ".join(f"{flag_of(name)} {value:g}" for name, value in lengths.items()) or "no length"
-        found.append(f"{spelled}: expected one of {', '.join(map(flag_of, LENGTHS))}. Give one.")
-    found += data_problems(data)
+        problems.append(f"{spelled}: expected one of {', '.join(map(flag_of, LENGTHS))}. Give one.")
+    problems += data_problems(data)
     tp = run.parallel.tensor_model_parallel_size
     if run.model.moe.num_moe_experts and tp > 1 and not run.parallel.sequence_parallel:
-        found.append(f"--tensor-model-parallel-size {tp} with experts needs --sequence-parallel (megatron-core). Add it.")
+        problems.append(f"--tensor-model-parallel-size {tp} with experts needs --sequence-parallel (megatron-core). Add it.")
     if train.max_tokens_per_gpu and train.max_tokens_per_gpu < data.seq_length:
-        found.append(
+        problems.append(
             f"--max-tokens-per-gpu {train.max_tokens_per_gpu} is below --seq-length {data.seq_length}: a pack would not fit. "
             "Raise it, or lower --seq-length."
         )
     if train.global_batch_size and train.micro_batch_size > train.global_batch_size:
-        found.append(
+        problems.append(
             f"--micro-batch-size {train.micro_batch_size} is above --global-batch-size {train.global_batch_size}: a step has no "
             "such forward pass. Lower the first, or raise the second."
         )
     if train.loss_spike_action != "skip" and train.loss_spike_factor is None:
-        found.append(f"--loss-spike-action {train.loss_spike_action} has no effect without --loss-spike-factor. Add it.")
+        problems.append(f"--loss-spike-action {train.loss_spike_action} has no effect without --loss-spike-factor. Add it.")
     if train.skip_train and not train.eval_iters:
-        found.append("--skip-train needs --eval-iters (-1: all held-out rows) above 0: there is nothing else to do. Add it.")
-    return found + _recompute_problems(run)
+        problems.append("--skip-train needs --eval-iters (-1: all held-out rows) above 0: there is nothing else to do. Add it.")
+    return problems + _recompute_problems(run)
 
 
 def _recompute_problems(run: RunConfig) -> list[str]:
-    train, num_layers, how, found = run.train, run.model.num_layers, run.train.recompute_granularity, []
+    train, num_layers, how, problems = run.train, run.model.num_layers, run.train.recompute_granularity, []
     if how == "full" and not (train.recompute_method and train.recompute_num_layers):
-        found.append("--recompute-granularity full needs --recompute-method uniform|block and --recompute-num-layers N.")
+        problems.append("--recompute-granularity full needs --recompute-method uniform|block and --recompute-num-layers N.")
     elif how == "full" and train.recompute_method == "uniform":
-        found += [
+        problems += [
             f"--recompute-method uniform: {layers} layers of a model chunk are no multiple of --recompute-num-layers "
             f"{train.recompute_num_layers}. Choose a divisor, or --recompute-method block."
             for layers in _chunk_layers(run)
             if layers % (train.recompute_num_layers or 1)
         ]
     if how != "full" and (train.recompute_method or train.recompute_num_layers):
-        found.append(
+        problems.append(
             "--recompute-method and --recompute-num-layers have no effect without --recompute-granularity full. Add it, or "
             "leave them out."
         )
     if how != "selective" and train.recompute_modules:
-        found.append("--recompute-modules has no effect without --recompute-granularity selective. Add it, or leave it out.")
+        problems.append("--recompute-modules has no effect without --recompute-granularity selective. Add it, or leave it out.")
     if num_layers and (train.recompute_num_layers or 0) > num_layers:
-        found.append(f"--recompute-num-layers {train.recompute_num_layers}: the model has {num_layers} layers. Lower it.")
-    return found
+        problems.append(f"--recompute-num-layers {train.recompute_num_layers}: the model has {num_layers} layers. Lower it.")
+    return problems
 
 
 def data_problems(data: DataConfig) -> list[str]:
     """What is wrong with the data section alone, one sentence each."""
-    found = []
+    problems = []
     if not data.train_data:
-        found.append("no training data: expected --finetune-hf-dataset (or DATASET) with a file, a folder or a hub name.")
+        problems.append("no training data: expected --finetune-hf-dataset (or DATASET) with a file, a folder or a hub name.")
     if not data.tokenizer_model:
-        found.append("--tokenizer-model is missing: expected an HF folder, a hub name or a sentencepiece tokenizer.model.")
+        problems.append("--tokenizer-model is missing: expected an HF folder, a hub name or a sentencepiece tokenizer.model.")
     if data.train_epochs and data.train_weights:
-        found.append("--prompt-data-epochs and --prompt-data-weights contradict each other. Give one of them.")
+        problems.append("--prompt-data-epochs and --prompt-data-weights contradict each other. Give one of them.")
     for name, values in (("epochs", data.train_epochs), ("weights", data.train_weights)):
         if values and not any(values):
-            found.append(f"--prompt-data-{name} is {values}; expected one above 0. Raise one.")
+            problems.append(f"--prompt-data-{name} is {values}; expected one above 0. Raise one.")
     for name in ("train_names", "train_epochs", "train_weights"):
         count = len(getattr(data, name))
         if count and count != len(data.train_data):
-            found.append(f"{count} values of {name} for {len(data.train_data)} sources; expected one per source.")
+            problems.append(f"{count} values of {name} for {len(data.train_data)} sources; expected one per source.")
     if len(data.split) != 3 or not data.split[0]:
-        found.append(f"--split is {data.split}; expected shares of training, validation and test, the first above 0.")
-    return found
+        problems.append(f"--split is {data.split}; expected shares of training, validation and test, the first above 0.")
+    return problems
 
 
 def _optim_problems(run: RunConfig) -> list[str]:
     optim, train = run.optim, run.train
-    found = []
+    problems = []
     peak = optim.lr * optim.init_lr_frac
     said = f"--lr {optim.lr:g}" + (f" x --init-lr-frac {optim.init_lr_frac:g}" if optim.init_lr_frac != 1 else "")
     for name, value in (("--min-lr", lowest_rate(optim, optim.lr)), ("--lr-warmup-init", optim.lr_warmup_init)):
         if value > peak:
-            found.append(f"{name} {value:g} is above {said}. Lower it, or raise --lr.")
+            problems.append(f"{name} {value:g} is above {said}. Lower it, or raise --lr.")
     if optim.final_lr_frac is not None and optim.min_lr:
-        found.append("--final-lr-frac and --min-lr both say where the rate ends. Give one of them.")
+        problems.append("--final-lr-frac and --min-lr both say where the rate ends. Give one of them.")
     if optim.unembedding_lr is not None and run.model.is_whole and run.model.share_embeddings_and_output_weights:
-        found.append("--unembedding-lr: the head is tied to the embeddings. Leave it out, or use --embedding-lr.")
+        problems.append("--unembedding-lr: the head is tied to the embeddings. Leave it out, or use --embedding-lr.")
     if optim.warmdown_ratio is not None and (optim.lr_warmup_fraction or 0) + optim.warmdown_ratio > 1:
-        found.append(
+        problems.append(
             f"--warmup-ratio {optim.lr_warmup_fraction:g} and --warmdown-ratio {optim.warmdown_ratio:g} are more than the whole "
             "schedule. Lower one."
         )
-    found += group_problems(optim)
-    others = {group.optimizer for group in parameter_groups(optim)} - {"adam"} if not found else set()
+    problems += group_problems(optim)
+    others = {group.optimizer for group in parameter_groups(optim)} - {"adam"} if not problems else set()
     if others and optim.use_precision_aware_optimizer:
-        found.append(f"--use-precision-aware-optimizer: expected adam alone, not {', '.join(sorted(others))}. Leave it out.")
+        problems.append(f"--use-precision-aware-optimizer: expected adam alone, not {', '.join(sorted(others))}. Leave it out.")
     if "muon" in others and (run.lora.lora_rank or run.lora.lora_load):
-        found.append(
+        problems.append(
             "--optimizer muon with adapters: what is trained are factors, whose product it would have to orthogonalise. Expected "
             "adam or sgd. Use one of them."
         )
     narrow = [n for n in ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype") if getattr(optim, n) != "fp32"]
     if narrow and not (optim.use_precision_aware_optimizer and train.params_dtype == "bf16"):
         spelled = ", ".join(f"--{name.replace('_', '-')}" for name in narrow)
-        found.append(f"{spelled} bf16: expected --use-precision-aware-optimizer and --bf16 with it. Add them, or leave it out.")
+        problems.append(
+            f"{spelled} bf16: expected --use-precision-aware-optimizer and --bf16 with it. Add them, or leave it out."
+        )
     if optim.exp_avg_sq_dtype == "bf16" and optim.adam_beta2 > 0.98:
-        found.append(
+        problems.append(
             f"--exp-avg-sq-dtype bf16 with --adam-beta2 {optim.adam_beta2:g}: a step changes the moment by less than bf16 can "
             "hold (1 part in 256), so that it stands still. Use 0.98 or less, or fp32."
         )
-    return found + _schedule_problems(run)
+    return problems + _schedule_problems(run)
 
 
 def _schedule_problems(run: RunConfig) -> list[str]:
     """Lengths of the schedule, as far as flags alone say them; optim.py has the rest once the data is packed."""
     optim, train = run.optim, run.train
-    found = []
+    problems = []
     samples = [n for n in ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples") if getattr(optim, n)]
     iters = [n for n in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters") if getattr(optim, n)]
     if iters and (samples or train.train_samples):
-        found.append(
+        problems.append(
             f"{', '.join(map(flag_of, iters + samples))}: a schedule is in iterations or in samples, not both. Give all lengths "
             "in the run's unit."
         )
     if optim.lr_warmup_fraction is not None and (optim.lr_warmup_iters or optim.lr_warmup_samples):
-        found.append("--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples. Give one of them.")
+        problems.append("--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples. Give one of them.")
     for unit, run_length in (("iters", train.train_iters), ("samples", train.train_samples)):
         decay, warmup, final = (getattr(optim, f"lr_{part}_{unit}") for part in ("decay", "warmup", "wsd_decay"))
         length, source = (decay, f"--lr-decay-{unit}") if decay else (run_length, f"--train-{unit}")
-        found += length_problems(unit, warmup, length, final, f"{source} {length}")
+        problems += length_problems(unit, warmup, length, final, f"{source} {length}")
     lengths = [n for n in (*samples, *iters) if "wsd" in n]
     if optim.lr_decay_style == "WSD" and not lengths:
-        found.append(
+        problems.append(
             "--lr-decay-style WSD needs the length of its last part. Give --lr-wsd-decay-iters or --lr-wsd-decay-samples, such "
             "as a tenth of the run's length."
         )
     if optim.lr_decay_style != "WSD" and lengths:
-        found.append(f"{flag_of(lengths[0])} has no effect without --lr-decay-style WSD. Add it, or leave it out.")
-    return found
+        problems.append(f"{flag_of(lengths[0])} has no effect without --lr-decay-style WSD. Add it, or leave it out.")
+    return problems
 
 
 def length_problems(unit: str, warmup: int, decay: int | None, final: int | None, said: str) -> list[str]:
@@ -403,35 +405,35 @@ def length_problems(unit: str, warmup: int, decay: int | None, final: int | None
     """
     if decay is None:
         return []
-    found = []
+    problems = []
     if warmup >= decay:
-        found.append(f"--lr-warmup-{unit} {warmup}: the schedule ends with {said}. Expected fewer; lower it, or train longer.")
+        problems.append(f"--lr-warmup-{unit} {warmup}: the schedule ends with {said}. Expected fewer; lower it, or train longer.")
     elif final and final > decay - warmup:
-        found.append(
+        problems.append(
             f"--lr-wsd-decay-{unit} {final}: {said} leave {decay - warmup} for it after the warm-up. Expected at most that; "
             "lower it."
         )
-    return found
+    return problems
 
 
 def _folder_problems(checkpoint: CheckpointConfig) -> list[str]:
-    found = []
+    problems = []
     for name in ("save_interval", "save_retain", "async_save"):
         if getattr(checkpoint, name) and not checkpoint.save:
-            found.append(f"{flag_of(name)} has no effect without --save. Add it, or leave it out.")
+            problems.append(f"{flag_of(name)} has no effect without --save. Add it, or leave it out.")
     if checkpoint.save and checkpoint.save_hf and os.path.realpath(checkpoint.save) == os.path.realpath(checkpoint.save_hf):
-        found.append(f"--save and --save-hf are both {checkpoint.save}. Give them folders of their own.")
+        problems.append(f"--save and --save-hf are both {checkpoint.save}. Give them folders of their own.")
     for flag, target in (("--save", checkpoint.save), ("--save-hf", checkpoint.save_hf)):
         if not target:
             continue
         if os.path.exists(os.path.join(target, "config.json")) and flag == "--save":
-            found.append(f"--save {target} is an HF folder; a checkpoint would mix with it. Choose another folder.")
+            problems.append(f"--save {target} is an HF folder; a checkpoint would mix with it. Choose another folder.")
         parent = os.path.abspath(target)
         while not os.path.exists(parent):
             parent = os.path.dirname(parent)
         if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-            found.append(f"{flag} {target}: {parent} cannot be written. Choose a folder that can be.")
-    return found
+            problems.append(f"{flag} {target}: {parent} cannot be written. Choose a folder that can be.")
+    return problems
 
 
 def _task_problems(tasks: TasksConfig) -> list[str]:

@@ -234,14 +234,14 @@ class ChatEncoder:
     def _special_said(self, conversation: Conversation, where: str) -> bool:
         """Whether a message or a tool holds a special token; RowError where that is not allowed."""
         for number, message in enumerate([*conversation.messages, conversation.tools or []], start=1):
-            found = next((match for text in texts_in(message) if (match := self._control.search(text))), None)
-            if found is not None:
+            special = next((match for text in texts_in(message) if (match := self._control.search(text))), None)
+            if special is not None:
                 if self.config.special_in_content == "error":
                     place = f"message {number}" if number <= len(conversation.messages) else "tools"
                     raise RowError(
                         where,
                         SPECIAL_SAID,
-                        f"{place} holds the special token {found[0]}, as which it would count; expected text alone "
+                        f"{place} holds the special token {special[0]}, as which it would count; expected text alone "
                         "(--special-in-content error). Remove it, or pass --special-in-content text.",
                     )
                 return True
@@ -285,9 +285,9 @@ def _last_user(messages: Sequence[Mapping[str, Any]]) -> int:
 
 def _behind_empty_thinking(text: str, authors: str, first: int, last: int) -> int:
     """Where an answer begins behind an empty <think> block that the template itself wrote before it."""
-    found = EMPTY_THINKING.match(text, first, last)
-    own = len(authors[first : found.end()]) - len(authors[first : found.end()].lstrip(OWN)) if found else 0
-    return first + own if found and "</think>" in text[first : first + own] else first
+    match = EMPTY_THINKING.match(text, first, last)
+    own = len(authors[first : match.end()]) - len(authors[first : match.end()].lstrip(OWN)) if match else 0
+    return first + own if match and "</think>" in text[first : first + own] else first
 
 
 def _leaves_reasoning_out(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span], text: str) -> bool:
@@ -303,9 +303,9 @@ def _leaves_reasoning_out(messages: Sequence[Mapping[str, Any]], spans: Sequence
 
 def _thoughts(message: Mapping[str, Any]) -> Iterable[str]:
     """The reasoning of an answer, without the white space around it."""
-    found = [message.get("reasoning_content"), message.get("thinking")]
-    found += [block[1] for block in THOUGHT.finditer(str(message.get("content") or ""))]
-    return [thought.strip() for thought in found if isinstance(thought, str) and thought.strip()]
+    thoughts = [message.get("reasoning_content"), message.get("thinking")]
+    thoughts += [block[1] for block in THOUGHT.finditer(str(message.get("content") or ""))]
+    return [thought.strip() for thought in thoughts if isinstance(thought, str) and thought.strip()]
 
 
 def _check_left_out(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span], text: str, where: str) -> None:
@@ -355,7 +355,7 @@ def _without_history_thinking(messages: list[dict[str, Any]]) -> list[dict[str, 
 
 def _outside_thinking(text: str, first: int, last: int) -> Iterable[Span]:
     place = first
-    for found in THINKING.finditer(text, first, last):
-        yield (place, found.start())
-        place = found.end()
+    for block in THINKING.finditer(text, first, last):
+        yield (place, block.start())
+        place = block.end()
     yield (place, last)

@@ -162,8 +162,8 @@ def _files_of(source: Any) -> list[str]:
     """The files that are read; for a class of the user's own, those at the path that it is given."""
     if source.files or os.path.isfile(source.path):
         return list(source.files) or [source.path]
-    found = (os.path.join(top, name) for top, _, names in os.walk(source.path) for name in names)
-    return sorted(path for path in found if os.path.isfile(path))
+    paths = (os.path.join(top, name) for top, _, names in os.walk(source.path) for name in names)
+    return sorted(path for path in paths if os.path.isfile(path))
 
 
 def _tokenizer_identity(tokenizer_model: str, files: _Files) -> Any:
@@ -187,8 +187,8 @@ def _tokenizer_identity(tokenizer_model: str, files: _Files) -> Any:
         "bpe*",
         "config.json",
     )
-    found = sorted({file for name in names for file in path.glob(name) if file.is_file()})
-    return [[file.name, files.hash(file)] for file in found]
+    paths = sorted({file for name in names for file in path.glob(name) if file.is_file()})
+    return [[file.name, files.hash(file)] for file in paths]
 
 
 def _text_or_file(template: str | None, files: _Files) -> str | None:

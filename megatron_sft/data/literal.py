@@ -87,11 +87,11 @@ class Literal:
     def _own(self, text: str, authors: str) -> Iterator[tuple[int, int]]:
         """Where the template itself wrote a special token."""
         place = 0
-        while found := self._pattern.search(text, place):
-            is_own = not authors[found.start() : found.end()].strip(OWN)
+        while match := self._pattern.search(text, place):
+            is_own = not authors[match.start() : match.end()].strip(OWN)
             if is_own:
-                yield found.span()
-            place = found.end() if is_own else found.start() + 1
+                yield match.span()
+            place = match.end() if is_own else match.start() + 1
 
 
 def literal_of(tokenizer: Any, name: str) -> Literal:

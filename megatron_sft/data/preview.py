@@ -117,12 +117,12 @@ def as_html(store: DocumentStore, plan: PackPlan, shown: Sequence[int], decode: 
 
 def trained_rows(store: DocumentStore, shown: Sequence[int], decode: Decode, limit: int) -> list[dict[str, Any]]:
     """JSON-able: title, and neighbouring text of one weight as runs of (text, weight); of a document its first `limit` tokens."""
-    found = []
+    rows = []
     for index in shown:
         document = store.document(index)
         first = Document(document.tokens[:limit], document.loss_mask[:limit])
-        found.append({"title": _title(store, index, document), "runs": list(_runs(first, decode))})
-    return found
+        rows.append({"title": _title(store, index, document), "runs": list(_runs(first, decode))})
+    return rows
 
 
 def _title(store: DocumentStore, index: int, document: Document) -> str:
@@ -157,5 +157,5 @@ def _coloured(document: Document, decode: Decode, special: Collection[int] = ())
 
 def _bracketed(document: Document, decode: Decode) -> str:
     marks = {0.0: ("", ""), 1.0: ("[[", "]]")}
-    found = [(*marks.get(weight, (f"[{weight:g}x[", "]]")), printable(text)) for text, weight in _runs(document, decode)]
-    return "".join(f"{first}{text}{last}" for first, last, text in found)
+    marked = [(*marks.get(weight, (f"[{weight:g}x[", "]]")), printable(text)) for text, weight in _runs(document, decode)]
+    return "".join(f"{first}{text}{last}" for first, last, text in marked)

@@ -194,16 +194,16 @@ def _messages(record: Mapping[str, Any], where: str, config: DataConfig) -> list
     """OpenAI messages (role/content) and ShareGPT conversations (from/value), with an optional `system` column."""
     keys = (config.input_key,) if config.input_key else MESSAGE_KEYS
     key = next(k for k in keys if record.get(k) is not None or config.input_key)
-    found = _maybe_json(record[key], where)
-    if not isinstance(found, list) or not found:
-        what = "an empty list" if found == [] else _kind(found)
+    messages = _maybe_json(record[key], where)
+    if not isinstance(messages, list) or not messages:
+        what = "an empty list" if messages == [] else _kind(messages)
         raise RowError(
             where,
             "no messages",
             f"column {key} is {what}; expected a list of messages "
             '[{"role": ..., "content": ...}, ...]. Remove or rewrite the row.',
         )
-    return _with_system(record, [_message(m, i, where, config) for i, m in enumerate(found)], where)
+    return _with_system(record, [_message(m, i, where, config) for i, m in enumerate(messages)], where)
 
 
 def _alpaca(record: Mapping[str, Any], where: str, config: DataConfig) -> list[Message]:
@@ -230,8 +230,8 @@ def _alpaca(record: Mapping[str, Any], where: str, config: DataConfig) -> list[M
 
 def _pair(record: Mapping[str, Any], where: str, config: DataConfig) -> list[Message]:
     """A prompt and a response column; each may be text, a list of messages, or a dict (--prompt-dict-keys)."""
-    found = next(((a, b) for a, b in PAIRS if a in record and b in record), ("prompt", "response"))
-    prompt_key, response_key = config.prompt_key or found[0], config.response_key or found[1]
+    keys = next(((a, b) for a, b in PAIRS if a in record and b in record), ("prompt", "response"))
+    prompt_key, response_key = config.prompt_key or keys[0], config.response_key or keys[1]
     prompt = _column(record, prompt_key, config.prompt_dict_keys, where)
     response = _column(record, response_key, config.response_dict_keys, where)
     messages = _as_messages(prompt, "user", prompt_key, where, config)
@@ -295,21 +295,21 @@ def _as_messages(value: Any, role: str, key: str, where: str, config: DataConfig
     return [{"role": role, "content": _text(value, where, f"column {key}")}]
 
 
-def _message(found: Any, index: int, where: str, config: DataConfig) -> Message:
+def _message(raw: Any, index: int, where: str, config: DataConfig) -> Message:
     """One message in OpenAI's form; None values are left out, as apply_chat_template does."""
     here = f"message {index + 1}"
-    if not isinstance(found, Mapping):
+    if not isinstance(raw, Mapping):
         raise RowError(
             where,
             "message is no object",
-            f"{here} is {_kind(found)}; expected an object with role and content. Remove or rewrite the row.",
+            f"{here} is {_kind(raw)}; expected an object with role and content. Remove or rewrite the row.",
         )
-    message: Message = {str(k): v for k, v in found.items() if v is not None and k not in ALIASES}
+    message: Message = {str(k): v for k, v in raw.items() if v is not None and k not in ALIASES}
     for name, names in SPELLINGS.items():
-        if any(other in found for other in names):
-            value = _only_one({f"{key} of {here}": found.get(key) for key in (name, *names)}, where)
+        if any(other in raw for other in names):
+            value = _only_one({f"{key} of {here}": raw.get(key) for key in (name, *names)}, where)
             message |= {} if value is None else {name: value}
-    given = found.get("role", found.get("from"))
+    given = raw.get("role", raw.get("from"))
     message["role"] = role = _role(given, here, where, config)
     if given in ("function_call", "tool_call"):
         message["content"], message["tool_calls"] = "", _maybe_json(message.get("content"), where)
@@ -352,9 +352,9 @@ def _check_weight(message: Message, here: str, where: str) -> None:
         )
 
 
-def _tool_calls(found: Any, here: str, where: str) -> list[dict[str, Any]]:
+def _tool_calls(value: Any, here: str, where: str) -> list[dict[str, Any]]:
     """[{"type": "function", "function": {"name", "arguments": dict}}]; arguments in a JSON string are parsed."""
-    calls = [found] if isinstance(found, Mapping) else _maybe_json(found, where)
+    calls = [value] if isinstance(value, Mapping) else _maybe_json(value, where)
     result = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, Mapping) else None

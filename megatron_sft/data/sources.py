@@ -55,15 +55,15 @@ class Source:
 
     def __init__(self, path: str, config: DataConfig, name: str | None = None, splits: Sequence[str] = ()):
         self.path, self.config, self.splits = path, config, tuple(splits) or (config.data_split,)
-        found = _SLICE.match(path)
-        self._base = found["path"] if found else path
-        self._slice = (found["start"], found["stop"], found["percent"]) if found else None
+        match = _SLICE.match(path)
+        self._base = match["path"] if match else path
+        self._slice = (match["start"], match["stop"], match["percent"]) if match else None
         self.name = name or _stem(self._base)
         self.files = _local_files(self._base, self.splits)
         self.num_rows: int | None = None
         if self.files and config.data_config:
             logger.info("--finetune-data-config has no effect on %s, which is on this machine.", path)
-        if found and float(found["percent"] or 0) > 100:
+        if match and float(match["percent"] or 0) > 100:
             raise DataError(f"{path}: the slice is above 100 %; expected at most all rows. See --prompt-data-epochs for more.")
 
     def __iter__(self) -> Iterator[Item]:
@@ -455,10 +455,10 @@ def _custom_class(spec: str) -> type:
     module = importlib.util.module_from_spec(module_spec)
     with _users_code(spec):
         module_spec.loader.exec_module(module)
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
+    named = getattr(module, class_name, None)
+    if not isinstance(named, type):
         raise DataError(
             f"--custom-dataset {spec}: {file} has no class {class_name}; expected a class whose CLASS(path) "
             "yields dicts. Correct the name."
         )
-    return found
+    return named

@@ -115,10 +115,10 @@ def _turn(template: Template, kwargs: Mapping[str, Any], special: tuple[str, ...
             if isinstance(error, TemplateError) and error.is_fatal:
                 raise
             template.learned[key] = f"of a short conversation: {error}"
-    found = template.learned[key]
-    if isinstance(found, str):
-        raise Undecided(found)
-    return found
+    learned = template.learned[key]
+    if isinstance(learned, str):
+        raise Undecided(learned)
+    return learned
 
 
 def _learn_turn(template: Template, kwargs: Mapping[str, Any], special: tuple[str, ...]) -> _Turn:
@@ -251,10 +251,10 @@ def _turns(text: str, authors: str, turn: _Turn) -> Iterator[Span]:
     while place >= 0:
         first = place + len(turn.prompt if text.startswith(turn.prompt, place) else turn.header)
         ends = [(_find_own(text, authors, end, first), end) for end in turn.ends]
-        found = min(((at, end) for at, end in ends if at >= 0), default=None)
-        if found is None:
+        nearest = min(((at, end) for at, end in ends if at >= 0), default=None)
+        if nearest is None:
             raise Undecided("an assistant message has no end-of-turn token")
-        last = found[0] + len(found[1])
+        last = nearest[0] + len(nearest[1])
         place = _find_own(text, authors, turn.header, first)
         if 0 <= place < last:
             raise Undecided("an assistant message begins before the one before it has ended")
@@ -285,10 +285,10 @@ def _check_authors(conversation: Conversation, spans: Sequence[Span], authors: s
     """Each span holds its own message's text, if any of that is rendered, and no other message's."""
     for span, index in zip(spans, conversation.assistants(), strict=True):
         own = author(index)
-        found = _writers(authors, span)
-        if found - {own}:
+        writers = _writers(authors, span)
+        if writers - {own}:
             raise Undecided(f"in the turn of message {index} stands what another message says")
-        if not found and own in authors:
+        if not writers and own in authors:
             raise Undecided(f"what message {index} says stands outside its turn")
 
 

@@ -54,8 +54,8 @@ def files_of_split(folder: str, files: Sequence[str], wanted: Sequence[str]) -> 
         )
     taken = splits[split]
     if len(taken) < len(files):
-        others = [f"{name} ({len(found)})" for name, found in splits.items() if name != split]
-        unnamed = len(set(files) - {file for found in splits.values() for file in found})
+        others = [f"{name} ({len(named)})" for name, named in splits.items() if name != split]
+        unnamed = len(set(files) - {file for named in splits.values() for file in named})
         left = ", ".join([*others, *([f"of no split ({unnamed})"] if unnamed else [])])
         names = [os.path.relpath(file, folder) for file in taken[:LISTED]] + ["..."] * (len(taken) > LISTED)
         logger.info(
@@ -72,8 +72,8 @@ def _by_name(folder: str, files: Sequence[str]) -> dict[str, list[str]]:
     parts = {file: path.split(os.sep) for file, path in paths.items()}
     by_folder = {split: [f for f in files if any(map(_FOLDER[split].fullmatch, parts[f][:-1]))] for split in KEYWORDS}
     by_file = {split: [f for f in files if _FILE[split].fullmatch(parts[f][-1])] for split in KEYWORDS}
-    found = by_folder if any(by_folder.values()) else by_file
-    return {split: named for split, named in found.items() if named}
+    chosen = by_folder if any(by_folder.values()) else by_file
+    return {split: named for split, named in chosen.items() if named}
 
 
 def _by_card(folder: str, files: Sequence[str]) -> dict[str, list[str]]:
@@ -90,8 +90,8 @@ def _by_card(folder: str, files: Sequence[str]) -> dict[str, list[str]]:
     for entry in patterns if isinstance(patterns, list) else [patterns]:
         split, paths = (str(entry.get("split")), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
         for path in paths if isinstance(paths, list) else [paths]:
-            found = glob.glob(os.path.join(glob.escape(inside), str(path)), recursive=True)
-            splits.setdefault(split, set()).update(normal[path] for path in map(os.path.normpath, found) if path in normal)
+            matched = glob.glob(os.path.join(glob.escape(inside), str(path)), recursive=True)
+            splits.setdefault(split, set()).update(normal[path] for path in map(os.path.normpath, matched) if path in normal)
     if not any(splits.values()):
         raise DataError(f"{card}: its data_files {patterns} are no data files below {folder}; expected some. Correct it.")
     return {split: sorted(named) for split, named in splits.items() if named}

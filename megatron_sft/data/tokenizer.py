@@ -110,9 +110,9 @@ class SlowText:
     def _edges(self, piece: str, ids: list[int]) -> list[tuple[int, int]]:
         """(first character, one past the last) of each token of a piece of text."""
         if self._model is not None:
-            found = self._model.encode(piece, return_type="proto").pieces
-            if [part.id for part in found] == ids:
-                return _character_edges(piece, [(part.begin, part.end) for part in found])
+            pieces = self._model.encode(piece, return_type="proto").pieces
+            if [part.id for part in pieces] == ids:
+                return _character_edges(piece, [(part.begin, part.end) for part in pieces])
         ends = [len(self._decode(ids[: n + 1]).rstrip("\ufffd")) for n in range(len(ids))]
         if self._decode(ids) != piece or ends != sorted(ends):
             raise NoPlaces(
@@ -135,9 +135,9 @@ def _character_edges(piece: str, edges: list[tuple[int, int]]) -> list[tuple[int
 
 def _own_edges(edges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Tokens that end no character (the first bytes of one) get the place of the token that does."""
-    found: list[tuple[int, int]] = []
+    own: list[tuple[int, int]] = []
     following = (edges[-1][1], edges[-1][1]) if edges else (0, 0)
     for first, last in reversed(edges):
         following = (first, last) if first < last else following
-        found.append(following)
-    return found[::-1]
+        own.append(following)
+    return own[::-1]

@@ -275,11 +275,11 @@ class _Collector:
 
     def check(self, is_end: bool) -> None:
         """Refuses the data when there are too many bad rows, or at the end when nothing is left."""
-        allowed, found = self.config.max_bad_rows, len(self.problems)
-        if found > allowed and (is_end or found >= max(LISTED_PROBLEMS, allowed + 1)):
+        allowed, bad = self.config.max_bad_rows, len(self.problems)
+        if bad > allowed and (is_end or bad >= max(LISTED_PROBLEMS, allowed + 1)):
             listed = "\n  ".join(problem.message for problem in self.problems[:LISTED_PROBLEMS])
             raise DataError(
-                f"{found:,} bad rows among the first {self.num_rows:,}; expected at most {allowed:,}. Correct them, or "
+                f"{bad:,} bad rows among the first {self.num_rows:,}; expected at most {allowed:,}. Correct them, or "
                 f"set them aside with --max-bad-rows N. The first:\n  {listed}"
             )
         if not is_end:
@@ -440,10 +440,10 @@ def _check_masks(encoder: Any, config: DataConfig, first: Sequence[Portion], nam
     for portion in first:
         rows = list(_good_rows(portion, config))
         routes = check_masks(encoder, rows)
-        found = ", ".join(f"{count} by {route}" for route, count in routes.items()) or "plain text"
+        said = ", ".join(f"{count} by {route}" for route, count in routes.items()) or "plain text"
         if rows:  # otherwise encode_rows says what is wrong with them
             schemas = ", ".join(Counter(row.schema for row in rows))
-            logger.info("rows: %s has %s; masks checked (%s)", names[portion.source_id], schemas, found)
+            logger.info("rows: %s has %s; masks checked (%s)", names[portion.source_id], schemas, said)
 
 
 def _good_rows(portion: Portion, config: DataConfig) -> Iterator[Row]:

@@ -65,12 +65,12 @@ class Traced(str):
         return self._parts(super().rsplit(sep, maxsplit), sep)
 
     def _parts(self, parts: list[str], sep: str | None) -> list[str]:
-        place, found = 0, []
+        place, pieces = 0, []
         for part in parts:
             place = self.index(part, place)
-            found.append(self[place : place + len(part)])
+            pieces.append(self[place : place + len(part)])
             place += len(part) + len(sep or "")
-        return list(found)
+        return list(pieces)
 
     def join(self, parts: Iterable[str]) -> "Traced":
         every = list(parts)

@@ -74,11 +74,11 @@ def attach(chunks: Sequence[nn.Module], run: RunConfig, ranks: Ranks) -> None:
             adapter.draw(run.lora.lora_init, run.train.seed)
     every = [item for other in gather(said) for item in other]
     hits, others, known = (set().union(*parts) for parts in zip(*every, strict=True))
-    found = [f"--lora-target-modules {word}: such weights cannot have an adapter." for word in sorted(others - hits)]
-    found += [f"--lora-target-modules {word}: no module has this name." for word in words if word not in hits | others]
-    if found:
+    problems = [f"--lora-target-modules {word}: such weights cannot have an adapter." for word in sorted(others - hits)]
+    problems += [f"--lora-target-modules {word}: no module has this name." for word in words if word not in hits | others]
+    if problems:
         raise ConfigError(
-            [f"{text} Expected {ALL}, an expression, or of {', '.join(sorted(known))}. Correct it." for text in found]
+            [f"{text} Expected {ALL}, an expression, or of {', '.join(sorted(known))}. Correct it." for text in problems]
         )
 
 
@@ -216,13 +216,13 @@ def _freeze_named(chunks: Sequence[nn.Module], run: RunConfig, ranks: Ranks, pat
                 continue
             is_tied = held.name == TIED and run.model.share_embeddings_and_output_weights
             ours = "embedding.word_embeddings.weight" if is_tied else held.name
-            found = {word for word in patterns if re.search(word, ours)}
+            meant = {word for word in patterns if re.search(word, ours)}
             for word in patterns:
                 theirs = [re.search(word, source) is not None for source in held.sources]
-                found |= {word} if all(theirs) else set()
-                in_part |= {f"{word} ({held.name})"} if any(theirs) and not all(theirs) and word not in found else set()
-            hits |= found
-            parameter.requires_grad_(bool(found) == (flag == "--train-only"))
+                meant |= {word} if all(theirs) else set()
+                in_part |= {f"{word} ({held.name})"} if any(theirs) and not all(theirs) and word not in meant else set()
+            hits |= meant
+            parameter.requires_grad_(bool(meant) == (flag == "--train-only"))
             some_trained |= parameter.requires_grad
     outcomes = gather((hits, in_part, some_trained))
     hits, in_part = set().union(*(item[0] for item in outcomes)), set().union(*(item[1] for item in outcomes))

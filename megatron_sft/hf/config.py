@@ -197,7 +197,7 @@ def _count_problems(fields: Fields) -> list[str]:
     }
     for name, key in lists.items():
         wrong[f"{key} does not name {layers} layers"] = fields.get(name) and len(fields[name]) != layers
-    return [sentence for sentence, found in wrong.items() if found]
+    return [sentence for sentence, is_wrong in wrong.items() if is_wrong]
 
 
 def _model_config(fields: Fields) -> ModelConfig:

@@ -53,13 +53,13 @@ def given(keys: Keys) -> Fields:
 
 def kind_problems(keys: Keys) -> list[str]:
     """Keys of `given` that do not hold what they may, one sentence each."""
-    found = []
+    problems = []
     for key, value in keys.items():
         if key in ROPE_PARTS:
-            found += kind_problems(value) if isinstance(value, Mapping) else [f"{key} is {value!r}; expected an object"]
+            problems += kind_problems(value) if isinstance(value, Mapping) else [f"{key} is {value!r}; expected an object"]
         elif key in KEY_KINDS and not KEY_KINDS[key].has(value):
-            found.append(f"{key} is {value!r}; expected {KEY_KINDS[key].expected()}")
-    return found
+            problems.append(f"{key} is {value!r}; expected {KEY_KINDS[key].expected()}")
+    return problems
 
 
 def _window_everywhere(keys: Keys) -> Fields:

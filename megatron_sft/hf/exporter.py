@@ -188,8 +188,8 @@ def _offered(chunks: Sequence[nn.Module], model: ModelConfig, family: Family, ra
     shards = agree(lambda: [(chunk, list(held_shards([chunk], model, family, ranks))) for chunk in chunks])
     held = {
         (item.name, item.part): item
-        for chunk, found in shards
-        for item in with_adapters(chunk, found)
+        for chunk, shard in shards
+        for item in with_adapters(chunk, shard)
         if not (item.name == TIED and model.share_embeddings_and_output_weights)
     }
     return held, gather(_offers(held))

@@ -136,20 +136,20 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
         CheckpointError: no weights, damaged files, an index that does not agree with its files or leads elsewhere,
             a tensor in two files, a dtype other than fp32, bf16 and fp16.
     """
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     faults = []
     for path, expected in _files(Path(folder)).items():
         try:
             for tensor in _tensors_of(path, expected):
-                if tensor.name in found:
+                if tensor.name in tensors:
                     faults.append(f"{path}: {tensor.name} is in two files; expected it in one. Download the folder again.")
-                found[tensor.name] = tensor
+                tensors[tensor.name] = tensor
         except CheckpointError as error:
             faults.append(str(error))
     if faults:
         raise CheckpointError("\n".join(faults[:8] + ([f"and {len(faults) - 8} more files"] if len(faults) > 8 else [])))
-    text = {name.removeprefix(TEXT_PREFIX): value for name, value in found.items() if name.startswith(TEXT_PREFIX)}
-    return text or found
+    text = {name.removeprefix(TEXT_PREFIX): value for name, value in tensors.items() if name.startswith(TEXT_PREFIX)}
+    return text or tensors
 
 
 def _tensors_of(path: Path, expected: list[str] | None) -> list[StoredTensor]:

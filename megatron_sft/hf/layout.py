@@ -83,13 +83,13 @@ def whole_sources(placement: Placement, local: torch.Tensor) -> dict[int, torch.
 
     Example: gate and up of an MLP that no rank shares are the two halves of linear_fc1.
     """
-    start, found = 0, {}
+    start, views = 0, {}
     for piece in placement.pieces:
         view = local.narrow(placement.dim, start, piece.length) if local.dim() else local
         start += piece.length
         if piece.source is not None and view.shape == placement.shapes[piece.source] and view.is_contiguous():
-            found[piece.source] = view
-    return found
+            views[piece.source] = view
+    return views
 
 
 def _rows(start: int, length: int) -> Index:

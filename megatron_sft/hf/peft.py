@@ -188,13 +188,13 @@ def refuse_unreadable(chunks: Sequence[nn.Module], run: RunConfig, ranks: Ranks)
     """
     every, own = _modules(chunks, run.model, ranks)
     model_type = agree(lambda: model_type_for(chunks, run.model))
-    found = [
+    problems = [
         f"--save-hf with --lora-target-modules {' '.join(run.lora.lora_target_modules)}: {text} in {model_type} models. "
         "Expected adapters that PEFT can load. Add --lora-merge, leave out --save-hf, or name other modules."
         for text in unreadable(model_type, every, own, run.lora.lora_type)
     ]
-    if found:
-        raise ConfigError(found)
+    if problems:
+        raise ConfigError(problems)
 
 
 def unreadable(model_type: str, every: set[str], own: set[str], lora_type: str) -> list[str]:
@@ -202,18 +202,18 @@ def unreadable(model_type: str, every: set[str], own: set[str], lora_type: str) 
     last = {name: name.rpartition(".")[2] for name in every}
     experts = {name for name in every if EXPERT.search(name)}
     routed, shared_names = own & experts, {last[name] for name in experts}
-    found = []
+    reasons = []
     if model_type == "nemotron_h":
-        found += ["PEFT refuses adapters of out_proj"] if "out_proj" in {last[name] for name in own} else []
-        found += ["PEFT does not find experts' adapters"] if routed else []
+        reasons += ["PEFT refuses adapters of out_proj"] if "out_proj" in {last[name] for name in own} else []
+        reasons += ["PEFT does not find experts' adapters"] if routed else []
     if model_type in FUSED_EXPERTS:
         chosen = {last[name] for name in routed}
         if others := sorted(name for name in own - experts if last[name] in shared_names):
-            found.append(f"PEFT puts adapters of {others[0]} and its like on experts alone")
+            reasons.append(f"PEFT puts adapters of {others[0]} and its like on experts alone")
         if routed != {name for name in experts if last[name] in chosen} or any(len(pair & chosen) == 1 for pair in GATED):
-            found.append("PEFT has no adapters of some experts without the others, or of gate without up,")
-        found += ["PEFT has no DoRA of experts"] if routed and lora_type == "dora" else []
-    return found
+            reasons.append("PEFT has no adapters of some experts without the others, or of gate without up,")
+        reasons += ["PEFT has no DoRA of experts"] if routed and lora_type == "dora" else []
+    return reasons
 
 
 def _config(lora: LoraConfig, targets: list[str], base: str) -> dict[str, Any]:

@@ -309,7 +309,7 @@ def quick_check(chunks: Sequence[nn.Module], model: ModelConfig, folder: str | P
     elif ranks.is_first_stage and ranks.cp_size == 1 and not faults:
         last = min(QUICK_LAYERS, len(module.decoder.layers)) - 1
         faults = _first_layer_faults(chunks[0], model, Path(folder), last, ranks.tp_rank == ranks.dp_rank == 0)
-    faults = next((found for found in gather(faults) if found), [])
+    faults = next((theirs for theirs in gather(faults) if theirs), [])
     if faults:
         raise CheckpointError(
             f"{folder}: converted weights do not compute what transformers computes: {faults[0]}; expected the same. "

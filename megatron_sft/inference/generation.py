@@ -180,8 +180,8 @@ def _goes_on(
         answer.finish_reason = "stop"
     elif on_token is not None and on_token(answer.number, token):
         answer.finish_reason = "cut"
-    elif decode is not None and options.stop and (found := _stop_string(answer.tokens, options.stop, decode)):
-        answer.finish_reason, answer.stop = "stop", found
+    elif decode is not None and options.stop and (stop := _stop_string(answer.tokens, options.stop, decode)):
+        answer.finish_reason, answer.stop = "stop", stop
     elif len(answer.tokens) >= answer.limit:
         answer.finish_reason = "length"
     return not answer.finish_reason
@@ -191,8 +191,8 @@ def _stop_string(tokens: list[int], strings: Sequence[str], decode: Callable[[li
     """The stop string that ends first among the last tokens, "" where there is none."""
     count = max(len(text.encode()) for text in strings) + STOP_TOKENS
     text = decode(tokens[-count:])
-    found = [(text.index(stop) + len(stop), stop) for stop in strings if stop in text]
-    return min(found)[1] if found else ""
+    ends = [(text.index(stop) + len(stop), stop) for stop in strings if stop in text]
+    return min(ends)[1] if ends else ""
 
 
 class _Decoder:

@@ -105,11 +105,11 @@ def write_answers(rows: Sequence[dict[str, Any]], options: GenerateConfig) -> No
 
 def check_options(options: GenerateConfig) -> None:
     """Raises ConfigError with every option that makes no sense."""
-    found = range_problems(options) + output_problems("--output", options.output)
+    problems = range_problems(options) + output_problems("--output", options.output)
     if "" in options.stop:
-        found.append("--stop has an empty text; expected one that can come in an answer. Leave it out.")
-    if found:
-        raise ConfigError(found)
+        problems.append("--stop has an empty text; expected one that can come in an answer. Leave it out.")
+    if problems:
+        raise ConfigError(problems)
 
 
 def read_prompts(options: GenerateConfig, config: DataConfig) -> list[Prompt]:
@@ -190,19 +190,19 @@ def end_token_ids(tokenizer: Any, folder: str | Path, use_template: bool = True)
         folder: HF folder; need not have a generation_config.json.
         use_template: also the token with which the chat template ends a turn.
     """
-    found = {tokenizer.eos_token_id} - {None}
+    ends = {tokenizer.eos_token_id} - {None}
     file = Path(folder) / "generation_config.json"
     if file.is_file():
         named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        found |= set(named if isinstance(named, list) else [named]) - {None}
+        ends |= set(named if isinstance(named, list) else [named]) - {None}
     if use_template and getattr(tokenizer, "chat_template", None):
         marker = "the answer"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
         tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2].lstrip()
         ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
         if ids and ids[0] in tokenizer.added_tokens_decoder:
-            found.add(ids[0])
-    return frozenset(found)
+            ends.add(ids[0])
+    return frozenset(ends)
 
 
 def answer_rows(

@@ -269,17 +269,17 @@ class _FlashWithSinks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, sinks: Any, places: tuple, scale: float | None, window: tuple) -> Any:
         ctx.rest = (*places[2:], window == (-1, 0)), (scale, list(window))
-        output, lse, state = varlen_kernels()[0](q, k, v, *places, window == (-1, 0), *ctx.rest[1])
+        output, lse, rng_state = varlen_kernels()[0](q, k, v, *places, window == (-1, 0), *ctx.rest[1])
         total = torch.logaddexp(lse, sinks.float()[:, None])
         output = (output * (lse - total).exp().T[..., None]).to(output.dtype)
-        ctx.save_for_backward(q, k, v, sinks, output, total, *places[:2], state)
+        ctx.save_for_backward(q, k, v, sinks, output, total, *places[:2], rng_state)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        q, k, v, sinks, output, total, *ends, state = ctx.saved_tensors
+        q, k, v, sinks, output, total, *ends, rng_state = ctx.saved_tensors
         settings, last = ctx.rest
-        grads = varlen_kernels()[1](grad.contiguous(), q, k, v, output, total, *ends, *settings, state, *last)
+        grads = varlen_kernels()[1](grad.contiguous(), q, k, v, output, total, *ends, *settings, rng_state, *last)
         weighted = (grad.float() * output.float()).sum(dim=-1) * (sinks.float() - total.T).exp()  # [tokens, heads]
         return *grads, -weighted.sum(dim=0).to(sinks.dtype), None, None, None
 
@@ -302,8 +302,8 @@ class _CappedBlock(torch.autograd.Function):
         q, k, v, sinks = leaves
         with torch.enable_grad():
             output = _capped_attention(q, k, v, _seen(*ctx.places), scale, softcap, sinks)
-        found = iter(torch.autograd.grad(output, [leaf for leaf, n in zip(leaves, needed, strict=True) if n], grad))
-        return *(next(found) if n else None for n in needed), None, None, None
+        gradients = iter(torch.autograd.grad(output, [leaf for leaf, n in zip(leaves, needed, strict=True) if n], grad))
+        return *(next(gradients) if n else None for n in needed), None, None, None
 
 
 def _capped_attention(

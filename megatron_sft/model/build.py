@@ -187,8 +187,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     Raises:
         ConfigError: a setting of ModelConfig.core has no effect, or megatron-core refuses the settings together.
     """
-    if found := core_problems(model.core):
-        raise ConfigError(found)
+    if problems := core_problems(model.core):
+        raise ConfigError(problems)
     dtype = DTYPES[train.params_dtype]
     fields: dict[str, Any] = dict(
         num_layers=model.num_layers,

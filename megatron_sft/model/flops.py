@@ -40,8 +40,8 @@ PEAK_TFLOPS: Mapping[str, float] = {
 
 def peak_tflops(device: str) -> float | None:
     """Of a device by its name, "NVIDIA H100 80GB HBM3"; None: not known."""
-    found = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device)]
-    return PEAK_TFLOPS[max(found, key=len)] if found else None
+    names = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device)]
+    return PEAK_TFLOPS[max(names, key=len)] if names else None
 
 
 def forward_flops(model: ModelConfig, lengths: np.ndarray, trained_tokens: int) -> dict[str, float]:
@@ -59,9 +59,9 @@ def forward_flops(model: ModelConfig, lengths: np.ndarray, trained_tokens: int) 
         by_token["E"] = _experts(model)
     if counts["M"]:
         by_token["M"] = _mamba(model)
-    found = {NAMES[letter]: counts[letter] * tokens * flops for letter, flops in by_token.items()}
-    found["attention"] += _pair(model) * sum(seen_pairs(lengths, *sight) * times for sight, times in _sights(model).items())
-    return {**found, "head": 2.0 * model.hidden_size * model.vocab_size * trained_tokens}
+    by_kind = {NAMES[letter]: counts[letter] * tokens * flops for letter, flops in by_token.items()}
+    by_kind["attention"] += _pair(model) * sum(seen_pairs(lengths, *sight) * times for sight, times in _sights(model).items())
+    return {**by_kind, "head": 2.0 * model.hidden_size * model.vocab_size * trained_tokens}
 
 
 def train_flops(model: ModelConfig, lengths: np.ndarray, trained_tokens: int) -> float:

@@ -79,8 +79,8 @@ def chart(title: str, unit: str, series: Sequence[Series], is_logarithmic: bool 
     def draw(axes: Any) -> None:
         for one in series:
             _line(axes, one, max(LEAST_POINTS, min(MOST_POINTS, POINTS // len(series))))
-        found = np.concatenate([_points(one)[1] for one in series])
-        if is_logarithmic and len(found) and found.min() > 0 and found.max() / found.min() > LOGARITHMIC:
+        values = np.concatenate([_points(one)[1] for one in series])
+        if is_logarithmic and len(values) and values.min() > 0 and values.max() / values.min() > LOGARITHMIC:
             axes.set_yscale("log")
         _ticks(axes)
         axes.set_xlabel("iteration")
@@ -200,4 +200,4 @@ def _inline(svg: str) -> Markup:
     svg = re.sub(r'(id="|="#|url\(#)([mp][0-9a-f]{10})', rf"\g<1>\g<2>{own}", svg)
     for colour, name in ((_INK, "--ink"), (_SOFT, "--soft"), (_GRID, "--line")):
         svg = svg.replace(colour, f"var({name})")
-    return Markup(re.sub(r"#0c0d([0-9a-f]{2})", lambda found: f"var(--c{int(found[1], 16)})", svg))
+    return Markup(re.sub(r"#0c0d([0-9a-f]{2})", lambda match: f"var(--c{int(match[1], 16)})", svg))

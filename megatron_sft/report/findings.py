@@ -20,7 +20,7 @@ def summary(run: Run) -> dict[str, str]:
     lowest = min(range(len(valid)), key=valid.__getitem__) if valid else 0
     total = run.said("last_iteration")
     memory = run.points("perf/peak_memory_gb")[1]
-    found = {
+    facts = {
         "steps": f"{last['iteration']:,}" + (f" of {total:,}" if isinstance(total, int) else ""),
         "epochs": _number(last.get("sft/epoch"), ".2f"),
         "tokens seen": _number(last.get("sft/tokens_seen"), ",.0f"),
@@ -34,37 +34,37 @@ def summary(run: Run) -> dict[str, str]:
         "time in steps": _duration(sum(run.points("perf/step_ms")[1]) / 1000),
         "skipped steps": _number(last.get("skipped_iterations"), ",.0f"),
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in facts.items() if value}
 
 
 def findings(run: Run) -> list[str]:
     """Sentences, the most important first; none where all is as it should be."""
-    found = [f"The last attempt {attempt.outcome.rstrip('.')}." for attempt in run.attempts[-1:] if attempt.is_fault]
-    return [*found, *_of_loss(run), *_of_speed(run)]
+    sentences = [f"The last attempt {attempt.outcome.rstrip('.')}." for attempt in run.attempts[-1:] if attempt.is_fault]
+    return [*sentences, *_of_loss(run), *_of_speed(run)]
 
 
 def _of_loss(run: Run) -> list[str]:
-    found = []
+    sentences = []
     tenth = max(1, len(run.steps) // 10)
     first, last = mean_loss(run.steps[:tenth]), mean_loss(run.steps[-tenth:])
     broken = [step["iteration"] for step in run.steps if is_number(step.get("sft/loss")) and not math.isfinite(step["sft/loss"])]
     if broken:
-        found.append(f"The loss was no finite number at {len(broken):,} steps, first at iteration {broken[0]:,}.")
+        sentences.append(f"The loss was no finite number at {len(broken):,} steps, first at iteration {broken[0]:,}.")
     if len(run.steps) >= 10 and last >= first:
-        found.append(f"The training loss did not fall: {first:.4f} in the first tenth of the steps, {last:.4f} in the last.")
+        sentences.append(f"The training loss did not fall: {first:.4f} in the first tenth of the steps, {last:.4f} in the last.")
     x, valid = run.points("valid/loss")
     if len(valid) > 1:
         lowest = min(range(len(valid)), key=valid.__getitem__)
         if valid[-1] > WORSE * valid[lowest]:
             kept = run.best if run.best and run.best.get("iteration") == x[lowest] else None
             where = " That checkpoint is kept." if kept else ""
-            found.append(
+            sentences.append(
                 f"The held-out loss was lowest at iteration {x[lowest]:,} ({valid[lowest]:.4f}) and rose to {valid[-1]:.4f} by "
                 f"iteration {x[-1]:,}: the later steps fit the training rows alone.{where}"
             )
     if skipped := run.skipped():
-        found.append(f"{len(skipped):,} of {len(run.steps):,} steps were skipped for their loss.")
-    return found
+        sentences.append(f"{len(skipped):,} of {len(run.steps):,} steps were skipped for their loss.")
+    return sentences
 
 
 def _of_speed(run: Run) -> list[str]:

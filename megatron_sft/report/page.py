@@ -89,12 +89,12 @@ def _sentence(run: Run) -> str:
 
 
 def _overview(runs: Sequence[Run]) -> Markup:
-    found = [summary(run) for run in runs]
+    summaries = [summary(run) for run in runs]
     if len(runs) == 1:
-        figures_of_run: Markup = pairs(found[0].items())
+        figures_of_run: Markup = pairs(summaries[0].items())
     else:
-        names = list(dict.fromkeys(name for one in found for name in one))
-        rows = [(name, *(one.get(name, "") for one in found)) for name in names]
+        names = list(dict.fromkeys(name for one in summaries for name in one))
+        rows = [(name, *(one.get(name, "") for one in summaries)) for name in names]
         figures_of_run = table(["", *(run.name for run in runs)], rows)
     said = [(run.name if len(runs) > 1 else "", line) for run in runs for line in findings(run)]
     lines = (tag("li", join([tag("b", f"{name}: ") if name else "", line])) for name, line in said)
@@ -121,19 +121,19 @@ def _charts(section: str) -> Callable[[Sequence[Run]], Markup | str]:
 
 def _series(runs: Sequence[Run], name: str, dashed: str = "") -> list[Series]:
     """A line a run, and a dashed one for what is measured now and then; steps without an update stand as points."""
-    found = []
+    lines = []
     for colour, run in enumerate(runs):
         whose = f"{run.name}, " if len(runs) > 1 else ""
         for key, what, style in ((name, "train", "line"), (dashed, "held-out", "dashed")):
             x, y = run.points(key) if key else ([], [])
             label = f"{whose}{what}" if dashed else run.name
             if x:
-                found.append(Series(label, x, y, colour if len(runs) > 1 or style == "line" else 1, style))
+                lines.append(Series(label, x, y, colour if len(runs) > 1 or style == "line" else 1, style))
         skipped = set(run.skipped()) if name == "sft/loss" else set()
         x, y = run.points(name)
         if kept := [(i, value) for i, value in zip(x, y, strict=True) if i in skipped]:
-            found.append(Series(f"{whose}skipped", [i for i, _ in kept], [value for _, value in kept], 5, "points"))
-    return found
+            lines.append(Series(f"{whose}skipped", [i for i, _ in kept], [value for _, value in kept], 5, "points"))
+    return lines
 
 
 def _by_part(runs: Sequence[Run], title: str, noun: str, unit: str, prefix: str, dashed: str = "") -> list[Markup]:
@@ -145,15 +145,15 @@ def _by_part(runs: Sequence[Run], title: str, noun: str, unit: str, prefix: str,
         made = ((part, _series(runs, prefix + part, dashed and dashed + part)) for part in parts[:MOST_FIGURES])
         return [chart(f"{title}: {part}", unit, series, legend=True) for part, series in made if series]
     made_of = [(f"{title} by {noun}", prefix), *([(f"Held-out {title.lower()} by {noun}", dashed)] if dashed else [])]
-    found = []
+    charts = []
     for head, start in made_of:
         lines = [(part, *runs[0].points(start + part)) for part in parts]
         lines = [line for line in lines if line[1]]
         for first in range(0, len(lines), MOST_LINES):
             shown = lines[first : first + MOST_LINES]
             style = "dashed" if start == dashed else "line"
-            found.append(chart(head, unit, [Series(n, x, y, i, style) for i, (n, x, y) in enumerate(shown)], legend=True))
-    return found[:MOST_FIGURES]
+            charts.append(chart(head, unit, [Series(n, x, y, i, style) for i, (n, x, y) in enumerate(shown)], legend=True))
+    return charts[:MOST_FIGURES]
 
 
 def _evaluation(runs: Sequence[Run]) -> Markup | str:
@@ -190,12 +190,12 @@ def _data(runs: Sequence[Run]) -> Markup | str:
 
 def _rows(runs: Sequence[Run]) -> Markup | str:
     """Rows as they were trained; of runs with the same ones once."""
-    found: dict[str, Markup] = {}
+    texts: dict[str, Markup] = {}
     for run in runs:
         for row in (run.said("rows") or [])[:MOST_ROWS]:
             shown = [(str(part)[:MOST_TEXT], float(weight)) for part, weight in row["runs"]]
-            found[str(row["title"])] = join([tag("h3", row["title"]), trained_text(shown)])
-    return join([LEGEND, *found.values()]) if found else ""
+            texts[str(row["title"])] = join([tag("h3", row["title"]), trained_text(shown)])
+    return join([LEGEND, *texts.values()]) if texts else ""
 
 
 def _samples(runs: Sequence[Run]) -> Markup | str:

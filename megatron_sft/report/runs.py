@@ -68,8 +68,8 @@ class Run:
 
     def points(self, name: str) -> Points:
         """A number's iterations and values."""
-        found = [(step["iteration"], step[name]) for step in self.steps if is_number(step.get(name))]
-        return [x for x, _ in found], [float(y) for _, y in found]
+        pairs = [(step["iteration"], step[name]) for step in self.steps if is_number(step.get(name))]
+        return [x for x, _ in pairs], [float(y) for _, y in pairs]
 
     def said(self, name: str) -> Any:
         """What the newest start says under this name."""
@@ -99,7 +99,7 @@ def read_runs(places: Sequence[str]) -> list[Run]:
     Raises:
         ConfigError: folders that are none, or that have no metrics.jsonl with a step; all of them at once.
     """
-    found, wrong = [], []
+    read, wrong = [], []
     short = [os.path.basename(os.path.abspath(place)) for place in places]
     names = [name if short.count(name) == 1 else place for name, place in zip(short, places, strict=True)]
     if len(places) > MOST_RUNS:
@@ -114,10 +114,10 @@ def read_runs(places: Sequence[str]) -> list[Run]:
             wrong.append(
                 f"{place}: no {METRICS} with a step in it; expected the --save folder of a run that has trained. Check the path."
             )
-        found.append(run)
+        read.append(run)
     if wrong:
         raise ConfigError(wrong)
-    return found
+    return read
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -140,13 +140,13 @@ def _is_step(line: Mapping[str, Any]) -> bool:
 
 def _attempts(lines: Sequence[Mapping[str, Any]]) -> list[Attempt]:
     """An end belongs to the start before it: one run at a time writes into a folder."""
-    found: list[Attempt] = []
+    attempts: list[Attempt] = []
     for line in lines:
         if line.get("event") == START:
-            found.append(Attempt(line, None))
-        elif line.get("event") == END and found and found[-1].end is None:
-            found[-1] = Attempt(found[-1].start, line)
-    return found
+            attempts.append(Attempt(line, None))
+        elif line.get("event") == END and attempts and attempts[-1].end is None:
+            attempts[-1] = Attempt(attempts[-1].start, line)
+    return attempts
 
 
 def _json(path: Path) -> Mapping[str, Any] | None:
@@ -170,7 +170,7 @@ def mean_loss(steps: Sequence[Mapping[str, Any]]) -> float:
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """{"train.seed": 1234} of {"train": {"seed": 1234}}."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for name, value in config.items():
-        found |= {f"{name}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {name: value}
-    return found
+        flattened |= {f"{name}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {name: value}
+    return flattened

@@ -62,7 +62,7 @@ def predictions(
         batch_size: sequences that share a row.
         choices: how many of the first choices a sequence has, one number each; none: all of them.
     """
-    found: dict[int, int] = {}
+    predicted: dict[int, int] = {}
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     numbers = torch.arange(len(choice_ids), device=device())
     with evaluating(chunks):
@@ -72,8 +72,8 @@ def predictions(
             if logits is not None:
                 counts = torch.tensor([choices[i] if choices else len(choice_ids) for i in batch], device=device())
                 chosen = logits[:, choice_ids].masked_fill(numbers >= counts[:, None], float("-inf")).argmax(-1)
-            found.update(zip(batch, from_last_stage(chosen).tolist(), strict=True))
-    return from_all_ranks(found)
+            predicted.update(zip(batch, from_last_stage(chosen).tolist(), strict=True))
+    return from_all_ranks(predicted)
 
 
 def log_likelihoods(
@@ -90,7 +90,7 @@ def log_likelihoods(
     Example: sequence [5, 6, 7], count 2 -> log p(6 | 5) + log p(7 | 5 6)
     """
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    found: dict[int, float] = {}
+    likelihoods: dict[int, float] = {}
     with evaluating(chunks):
         for batch in _rows(chunks, order, batch_size):
             tokens, positions, params = packed_row([sequences[i] for i in batch], keeps=False)
@@ -116,8 +116,8 @@ def log_likelihoods(
             sums = torch.zeros(len(batch), dtype=torch.float64, device=device())
             if nats is not None:
                 sums.index_add_(0, torch.tensor(owners, device=device()), -nats.double())
-            found.update(zip(batch, from_last_stage(sums).tolist(), strict=True))
-    return from_all_ranks(found)
+            likelihoods.update(zip(batch, from_last_stage(sums).tolist(), strict=True))
+    return from_all_ranks(likelihoods)
 
 
 def _rows(chunks: Sequence[Any], order: Sequence[int], batch_size: int) -> Any:
@@ -195,8 +195,8 @@ def texts(loaded: Inference, task: Task, asked: Asked, config: TasksConfig) -> l
         return list(loaded.tokenizer(added, add_special_tokens=False)["input_ids"]) if added else []
 
     forces = adds if task.adds else None
-    found = generate(loaded.chunks, prompts, options, ends, loaded.ranks, limit, decode=loaded.decode, forces=forces)
-    return [answer_text(loaded.tokenizer, answer) for answer in found]
+    answers = generate(loaded.chunks, prompts, options, ends, loaded.ranks, limit, decode=loaded.decode, forces=forces)
+    return [answer_text(loaded.tokenizer, answer) for answer in answers]
 
 
 def nats(loaded: Inference, task: Task, asked: Asked, config: TasksConfig) -> list[float]:

@@ -21,20 +21,20 @@ def compare(first: str, second: str, output: str | None = None) -> str:
         DataError: a file is not there or is no such file, or they have no question of a task in common.
     """
     tasks, others = _tasks(first), _tasks(second)
-    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     for name in tasks.keys() & others.keys():
         before, after = tasks[name]["questions"], others[name]["questions"]
         common = [question for question in before if question in after]
         weights = [float(tasks[name].get("weights", {}).get(question, 1.0)) for question in common]
         if common:
-            found[name] = paired([before[q] for q in common], [after[q] for q in common], weights)
-            found[name]["only_in_one"] = len(before.keys() ^ after.keys())
-    if not found:
+            compared[name] = paired([before[q] for q in common], [after[q] for q in common], weights)
+            compared[name]["only_in_one"] = len(before.keys() ^ after.keys())
+    if not compared:
         raise DataError(f"{first} and {second} have no question in common; expected scores of the same tasks. Score both alike.")
     if output:
-        write_output("--output", output, json.dumps({"first": first, "second": second, "tasks": found}, indent=1) + "\n")
+        write_output("--output", output, json.dumps({"first": first, "second": second, "tasks": compared}, indent=1) + "\n")
     lines = [f"{'task':28} {'problems':>8} {'difference':>10} {'95 % interval':>19} {'A higher':>8} {'B higher':>8}"]
-    for name, entry in sorted(found.items()):
+    for name, entry in sorted(compared.items()):
         span = f"{entry['low']:+.4f} to {entry['high']:+.4f}"
         higher = f"{entry['first_higher']:8d} {entry['second_higher']:8d}"
         lines.append(f"{name:28} {entry['count']:8d} {entry['difference']:+10.4f} {span:>19} {higher}")

@@ -53,13 +53,13 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """As --output has it."""
         low, high = interval(self.scores, self.weights)
-        found: dict[str, Any] = {"score": self.score, "low": low, "high": high, "count": len(self.scores)}
+        values: dict[str, Any] = {"score": self.score, "low": low, "high": high, "count": len(self.scores)}
         if set(self.scores) <= {0.0, 1.0}:
-            found["correct"] = int(sum(self.scores))
-        found["questions"] = dict(zip(self.names, self.scores, strict=True))
+            values["correct"] = int(sum(self.scores))
+        values["questions"] = dict(zip(self.names, self.scores, strict=True))
         if len(set(self.weights)) > 1:
-            found["weights"] = dict(zip(self.names, self.weights, strict=True))
-        return found
+            values["weights"] = dict(zip(self.names, self.weights, strict=True))
+        return values
 
 
 def wanted(config: TasksConfig) -> list[str]:
@@ -70,7 +70,7 @@ def wanted(config: TasksConfig) -> list[str]:
 
 def read_questions(config: TasksConfig) -> dict[str, Asked]:
     """What is asked, by task. DataError where rows are missing or wrong, ConfigError where programs would run unsafely."""
-    found: dict[str, Asked] = {}
+    questions: dict[str, Asked] = {}
     if not config.unsafe_code and any(TASKS[name].program for name in wanted(config)):
         require_sandbox()
     for name in wanted(config):
@@ -79,8 +79,8 @@ def read_questions(config: TasksConfig) -> dict[str, Asked]:
             logger.info("%s has no examples: --eval-few-shots has no effect on it.", name)
         asked = task.load(config.eval_data.get(name.partition("/")[0], task.hub), min(few_shots, task.few_shots))
         count = min(config.eval_max_problems or len(asked), len(asked))
-        found[name] = [asked[number * len(asked) // count] for number in range(count)]
-    return found
+        questions[name] = [asked[number * len(asked) // count] for number in range(count)]
+    return questions
 
 
 def names_of(asked: Asked) -> list[str]:
@@ -133,8 +133,8 @@ def _scores(loaded: Inference, task: Task, asked: Asked, answers: Sequence[Any],
         else:
             outcome = run_program(task.program(question, answer), is_unsafe)
             mine[number] = float(outcome.passed), outcome.why
-    found = {number: score for part in parallel.gather(mine) for number, score in part.items()}
-    return [found[number] for number in range(len(asked))]
+    by_number = {number: score for part in parallel.gather(mine) for number, score in part.items()}
+    return [by_number[number] for number in range(len(asked))]
 
 
 def as_table(results: Sequence[Result]) -> str:
@@ -149,21 +149,21 @@ def as_table(results: Sequence[Result]) -> str:
 
 def check_options(run: RunConfig, options: EvalConfig) -> None:
     """Raises ConfigError with every option that makes no sense."""
-    found = range_problems(options)
+    problems = range_problems(options)
     for flag, path in (("--output", options.output), ("--answers", options.answers)):
-        found += output_problems(flag, path)
+        problems += output_problems(flag, path)
     if options.compare and len(options.compare) != 2:
-        found.append(f"--compare has {len(options.compare)} files; expected two: --compare A.json B.json.")
+        problems.append(f"--compare has {len(options.compare)} files; expected two: --compare A.json B.json.")
     if not options.compare and not run.tasks.eval_tasks:
-        found.append("--eval-tasks is missing: expected at least one task. See megatron-sft eval --help, or name chatcore.")
+        problems.append("--eval-tasks is missing: expected at least one task. See megatron-sft eval --help, or name chatcore.")
     for name in ("eval_task_interval", "sample_prompts"):
         if getattr(run.tasks, name):
-            found.append(f"{flag_of(name)} is of a training run; expected another command. Leave it out.")
+            problems.append(f"{flag_of(name)} is of a training run; expected another command. Leave it out.")
     lower = [name for name in wanted(run.tasks) if TASKS[name].is_lower_better]
     if options.lower_bound is not None and lower:
-        found.append(f"--lower-bound: of {', '.join(lower)} less is better; expected other tasks. Score it by itself.")
-    if found:
-        raise ConfigError(found)
+        problems.append(f"--lower-bound: of {', '.join(lower)} less is better; expected other tasks. Score it by itself.")
+    if problems:
+        raise ConfigError(problems)
 
 
 def evaluate(run: RunConfig, explicit: frozenset[str], options: EvalConfig) -> int:
@@ -213,8 +213,8 @@ def evaluate_mmlu(run: RunConfig, explicit: frozenset[str], options: MMLUConfig)
     Returns:
         The process's exit status: 1 when the average is below --lower-bound.
     """
-    if found := range_problems(options) + output_problems("--output", options.output):
-        raise ConfigError(found)
+    if problems := range_problems(options) + output_problems("--output", options.output):
+        raise ConfigError(problems)
     asked = mmlu.load(options.mmlu_dataset, options.few_shots, options.fraction, "--mmlu-dataset")
     loaded = load_for_inference(run, explicit)
     config = TasksConfig(eval_batch_size=options.mmlu_batch_size)

@@ -31,14 +31,14 @@ _OPERATORS: Mapping[type, Any] = {
 
 def load(place: str, few_shots: int) -> list[tuple[Question, Sequence[Question]]]:
     """The test questions; rows have question and answer, whose last line is #### and the number."""
-    found: list[tuple[Question, Sequence[Question]]] = []
+    pairs: list[tuple[Question, Sequence[Question]]] = []
     for where, row in hub_rows("gsm8k", place, "test", "main"):
         require(row, ("question", "answer"), where)
         answer = number_after_mark(str(row["answer"]))
         if answer is None:
             raise DataError(f"{where}: the answer has no number after ####; expected one at its end. Mend the row.")
-        found.append((Question("gsm8k", str(row["question"]), (), answer, where), ()))
-    return found
+        pairs.append((Question("gsm8k", str(row["question"]), (), answer, where), ()))
+    return pairs
 
 
 def prompt(question: Question, shots: Sequence[Question]) -> str:
@@ -53,8 +53,8 @@ def chat_prompt(question: Question, shots: Sequence[Question]) -> str:
 
 def number_after_mark(text: str) -> str | None:
     """The number behind the first ####, without commas and dollar signs: "#### 1,200" -> "1200"."""
-    found = _AFTER_MARK.search(text)
-    return _plain(found[1]) if found else None
+    match = _AFTER_MARK.search(text)
+    return _plain(match[1]) if match else None
 
 
 def _plain(number: str) -> str:
@@ -78,10 +78,10 @@ def chat_score(question: Question, answer: str) -> float:
 
 def calculated(text: str) -> str:
     """What a calculator adds to an answer so far: after "... <<48/2=" it is "24>>"; "" where nothing is asked of it."""
-    found = _ASKED.search(text)
-    if not found:
+    match = _ASKED.search(text)
+    if not match:
         return ""
-    value = _value(found[1])
+    value = _value(match[1])
     return "" if value is None else f"{value:.10g}>>"
 
 

@@ -28,13 +28,13 @@ class Problem(Question):
 
 def load(place: str, few_shots: int) -> list[tuple[Question, Sequence[Question]]]:
     """Rows have task_id, prompt, canonical_solution, test and entry_point. A file may be gzipped."""
-    found: list[tuple[Question, Sequence[Question]]] = []
+    pairs: list[tuple[Question, Sequence[Question]]] = []
     names = ("prompt", "canonical_solution", "test", "entry_point")
     for where, row in hub_rows("humaneval", place, "test"):
         require(row, names, where)
         asked, solution, tests, entry_point = (str(row[name]) for name in names)
-        found.append((Problem(str(row.get("task_id", where)), asked, (), solution, where, tests, entry_point), ()))
-    return found
+        pairs.append((Problem(str(row.get("task_id", where)), asked, (), solution, where, tests, entry_point), ()))
+    return pairs
 
 
 def prompt(question: Problem, shots: Sequence[Question]) -> str:

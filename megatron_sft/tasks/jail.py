@@ -131,9 +131,9 @@ def run(asked: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, Any]
         json.dump({"program": asked["program"], "word": asked["word"]}, file)
     deadline, status = time.monotonic() + limits["seconds"], None
     while status is None and time.monotonic() < deadline:
-        pid, found = os.waitpid(-1, os.WNOHANG)
+        pid, code = os.waitpid(-1, os.WNOHANG)
         if pid == worker:
-            status = found
+            status = code
         elif pid == 0:
             time.sleep(0.003)
     with contextlib.suppress(ProcessLookupError):

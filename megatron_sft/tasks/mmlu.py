@@ -40,13 +40,13 @@ def examples(path: str) -> dict[str, Subjects]:
     Raises:
         DataError: no test question there, or a row that is no question; the message names file and line.
     """
-    found: dict[str, Subjects] = {"dev": {}, "test": {}}
+    by_split: dict[str, Subjects] = {"dev": {}, "test": {}}
     for split, question in _questions(path):
-        if split in found:
-            found[split].setdefault(question.subject, []).append(question)
-    if not found["test"]:
+        if split in by_split:
+            by_split[split].setdefault(question.subject, []).append(question)
+    if not by_split["test"]:
         raise DataError(f"{path}: has no test question; expected files or folders named test. Check the path.")
-    return {split: dict(sorted(subjects.items())) for split, subjects in found.items()}
+    return {split: dict(sorted(subjects.items())) for split, subjects in by_split.items()}
 
 
 def _questions(path: str) -> Iterator[tuple[str, Question]]:

@@ -72,10 +72,10 @@ def run_program(program: str, is_unsafe: bool = False, limits: Mapping[str, floa
         finally:
             end_group(process)
     try:
-        found = json.loads(said)
+        verdict = json.loads(said)
     except ValueError:
         return Outcome(False, "no answer of the sandbox")
-    return Outcome(bool(found["passed"]), str(found["why"]))
+    return Outcome(bool(verdict["passed"]), str(verdict["why"]))
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -87,8 +87,8 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 def why_no_sandbox() -> str:
     """Why programs cannot be run here; "" where a program of one line passes."""
-    found = run_program("assert __name__ == '__main__'")
-    return "" if found.passed else found.why
+    outcome = run_program("assert __name__ == '__main__'")
+    return "" if outcome.passed else outcome.why
 
 
 def require_sandbox() -> None:

@@ -102,9 +102,9 @@ def conversation(question: Question) -> list[dict[str, str]]:
     answer, word = str(question.answer), question.subject
     if question.choices:
         letter, count, lines = question.choices[0], 0, []
-        for place, found in enumerate(word, start=1):
-            count += found == letter
-            lines.append(f"{place}:{found}" + (f" yes, that makes {count}" if found == letter else ""))
+        for place, character in enumerate(word, start=1):
+            count += character == letter
+            lines.append(f"{place}:{character}" + (f" yes, that makes {count}" if character == letter else ""))
         spelled = f"The letters of {word} are {','.join(word)}. I look for {letter}:\n" + "\n".join(lines)
         answer = f"{spelled}\n\n#### {answer}"
     return [{"role": "user", "content": question.question}, {"role": "assistant", "content": answer}]

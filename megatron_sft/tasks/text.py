@@ -28,10 +28,10 @@ def load(place: str, few_shots: int) -> list[tuple[Question, Sequence[Question]]
         for where, row in hub_rows("text", place, "test"):
             require(row, ("text",), where)
             documents.append((where, str(row["text"])))
-    found = [(Question("text", text, (), "", where), ()) for where, text in documents if text]
-    if not found:
+    pairs = [(Question("text", text, (), "", where), ()) for where, text in documents if text]
+    if not pairs:
         raise DataError(f"{place}: has no text; expected some. Correct --eval-data text=.")
-    return list(found)
+    return list(pairs)
 
 
 def prompt(question: Question, shots: Sequence[Question]) -> str:

@@ -98,8 +98,8 @@ def _require_whole(
         of_experts: for a weight of a layer's experts, those that it is in.
     """
     split = {min(places) for places in of_experts if len(places) > 1}
-    found = gather((mine, split))
-    used, parted = (set().union(*sets) for sets in zip(*found, strict=True))
+    everyone = gather((mine, split))
+    used, parted = (set().union(*sets) for sets in zip(*everyone, strict=True))
     problems = [
         f"{group.pattern or f'--{group.label}-lr'}: no trained parameter has it that an earlier group leaves. Expected one. "
         "Correct it, or leave it out."

@@ -73,8 +73,8 @@ def _is_after(line: bytes, iteration: int) -> bool:
         values = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    found = values.get("iteration") if isinstance(values, dict) else None
-    return isinstance(found, int) and found > iteration
+    last = values.get("iteration") if isinstance(values, dict) else None
+    return isinstance(last, int) and last > iteration
 
 
 @contextlib.contextmanager

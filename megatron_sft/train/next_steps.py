@@ -37,11 +37,11 @@ def next_steps(run: RunConfig, state: TrainState, total: int, stopped: bool) -> 
     places = [f"checkpoints in {run.checkpoint.save}"] if run.checkpoint.save else []
     if run.checkpoint.save_hf and not stopped:
         places.append(f"HF folder {run.checkpoint.save_hf}")
-    found = {name: text for name, text in commands(run, started()).items() if stopped or name != "go on"}
+    shown = {name: text for name, text in commands(run, started()).items() if stopped or name != "go on"}
     if run.checkpoint.save:
-        found["report"] = _line(started().path, [started().python, "-m", "megatron_sft", "report", run.checkpoint.save])
-    width = max(map(len, found))
-    return "\n".join([f"{how}: {', '.join(places)}", *(f"  {name.ljust(width)}  {text}" for name, text in found.items())])
+        shown["report"] = _line(started().path, [started().python, "-m", "megatron_sft", "report", run.checkpoint.save])
+    width = max(map(len, shown))
+    return "\n".join([f"{how}: {', '.join(places)}", *(f"  {name.ljust(width)}  {text}" for name, text in shown.items())])
 
 
 def commands(run: RunConfig, how: Started) -> dict[str, str]:

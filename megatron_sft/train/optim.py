@@ -199,8 +199,8 @@ def schedule_lengths(run: RunConfig, total_iterations: int, total_samples: int) 
         wsd_decay = optim.lr_wsd_decay_iters
     if optim.lr_warmup_fraction is not None:
         warmup = int(optim.lr_warmup_fraction * decay)
-    if found := length_problems("samples" if unit == SAMPLES else "iters", warmup, decay, wsd_decay, f"its {decay} {unit}"):
-        raise ConfigError(found)
+    if problems := length_problems("samples" if unit == SAMPLES else "iters", warmup, decay, wsd_decay, f"its {decay} {unit}"):
+        raise ConfigError(problems)
     return ScheduleLengths(unit, warmup, decay, wsd_decay)
 
 

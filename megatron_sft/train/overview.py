@@ -92,16 +92,16 @@ def warn_of_muon(run: RunConfig) -> None:
 
 def places(run: RunConfig) -> str:
     """Where results go."""
-    checkpoint, found = run.checkpoint, []
+    checkpoint, texts = run.checkpoint, []
     if checkpoint.save:
         every = f"every {checkpoint.save_interval:,} steps and " if checkpoint.save_interval else ""
-        found.append(f"checkpoints {every}at the end, metrics.jsonl and tensorboard in {checkpoint.save}")
+        texts.append(f"checkpoints {every}at the end, metrics.jsonl and tensorboard in {checkpoint.save}")
     if checkpoint.save_hf:
-        found.append(f"HF folder {checkpoint.save_hf}")
-    if not found:
+        texts.append(f"HF folder {checkpoint.save_hf}")
+    if not texts:
         logger.warning("results: none. There is no --save and no --save-hf: nothing of this run is kept.")
         return ""
-    return f"results: {'; '.join(found)}"
+    return f"results: {'; '.join(texts)}"
 
 
 def parameters(chunks: Sequence[Any], expected: plan.Memory, run: RunConfig) -> str:

@@ -34,11 +34,11 @@ def facts(run: RunConfig, ranks: Ranks, command: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """{package: version} of those that are installed, and of Python."""
-    found = {"megatron-sft": __version__, "python": platform.python_version()}
+    by_package = {"megatron-sft": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            by_package[name] = metadata.version(name)
+    return by_package
 
 
 @contextlib.contextmanager

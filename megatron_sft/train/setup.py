@@ -195,11 +195,11 @@ def build_data(run: RunConfig) -> Data:
 
 def _require_same_on_all(store: TokenStore) -> None:
     """Collective: machines that do not share their files may have other rows, or another tokenizer, in their place."""
-    found = gather((socket.gethostname(), store.content))
-    others = [f"rank {rank} on {host}" for rank, (host, content) in enumerate(found) if content != found[0][1]]
+    everyone = gather((socket.gethostname(), store.content))
+    others = [f"rank {rank} on {host}" for rank, (host, content) in enumerate(everyone) if content != everyone[0][1]]
     if others:
         raise DataError(
-            f"{store.folder}: rank 0 on {found[0][0]} has other tokens than {', '.join(others[:8])}. Expected the same rows, "
+            f"{store.folder}: rank 0 on {everyone[0][0]} has other tokens than {', '.join(others[:8])}. Expected the same rows, "
             "tokenizer and template on all machines. Put them on a file system that all share, or copy them again."
         )
 

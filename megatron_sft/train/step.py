@@ -138,13 +138,13 @@ def _is_spike(loss: float, limit: float) -> bool:
 
 def _rows_where(is_meant: Callable[[float], bool], reports: list[dict], batches: list[Batch], name_document: Any) -> list[str]:
     """Collective: the rows of all ranks whose own mean loss (NaN if any token's is) is meant, worst first."""
-    found = []
+    rows = []
     for report, batch in zip(reports, batches, strict=False):
         for document, (loss, trained, _) in zip(batch.document_ids, report["documents"].tolist(), strict=False):
             mean = loss / max(trained, 1.0)
             if document >= 0 and is_meant(mean):
-                found.append((-mean if math.isfinite(mean) else -math.inf, name_document(document)))
-    return list(dict.fromkeys(row for _, row in sorted({item for part in gather(found) for item in part})))
+                rows.append((-mean if math.isfinite(mean) else -math.inf, name_document(document)))
+    return list(dict.fromkeys(row for _, row in sorted({item for part in gather(rows) for item in part})))
 
 
 def _gradient_buffers(chunks: list[Any]) -> list[torch.Tensor]:
@@ -161,8 +161,8 @@ def _on_the_host(totals: torch.Tensor, chunks: list[Any]) -> tuple[LossTotals, b
     if chunks:
         flag += sum((~torch.isfinite(tensor.sum())).int() for tensor in _gradient_buffers(chunks))
         dist.all_reduce(flag)
-    *found, bad = torch.cat((totals.flatten(), flag[None].double())).tolist()
-    return LossTotals(np.array(found).reshape(totals.shape)), not bad
+    *sums, bad = torch.cat((totals.flatten(), flag[None].double())).tolist()
+    return LossTotals(np.array(sums).reshape(totals.shape)), not bad
 
 
 def _refuse(
@@ -190,7 +190,7 @@ def _bad_gradients(chunks: list[Any], batches: list[Batch], name_document: Any) 
     config = chunks[0].config
     kept = config.finalize_model_grads_func, config.no_sync_func
     config.finalize_model_grads_func = config.no_sync_func = None
-    found = []
+    texts = []
     try:
         for number, batch in enumerate(batches, start=1):
             for chunk in chunks:
@@ -203,10 +203,10 @@ def _bad_gradients(chunks: list[Any], batches: list[Batch], name_document: Any) 
                 rows = ", ".join(name_document(document) for document in batch.document_ids if document >= 0)
                 named = [item for chunk in chunks for item in chunk.module.named_parameters()]
                 bad = [name for name, parameter in named if parameter.requires_grad and not _is_finite([parameter.main_grad])]
-                found.append(f"rank {dist.get_rank()}, micro-batch {number} ({rows}), {', '.join(bad[:3])}")
+                texts.append(f"rank {dist.get_rank()}, micro-batch {number} ({rows}), {', '.join(bad[:3])}")
     finally:
         config.finalize_model_grads_func, config.no_sync_func = kept
-    named = [text for part in gather(found) for text in part]
+    named = [text for part in gather(texts) for text in part]
     return "; ".join(named[:4]) or "every micro-batch alone is, their sum is not"
 
 
