@@ -51,7 +51,7 @@ def curve(values: Sequence[float]) -> Iterator[str]:
         for value in (max(values), min(values))
     )
     yield f'<text x="{right}" y="{bottom + 18}" text-anchor="end">{len(values)} iterations</text>'
-    yield f'<text x="{left}" y="24" font-weight="bold">loss a trained token</text>'
+    yield f'<text x="{left}" y="24" font-weight="bold">loss per trained token</text>'
 
 
 def sample(folder: str, rows: str) -> Iterator[str]:
