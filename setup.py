@@ -55,6 +55,7 @@ setup(
         ],
         "demo": ["gguf>=0.17", "matplotlib>=3.9"],
         "report": ["matplotlib>=3.9"],
+        "eval": ["lm_eval>=0.4.13"],
         "wandb": ["wandb"],
         "mlflow": ["mlflow>=3"],
         "trackio": ["trackio"],

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from megatron_sft import entry, hub, shell
 from megatron_sft.config.arguments import parse, read_flags
 from megatron_sft.config.fields import flag_of
-from megatron_sft.config.help import ASKS, help_of, overview
+from megatron_sft.config.help import ASKS, divided, help_of, overview
 from megatron_sft.config.options import (
     DoctorConfig,
     EvalConfig,
@@ -155,6 +155,17 @@ def eval(argv: Sequence[str], world_size: int) -> int:
     return evaluate(run, explicit, options)
 
 
+def lm_eval(argv: Sequence[str], world_size: int) -> int:
+    """lm-evaluation-harness asks a model: PLACE [our flags] and the flags of `lm-eval run`."""
+    named = ["--load"] if argv and not argv[0].startswith("-") else []
+    ours, theirs = divided([*named, *argv], "lm-eval")
+    from megatron_sft.tasks.harness import ask_harness, require_harness
+
+    require_harness()
+    run, explicit = _model_run(ours, world_size, "load")
+    return ask_harness(hub.fetched(run), explicit, theirs)
+
+
 def convert(argv: Sequence[str], world_size: int) -> int:
     """HF folder, or Megatron checkpoint in any layout -> weights alone: --load PLACE --save ROOT [--no-verify-conversion]."""
     run, explicit = _model_run(argv, world_size, "load", "save")
@@ -269,8 +280,11 @@ def by_script(name: str, argv: Sequence[str], world_size: int) -> int:
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str], int], int]] = {
-    function.__name__: function
-    for function in (finetune, prepare, preview, report, generate, mmlu, eval, convert, export, merge, verify, conf, plan, doctor)
+    function.__name__.replace("_", "-"): function
+    for function in (
+        *(finetune, prepare, preview, report, generate, mmlu, eval, lm_eval),
+        *(convert, export, merge, verify, conf, plan, doctor),
+    )
 }
 
 

@@ -41,7 +41,7 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
         allow_open_files()
         rank, world_size, _ = process_environment()
         log.configure(rank, to_stderr)
-        if text := help_of(getattr(command, "__name__", ""), argv):
+        if text := help_of(getattr(command, "__name__", "").replace("_", "-"), argv):
             if rank == 0:
                 print(text)
             return 0

@@ -85,6 +85,25 @@ def shown_flags(command: Command, is_all: bool) -> list[Flag]:
     return listed
 
 
+def divided(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """A command line of our flags and of another program's, as (ours, theirs).
+
+    Args:
+        argv: its words; those behind a flag go with it.
+        name: of the command, whose --help-all has our flags.
+
+    Example: --bf16 --tasks a b --ckpt-step 4 -> ([--bf16, --ckpt-step, 4], [--tasks, a, b])
+    """
+    known = {flag.name for flag in shown_flags(COMMANDS[name], is_all=True)}
+    parts: tuple[list[str], list[str]] = [], []
+    part = parts[1]
+    for word in argv:
+        if word.startswith("-"):
+            part = parts[word.partition("=")[0] not in known]
+        part.append(word)
+    return parts
+
+
 def group_of(flag: Flag) -> str:
     """The section of run.py that its field stands in; NAMES and IDLE for what is a flag for the sake of others."""
     if flag.name in flags.NO_EFFECT or (flag.name in flags.SWITCHES and not flag.sets):

@@ -232,6 +232,13 @@ COMMANDS: Mapping[str, Command] = {
             "megatron-sft eval --compare a.json b.json",
         ),
     ),
+    "lm-eval": Command(
+        "Lets lm-evaluation-harness ask a model, with its own flags (lm-eval run --help) beside these.",
+        "MODEL",
+        groups=_LAYOUT,
+        flags=(*_MODEL, *_CHAT, "--ckpt-step"),
+        examples=("megatron-sft lm-eval OUT --tasks arc_easy hellaswag --num_fewshot 5 --limit 100 --output_path scores",),
+    ),
     "convert": Command(
         "HF folder, or Megatron checkpoint in any layout -> weights alone, as a Megatron checkpoint.",
         "[CONF]",

@@ -4,8 +4,10 @@ Not here: what is asked (one file a task), what an answer is worth (their score(
 (inference/forward.py).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,12 +29,16 @@ from megatron_sft.inference.generation import answer_text, generate
 from megatron_sft.inference.load import Inference
 from megatron_sft.inference.prompts import Prompt, encode_prompts, end_token_ids
 from megatron_sft.log import logger
+from megatron_sft.model.head import Head
 from megatron_sft.tasks import text
 from megatron_sft.tasks.question import LETTERS, Question
 from megatron_sft.tasks.table import TASKS, Asked, Kind, Task
 
+T = TypeVar("T")
 ROW_TOKENS = 512
 """A packed row has about so many tokens for each problem of --eval-batch-size, where the length of a problem is not its own."""
+LOGIT_TOKENS = 256
+"""Whole logits exist of so many tokens at once."""
 
 
 def choice_token_ids(tokenizer: Any, before: str = "Answer: ") -> list[int]:
@@ -83,44 +89,61 @@ def log_likelihoods(
 
     Args:
         chunks: this rank's model.
-        sequences: token ids, at least two each.
+        sequences: token ids, at least two each; of the last ones no position is needed.
         counts: how many of each one's last tokens are asked about: at least 1, and fewer than it has.
-        batch_size: sequences that share a row.
+        batch_size: sequences that share a row. Those that differ in their last token alone are one.
 
     Example: sequence [5, 6, 7], count 2 -> log p(6 | 5) + log p(7 | 5 6)
     """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    likelihoods: dict[int, float] = {}
+    return [value for value, _ in _likelihoods(chunks, sequences, counts, batch_size, lambda head, states, labels: labels < 0)]
+
+
+def greedy_likelihoods(
+    chunks: Sequence[Any], sequences: Sequence[Sequence[int]], counts: Sequence[int], batch_size: int
+) -> list[tuple[float, bool]]:
+    """The same, and whether each of the tokens is the likeliest one."""
+
+    def is_likeliest(head: Head, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([head.whole_logits(some).argmax(-1) for some in states.split(LOGIT_TOKENS)]) == labels
+
+    return _likelihoods(chunks, sequences, counts, batch_size, is_likeliest)
+
+
+def _likelihoods(
+    chunks: Sequence[Any],
+    sequences: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    batch_size: int,
+    says: Callable[[Head, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> list[tuple[float, bool]]:
+    """log_likelihoods, with whether `says` is true of all tokens: (head, states [tokens, hidden], labels) -> [tokens] bool."""
+    asking: dict[tuple[int, ...], list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        asking.setdefault(tuple(sequence[:-1]), []).append(i)
+    likelihoods: dict[int, tuple[float, bool]] = {}
+
+    def output(head: Head, hidden: torch.Tensor, places: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        states = hidden[places]
+        nats = head.losses(states, labels, torch.ones_like(labels, dtype=torch.float32))
+        return torch.stack([-nats.double(), says(head, states, labels).double()], dim=1)
+
     with evaluating(chunks):
-        for batch in _rows(chunks, order, batch_size):
-            tokens, positions, params = packed_row([sequences[i] for i in batch], keeps=False)
-            owners: list[int] = []
-            places: list[int] = []
-            start = 0
-            for number, i in enumerate(batch):
-                end = start + len(sequences[i])
-                places += range(end - 1 - counts[i], end - 1)
-                owners += [number] * counts[i]
-                start = end
-            asked = torch.tensor(places, device=device())
-            labels = tokens[0, asked + 1]
-            nats = forward(
-                chunks,
-                tokens,
-                positions,
-                params,
-                lambda head, hidden, asked=asked, labels=labels: head.losses(  # type: ignore[misc]
-                    hidden[asked], labels, torch.ones_like(labels, dtype=torch.float32)
-                ),
-            )
-            sums = torch.zeros(len(batch), dtype=torch.float64, device=device())
-            if nats is not None:
-                sums.index_add_(0, torch.tensor(owners, device=device()), -nats.double())
-            likelihoods.update(zip(batch, from_last_stage(sums).tolist(), strict=True))
+        for batch in _rows(chunks, sorted(asking, key=len), batch_size):
+            ends = itertools.accumulate(len(tokens) for tokens in batch)
+            asked = [(i, end) for tokens, end in zip(batch, ends, strict=True) for i in asking[tokens]]
+            places = torch.tensor([place for i, end in asked for place in range(end - counts[i], end)], device=device())
+            labels = torch.tensor([token for i, _ in asked for token in sequences[i][-counts[i] :]], device=device())
+            values = forward(chunks, *packed_row(batch, keeps=False), functools.partial(output, places=places, labels=labels))
+            sums = torch.zeros(len(asked), 2, dtype=torch.float64, device=device())
+            if values is not None:
+                owners = [number for number, (i, _) in enumerate(asked) for _ in range(counts[i])]
+                sums.index_add_(0, torch.tensor(owners, device=device()), values)
+            for (i, _), (value, hits) in zip(asked, from_last_stage(sums).tolist(), strict=True):
+                likelihoods[i] = value, hits == counts[i]
     return from_all_ranks(likelihoods)
 
 
-def _rows(chunks: Sequence[Any], order: Sequence[int], batch_size: int) -> Any:
+def _rows(chunks: Sequence[Any], order: Sequence[T], batch_size: int) -> Iterator[Sequence[T]]:
     """This rank's batches; where it has none any more it keeps those that it shares experts with company."""
     batches = dealt(order, batch_size)
     for number, batch in enumerate(batches, start=1):
@@ -172,7 +195,7 @@ def likeliest(loaded: Inference, task: Task, asked: Asked, config: TasksConfig) 
     before = loaded.tokenizer([first for first, _ in pairs])["input_ids"]
     whole = [list(ids) for ids in loaded.tokenizer([first + then for first, then in pairs])["input_ids"]]
     counts = [max(len(ids) - len(first), 1) for ids, first in zip(whole, before, strict=True)]
-    whole = [ids[-limit:] if limit else ids for ids in whole]
+    whole = [ids[-limit - 1 :] if limit else ids for ids in whole]
     values = iter(log_likelihoods(loaded.chunks, whole, counts, config.eval_batch_size))
     chosen = []
     for question, _ in asked:

@@ -51,7 +51,7 @@ def test_shown_commands_parse(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_commands_named_in_the_pages_exist() -> None:
-    named = {name for page in PAGES for name in re.findall(r"`megatron-sft (\w+)", page.read_text(encoding="utf-8"))}
+    named = {name for page in PAGES for name in re.findall(r"`megatron-sft ([\w-]+)", page.read_text(encoding="utf-8"))}
     assert named <= COMMANDS.keys()
 
 

@@ -1,7 +1,8 @@
 """Greedy text against transformers', fp32: every tiny family and SmolLM2, alone, in ragged batches, cut over two ranks.
 
-python tests/soak/generation.py [PROMPTS] [NEW_TOKENS]        8 prompts x 16 tokens of SmolLM2; the whole size is 32 64
+python tests/soak/generation.py [PROMPTS] [NEW_TOKENS] [PIECE ...]      8 prompts x 16 tokens of SmolLM2; the whole size is 32 64
 
+Pieces: "tiny", "alone" and the names of LAYOUTS; without any, all of them. PROMPTS may be 8:16, the second eight.
 Prints a line a layout and model; the exit status is 1 where a token differs.
 """
 
@@ -68,12 +69,12 @@ def tiny_families(root: Path) -> dict[str, str]:
     return {name: str(root / name) for name in KEYS}
 
 
-def smollm2_prompts(folder: str, count: int) -> list[list[int]]:
+def smollm2_prompts(folder: str, first: int, last: int) -> list[list[int]]:
     """Questions of examples/data/gsm8k_train_400.jsonl through the chat template, of other lengths each."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [json.loads(line) for line in (ROOT / "examples/data/gsm8k_train_400.jsonl").read_text().splitlines()[:count]]
+    rows = [json.loads(line) for line in (ROOT / "examples/data/gsm8k_train_400.jsonl").read_text().splitlines()[first:last]]
     texts = [
         tokenizer.apply_chat_template(
             [turn for turn in row["messages"] if turn["role"] != "assistant"], tokenize=False, add_generation_prompt=True
@@ -83,10 +84,17 @@ def smollm2_prompts(folder: str, count: int) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def compare(models: dict[str, str], prompts: list[list[int]], new_tokens: int, wanted: dict[str, list], sizes: list[int]) -> int:
+def compare(
+    models: dict[str, str],
+    prompts: list[list[int]],
+    new_tokens: int,
+    wanted: dict[str, list],
+    sizes: list[int],
+    layouts: dict[str, dict[str, Any]],
+) -> int:
     """Prints a line a layout; returns how many answers differ."""
     bad = 0
-    for name, layout in LAYOUTS.items():
+    for name, layout in layouts.items():
         begin = time.monotonic()
         arguments = list(models.values()), layout, prompts, new_tokens, sizes
         found = run_ranks(answers, 2 if layout else 1, *arguments, timeout_s=3000)
@@ -109,24 +117,29 @@ def compare(models: dict[str, str], prompts: list[list[int]], new_tokens: int, w
     return bad
 
 
-def main(count: int = 8, new_tokens: int = 16) -> int:
+def main(which: str = "8", new_tokens: str = "16", *pieces: str) -> int:
     """The exit status."""
-    with tempfile.TemporaryDirectory() as root:
-        tiny = tiny_families(Path(root))
-        wanted = {name: expected(folder, TINY_PROMPTS, TINY_TOKENS) for name, folder in tiny.items()}
-        bad = compare(tiny, TINY_PROMPTS, TINY_TOKENS, wanted, [1, 4])
+    first, _, last = which.rpartition(":")
+    bad, layouts = 0, {name: layout for name, layout in LAYOUTS.items() if not pieces or name in pieces}
+    if not pieces or "tiny" in pieces:
+        with tempfile.TemporaryDirectory() as root:
+            tiny = tiny_families(Path(root))
+            wanted = {name: expected(folder, TINY_PROMPTS, TINY_TOKENS) for name, folder in tiny.items()}
+            bad += compare(tiny, TINY_PROMPTS, TINY_TOKENS, wanted, [1, 4], LAYOUTS)
     folder = str(ROOT / "demo/SmolLM2-135M-Instruct")
-    if (Path(folder) / "config.json").exists():
-        prompts = smollm2_prompts(folder, count)
+    if (Path(folder) / "config.json").exists() and pieces != ("tiny",):
+        prompts = smollm2_prompts(folder, int(first or 0), int(last))
         print(f"SmolLM2: prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens", flush=True)
-        wanted = {"SmolLM2": expected(folder, prompts, new_tokens)}
-        bad += compare({"SmolLM2": folder}, prompts, new_tokens, wanted, [16])
-        alone = run_ranks(answers, 1, [folder], {}, prompts[: max(2, count // 4)], new_tokens, [1], timeout_s=3000)[0][0][0]
-        same = alone == wanted["SmolLM2"][: len(alone)]
-        print(f"one process, batches of 1, {len(alone)} prompts: {'identical' if same else 'DIFFERENT'}", flush=True)
-        bad += not same
+        wanted = {"SmolLM2": expected(folder, prompts, int(new_tokens))}
+        bad += compare({"SmolLM2": folder}, prompts, int(new_tokens), wanted, [16], layouts)
+        if not pieces or "alone" in pieces:
+            some = prompts if pieces else prompts[: max(2, len(prompts) // 4)]
+            alone = run_ranks(answers, 1, [folder], {}, some, int(new_tokens), [1], timeout_s=3000)[0][0][0]
+            same = alone == wanted["SmolLM2"][: len(alone)]
+            print(f"one process, batches of 1, {len(alone)} prompts: {'identical' if same else 'DIFFERENT'}", flush=True)
+            bad += not same
     return int(bad > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(*sys.argv[1:]))

@@ -36,7 +36,7 @@ ALLOWED: Mapping[str, set[str]] = {
     "weights": EVERY | {"parallel", "model", "hf", "checkpoint"},
     "conversion": EVERY | {"parallel", "model", "hf", "checkpoint", "weights"},
     "inference": EVERY | {"hub", "parallel", "model", "hf", "checkpoint", "weights", "data", "output"},
-    "tasks": EVERY | {"parallel", "data", "inference", "output"},
+    "tasks": EVERY | {"parallel", "data", "model", "inference", "output"},
     "train": EVERY | {"attempts", "parallel", "data", "model", "hf", "checkpoint", "weights", "plan", "inference", "tasks"},
     "plan": EVERY | {"hub", "parallel", "model", "hf", "shell", "weights"},
     "doctor": EVERY | {"hub", "parallel", "model", "hf", "weights", "data", "train", "plan"},
