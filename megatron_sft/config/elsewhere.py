@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 
 _LENGTH = "A run's length is --num-epoch, --train-iters or --train-samples."
-_MIXTURE = "Rows come from files here: --prompt-data NAME FILE ... with --prompt-data-epochs, one number per source."
+_MIXTURE = (
+    "Rows come from files here: examples/nanochat/mixture.py makes them and prints --prompt-data and --prompt-data-epochs."
+)
 _LORA = "See docs/lora.md."
 ELSEWHERE: Mapping[str, str] = {
     "--run": "Names of a run are --wandb-project and --wandb-exp-name here.",
@@ -14,7 +16,7 @@ ELSEWHERE: Mapping[str, str] = {
     "--device-batch-size": "Packs a forward pass are --micro-batch-size here.",
     "--eval-every": "It is --eval-interval here.",
     "--eval-tokens": "A validation has --eval-iters global batches here.",
-    "--chatcore-every": "It is megatron-sft eval --eval-tasks chatcore here, after training.",
+    "--chatcore-every": "It is --eval-task-interval with --eval-tasks chatcore here.",
     "--chatcore-max-cat": "It is --eval-max-problems here, for every task.",
     "--chatcore-max-sample": "It is --eval-max-problems here, for every task.",
     "--mmlu-epochs": _MIXTURE,

@@ -18,6 +18,8 @@ from megatron_sft.tasks.choices import lettered
 from megatron_sft.tasks.question import Question
 
 LETTERS = "ABCD"
+TRAINING = ("auxiliary_train", "train")
+"""Splits that no question of a test is in."""
 CONFIGS = {"cais/mmlu": "all"}
 """Configuration of a data set of the hub, where the user names none: all subjects in one."""
 _SPLIT = re.compile(r"(?:^|[/_.-])(dev|test|val|validation|auxiliary_train|train)(?=[/_.-]|$)")
@@ -63,13 +65,19 @@ def _questions(path: str) -> Iterator[tuple[str, Question]]:
                 yield split, _question(row, where, "")
 
 
-def _files(folder: str) -> Iterator[tuple[str, str, str]]:
-    """(file, split, subject as the path says it) of a folder's data files; the sum of all subjects is left out."""
+def _files(folder: str, keeps: Sequence[str] = ()) -> Iterator[tuple[str, str, str]]:
+    """(file, split, subject as the path says it) of a folder's data files; the sum of all subjects is left out.
+
+    Args:
+        folder: of the files.
+        keeps: folders of splits that are not left out.
+    """
     names = sorted(os.path.relpath(os.path.join(top, name), folder) for top, _, inside in os.walk(folder) for name in inside)
     other = (".", "state.", "dataset_info")
     data = [name for name in names if _DATA_FILE.search(name) and not os.path.basename(name).startswith(other)]
     if any(not name.startswith("all" + os.sep) for name in data):
-        data = [name for name in data if not name.startswith(("all" + os.sep, "auxiliary_train" + os.sep))]
+        left = [name + os.sep for name in ("all", TRAINING[0]) if name not in keeps]
+        data = [name for name in data if not name.startswith(tuple(left))]
     for name in data:
         split = _SPLIT.search(name)
         stem = _DATA_FILE.sub("", os.path.basename(name))
@@ -104,6 +112,28 @@ def _question(row: Any, where: str, subject: str) -> Question:
     if len(choices) != 4 or index < 0:
         raise DataError(f"{where}: {len(choices)} choices and answer {answer!r}; expected 4, and 0 to 3 or A to D. Mend the row.")
     return Question(str(row.get("subject") or subject), str(row["question"]), choices, index, where)
+
+
+def training_questions(path: str) -> Iterator[Question]:
+    """The questions that a model may be trained on.
+
+    Args:
+        path: as `examples` reads it, of which the splits auxiliary_train and train are taken, and of a file rows without a
+            split too; or a hub name, whose configuration auxiliary_train is.
+
+    Raises:
+        DataError: a row is no question; the message names file and line.
+    """
+    if os.path.isdir(path):
+        for file, split, subject in _files(path, TRAINING):
+            if split in TRAINING:
+                yield from (_question(row, where, subject) for where, row in _rows(file))
+        return
+    config = DataConfig(data_split="train", data_config=TRAINING[0])
+    for where, row in _rows(path) if os.path.isfile(path) else open_source(path, config):
+        if isinstance(row, DataError) or str(row.get("split", TRAINING[0])) in TRAINING:
+            inner = row.get("train", row) if isinstance(row, dict) else row  # cais/mmlu wraps these rows
+            yield _question(inner, where, "")
 
 
 def prompt(question: Question, shots: Sequence[Question]) -> str:
