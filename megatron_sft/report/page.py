@@ -16,12 +16,18 @@ from megatron_sft.data.report import packs_part, rows_part
 from megatron_sft.pages.figures import Series, chart, figures
 from megatron_sft.pages.markup import LEGEND, Markup, details, join, page, pairs, swatch, table, tag, trained_text
 from megatron_sft.report.findings import findings, summary
-from megatron_sft.report.runs import Run, flat
+from megatron_sft.report.runs import Run, flat, is_number
 
 MOST_BYTES = 3 << 20
 MOST_FIGURES, MOST_LINES, MOST_ROWS, MOST_TEXT = 24, 8, 40, 4000
 CHARTS = (
-    ("Loss", (("Loss", "nats per trained token", "sft/loss", "valid/loss"),)),
+    (
+        "Loss",
+        (
+            ("Loss", "nats per trained token", "sft/loss", "valid/loss"),
+            ("Bits per byte", "of held-out text", "valid/bits_per_byte", ""),
+        ),
+    ),
     (
         "Learning and gradients",
         (("Learning rate", "", "lr", ""), ("Gradient norm", "before clipping", "grad_norm", "")),
@@ -160,7 +166,7 @@ def _evaluation(runs: Sequence[Run]) -> Markup | str:
     """Scores of tasks: first, last and best of each, and a figure where there is more than one."""
     names = list(dict.fromkeys(name for run in runs for name in run.names("eval/")))
     if not names:
-        return ""
+        return _scores(runs)
     rows: list[tuple[Any, ...]] = []
     parts: list[Markup] = []
     for name in names:
@@ -174,7 +180,22 @@ def _evaluation(runs: Sequence[Run]) -> Markup | str:
         if any(len(one.x) > 1 for one in series) and len(parts) < MOST_FIGURES:
             parts.append(chart(name.removeprefix("eval/"), "", series, legend=len(runs) > 1))
     head = ["score", *(["run"] if len(runs) > 1 else []), "first", "last", "highest", "at iteration"]
-    return join([table(head, rows, (0, 1) if len(runs) > 1 else (0,)), figures(parts) if parts else ""])
+    shown = table(head, rows, (0, 1) if len(runs) > 1 else (0,))
+    return join([shown, figures(parts) if parts else "", _scores(runs)])
+
+
+def _scores(runs: Sequence[Run]) -> Markup | str:
+    """What `megatron-sft eval` wrote, task by task, a line a file."""
+    files = [(run.name, scores) for run in runs for scores in run.scores]
+    rows = []
+    for task in dict.fromkeys(name for _, scores in files for name in scores.tasks):
+        for name, scores in files:
+            if said := scores.tasks.get(task):
+                whose = f"{name}, {scores.name}" if len(runs) > 1 else scores.name
+                low, high = (said.get(end) for end in ("low", "high"))
+                between = f"{low:.4f} to {high:.4f}" if is_number(low) and is_number(high) else ""
+                rows.append((task, whose, _count(said.get("count")), f"{said['score']:.4f}", between))
+    return table(["task", "scores in", "questions", "score", "95 % interval"], rows, (0, 1, 4)) if rows else ""
 
 
 def _data(runs: Sequence[Run]) -> Markup | str:

@@ -1,8 +1,9 @@
-"""What the files of a --save folder say of a run: metrics, attempts, settings, the best checkpoint, samples.
+"""What the files of a --save folder say of a run: metrics, attempts, settings, the best checkpoint, samples, scores.
 
 Any of them but metrics.jsonl may be missing or damaged: what cannot be read is not shown. Not here: how it looks (page.py).
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from megatron_sft.errors import ConfigError
 METRICS, SAMPLES, BEST, RUN_CONFIG = "metrics.jsonl", "samples.jsonl", "best_checkpoint.json", "run_config.json"
 MOST_METRICS = 1 << 30
 MOST_RUNS = 8
+MOST_SCORES = 1 << 26
+"""Bytes of one file of scores: each question has a number in it."""
 Points = tuple[list[int], list[float]]
 """Iterations and values."""
 
@@ -51,6 +54,14 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """A file of `megatron-sft eval --output`."""
+
+    name: str
+    tasks: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
 class Run:
     """One run, as its files have it."""
 
@@ -61,6 +72,7 @@ class Run:
     config: Mapping[str, Any] | None = None
     best: Mapping[str, Any] | None = None
     samples: Sequence[Mapping[str, Any]] = ()
+    scores: Sequence[Scores] = ()
 
     def names(self, prefix: str) -> list[str]:
         """Names of numbers with this prefix, in the order in which they come up."""
@@ -96,10 +108,19 @@ def numbers(step: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def read_runs(places: Sequence[str]) -> list[Run]:
     """Runs by their --save folders.
 
+    Args:
+        places: the folders; a file among them has scores, which are shown beside those in the folders of the runs.
+
     Raises:
-        ConfigError: folders that are none, or that have no metrics.jsonl with a step; all of them at once.
+        ConfigError: folders that are none, or that have no metrics.jsonl with a step, files without scores; all at once.
     """
     read, wrong = [], []
+    files, places = [place for place in places if os.path.isfile(place)], [place for place in places if not os.path.isfile(place)]
+    scores = {place: _scores(Path(place), place) for place in files}
+    expected = "expected what megatron-sft eval --output writes. Name another file"
+    wrong += [f"{place}: no scores of tasks; {expected}." for place, one in scores.items() if one is None]
+    if not places:
+        wrong.append(f"report: {', '.join(files)} alone; expected the --save folder of a run too. Name it first.")
     short = [os.path.basename(os.path.abspath(place)) for place in places]
     names = [name if short.count(name) == 1 else place for name, place in zip(short, places, strict=True)]
     if len(places) > MOST_RUNS:
@@ -117,7 +138,7 @@ def read_runs(places: Sequence[str]) -> list[Run]:
         read.append(run)
     if wrong:
         raise ConfigError(wrong)
-    return read
+    return [dataclasses.replace(read[0], scores=[*read[0].scores, *filter(None, scores.values())]), *read[1:]]
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -129,8 +150,18 @@ def read_run(folder: Path, name: str) -> Run:
     if not isinstance(config, dict):
         newest = max(folder.glob(f"iter_*/{RUN_CONFIG}"), default=None)
         config = _json(newest) if newest else None
-    samples = json_lines(folder / SAMPLES)
-    return Run(name, [steps[number] for number in sorted(steps)], attempts, config, _json(folder / BEST), samples)
+    samples, best = json_lines(folder / SAMPLES), _json(folder / BEST)
+    scores = [_scores(path, path.stem) for path in sorted(folder.glob("*.json"))]
+    return Run(name, [steps[number] for number in sorted(steps)], attempts, config, best, samples, list(filter(None, scores)))
+
+
+def _scores(path: Path, name: str) -> Scores | None:
+    """None where the file holds something else."""
+    tasks = (_json(path, MOST_SCORES) or {}).get("tasks")
+    if not isinstance(tasks, dict):
+        return None
+    kept = {task: said for task, said in tasks.items() if isinstance(said, dict) and is_number(said.get("score"))}
+    return Scores(name, kept) if kept else None
 
 
 def _is_step(line: Mapping[str, Any]) -> bool:
@@ -149,9 +180,9 @@ def _attempts(lines: Sequence[Mapping[str, Any]]) -> list[Attempt]:
     return attempts
 
 
-def _json(path: Path) -> Mapping[str, Any] | None:
+def _json(path: Path, most_bytes: int = 1 << 20) -> Mapping[str, Any] | None:
     """A small JSON object; None where there is none."""
-    if not path.is_file() or path.stat().st_size > 1 << 20:
+    if not path.is_file() or path.stat().st_size > most_bytes:
         return None
     try:
         value = json.loads(path.read_bytes())

@@ -164,6 +164,24 @@ def test_odd_files_make_a_page_all_the_same(tmp_path):
         assert "The loss was no finite number at 1 steps, first at iteration 1." in page.texts["li"]
 
 
+def test_scores_of_eval_stand_beside_each_other(tmp_path):
+    write_run(tmp_path / "run")
+    right = {"score": 0.5, "low": 0.25, "high": 0.75, "count": 1200, "questions": {"a": 1.0}}
+    (tmp_path / "run" / "scores.json").write_text(json.dumps({"settings": {}, "tasks": {"gsm8k/chat": right}}))
+    before = tmp_path / "before.json"
+    before.write_text(
+        json.dumps({"tasks": {"gsm8k/chat": {**right, "score": 0.125, "low": None}, "odd": 3, "<b>": {"score": "x"}}})
+    )
+    (tmp_path / "other.json").write_text('{"tasks": {}}')
+    page = Page(run_page(read_runs([str(tmp_path / "run"), str(before)])))
+    rows = [row for row in page.texts["tr"] if row.startswith("gsm8k/chat")]
+    assert rows == ["gsm8k/chatscores1,2000.50000.2500 to 0.7500", f"gsm8k/chat{before}1,2000.1250"]
+    with pytest.raises(ConfigError) as found:
+        read_runs([str(tmp_path / "other.json")])
+    assert "other.json: no scores of tasks; expected what megatron-sft eval --output writes." in str(found.value)
+    assert "alone; expected the --save folder of a run too" in str(found.value)
+
+
 def test_what_is_no_run_is_said_at_once(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder").mkdir()
