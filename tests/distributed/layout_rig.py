@@ -13,6 +13,7 @@ cancels into a step of up to the learning rate: at 1e-3 one element of one embed
 import dataclasses
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,8 @@ def train_cases(cases: dict[str, Case], hf: dict[str, str]) -> dict[str, Outcome
     return outcomes
 
 
-def train(case: Case, ranks: Any, folder: str) -> Outcome:
-    """The case's steps from the weights of `folder`."""
+def train(case: Case, ranks: Any, folder: str, asks: Callable[[list[Any]], None] | None = None) -> Outcome:
+    """The case's steps from the weights of `folder`; after each one the whole chunks may be asked something."""
     from megatron_sft.checkpoint.background import torch_optimizers
     from megatron_sft.hf.weights import load_hf_weights
     from megatron_sft.model.build import build_model
@@ -168,6 +169,9 @@ def train(case: Case, ranks: Any, folder: str) -> Outcome:
         outcome.trained.append(int(sum(batch.loss_mask.sum() for batch in step.micro_batches)))
         empty = sum(not shard_tokens(batch.loss_mask).any() for batch in step.micro_batches)
         outcome = dataclasses.replace(outcome, empty_parts=outcome.empty_parts + empty)
+        if asks is not None:
+            with whole_parameters(wrapped, parallel):
+                asks(wrapped)
     with whole_parameters(wrapped, parallel):
         return dataclasses.replace(outcome, parameters=exported(wrapped, model, ranks, folder))
 
