@@ -21,6 +21,7 @@ TASK_NAMES = (
     "arc-challenge/lm-eval-norm",
     "arc-challenge/chat-letter",
     "arc-challenge/nanochat",
+    "gsm8k/lm-eval",
     "gsm8k/chat",
     "gsm8k/nanochat",
     "humaneval/lm-eval",
@@ -39,8 +40,8 @@ class TasksConfig:
     """Benchmarks, and samples of what the model says."""
 
     eval_tasks: tuple[Annotated[str, Words(*TASK_NAMES, CHATCORE), "task"], ...] = ()
-    """mmlu, arc-easy, arc-challenge with /lm-eval, /chat-letter or /nanochat; gsm8k/chat, gsm8k/nanochat; humaneval/lm-eval,
-    humaneval/nanochat; spelling-bee/chat, simple-spelling/chat; text/bits-per-byte; chatcore: nanochat's six."""
+    """mmlu, arc-easy, arc-challenge with /lm-eval, /chat-letter or /nanochat; gsm8k with /lm-eval, /chat or /nanochat;
+    humaneval with /lm-eval or /nanochat; spelling-bee/chat, simple-spelling/chat; text/bits-per-byte; chatcore: all its six."""
     eval_max_problems: Annotated[Count, "problems"] | None = None
     """Of each task, evenly spread over it; None: all."""
     eval_task_interval: Annotated[Length, "iterations"] | None = None
@@ -50,7 +51,8 @@ class TasksConfig:
     eval_data: Mapping[str, str] = field(default_factory=dict)
     """TASK=PLACE, as mmlu=FOLDER gsm8k=FILE.jsonl text=FILE.txt spelling-bee=WORDS.txt; otherwise rows come from the hub."""
     eval_few_shots: Annotated[int, Number(0, 5), "examples"] = 0
-    """Before each question of mmlu/lm-eval and mmlu/chat-letter, from the dev split."""
+    """Before each question of mmlu/lm-eval and mmlu/chat-letter, from the dev split, arc-.../lm-eval and gsm8k/lm-eval, the first
+    of the training split."""
     eval_osl: Annotated[Count, "tokens"] = 512
     """New ones an answer at most, where the answer is a text."""
     eval_batch_size: Annotated[Count, "problems"] = 8

@@ -4,22 +4,26 @@ Formats: the text of each choice after "Answer:", whose probability counts (lm-e
 the letter of a choice in a chat. Not here: the model's answers (evaluation.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron_sft.errors import DataError
 from megatron_sft.tasks.choices import lettered
-from megatron_sft.tasks.question import LETTERS, Question, hub_rows, require
+from megatron_sft.tasks.question import LETTERS, Question, examples, hub_rows, require
 
 HUB = "allenai/ai2_arc"
 SUBSETS = {"arc-easy": "ARC-Easy", "arc-challenge": "ARC-Challenge"}
 
 
 def load_of(task: str) -> Callable[[str, int], list[tuple[Question, Sequence[Question]]]]:
-    """load(place, few_shots) of one half of ARC; there are no examples."""
+    """load(place, few_shots) of one half of ARC."""
 
     def load(place: str, few_shots: int) -> list[tuple[Question, Sequence[Question]]]:
-        return [(_question(row, where, task), ()) for where, row in hub_rows(task, place, "test", SUBSETS[task])]
+        def rows(split: str) -> Iterator[Question]:
+            return (_question(row, where, task) for where, row in hub_rows(task, place, split, SUBSETS[task]))
+
+        shots = examples(task, place, few_shots, rows)
+        return [(question, shots) for question in rows("test")]
 
     return load
 
@@ -42,8 +46,9 @@ def _question(row: dict[str, Any], where: str, task: str) -> Question:
 
 
 def prompt(question: Question, shots: Sequence[Question]) -> str:
-    """The text that each choice follows."""
-    return f"Question: {question.question}\nAnswer:"
+    """The text that each choice follows; examples before it have theirs, and a blank line."""
+    before = "".join(f"Question: {shot.question}\nAnswer: {shot.choices[int(shot.answer)]}\n\n" for shot in shots)
+    return f"{before}Question: {question.question}\nAnswer:"
 
 
 def chat_prompt(question: Question, shots: Sequence[Question]) -> str:

@@ -7,15 +7,19 @@ are, writes <<48/2= in its answers; `calculated` then says what follows. Not her
 import ast
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_sft.errors import DataError
-from megatron_sft.tasks.question import Question, hub_rows, require
+from megatron_sft.tasks.question import Question, examples, hub_rows, require
 
 HUB = "openai/gsm8k"
 _NUMBER = re.compile(r"-?\$?[\d.,]*\d")
 _AFTER_MARK = re.compile(r"#### *(-?\$?[\d.,]*\d)")
+STOP = ("Question:", "</s>", "<|im_end|>")
+"""Each ends a raw text."""
+_STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _ASKED = re.compile(r"<<([^<>=]{1,100})=$")
 _OPERATORS: Mapping[type, Any] = {
     ast.Add: operator.add,
@@ -29,16 +33,30 @@ _OPERATORS: Mapping[type, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Solved(Question):
+    """A question that can be an example."""
+
+    solution: str = ""
+    """With #### and the answer at its end."""
+
+
 def load(place: str, few_shots: int) -> list[tuple[Question, Sequence[Question]]]:
     """The test questions; rows have question and answer, whose last line is #### and the number."""
-    pairs: list[tuple[Question, Sequence[Question]]] = []
-    for where, row in hub_rows("gsm8k", place, "test", "main"):
-        require(row, ("question", "answer"), where)
-        answer = number_after_mark(str(row["answer"]))
-        if answer is None:
-            raise DataError(f"{where}: the answer has no number after ####; expected one at its end. Mend the row.")
-        pairs.append((Question("gsm8k", str(row["question"]), (), answer, where), ()))
-    return pairs
+
+    def rows(split: str) -> Iterator[Question]:
+        return (_question(row, where) for where, row in hub_rows("gsm8k", place, split, "main"))
+
+    shots = examples("gsm8k", place, few_shots, rows)
+    return [(question, shots) for question in rows("test")]
+
+
+def _question(row: dict[str, Any], where: str) -> Question:
+    require(row, ("question", "answer"), where)
+    answer = number_after_mark(str(row["answer"]))
+    if answer is None:
+        raise DataError(f"{where}: the answer has no number after ####; expected one at its end. Mend the row.")
+    return Solved("gsm8k", str(row["question"]), (), answer, where, str(row["answer"]))
 
 
 def prompt(question: Question, shots: Sequence[Question]) -> str:
@@ -49,6 +67,12 @@ def prompt(question: Question, shots: Sequence[Question]) -> str:
 def chat_prompt(question: Question, shots: Sequence[Question]) -> str:
     """The same with a word on how to end, for models that were not trained on GSM8K."""
     return f"{question.question}\n\nThink step by step, and end with #### and the number alone."
+
+
+def continued(question: Question, shots: Sequence[Solved]) -> str:
+    """Raw text that goes on with a solution; of lm-evaluation-harness (lm_eval/tasks/gsm8k/gsm8k.yaml)."""
+    before = "".join(f"Question: {shot.question}\nAnswer: {shot.solution}\n\n" for shot in shots)
+    return f"{before}Question: {question.question}\nAnswer:"
 
 
 def number_after_mark(text: str) -> str | None:
@@ -64,6 +88,12 @@ def _plain(number: str) -> str:
 def score(question: Question, answer: str) -> float:
     """1 where the number after #### is the right one."""
     return float(number_after_mark(answer) == question.answer)
+
+
+def strict_score(question: Question, answer: str) -> float:
+    """The same as lm-evaluation-harness's strict-match: a number with a dollar sign is none."""
+    match = _STRICT.search(answer)
+    return float(match is not None and _plain(match[1]) == question.answer)
 
 
 def chat_score(question: Question, answer: str) -> float:

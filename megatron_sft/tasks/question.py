@@ -1,7 +1,8 @@
 """What a task asks, and where its rows come from: local files first, then the hub."""
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,28 @@ def hub_rows(task: str, place: str, split: str, config: str | None = None) -> It
             yield where, row
     except DataError as error:
         raise DataError(f"{error} For this task the place is --eval-data {task}=PLACE.") from None
+
+
+def examples(task: str, place: str, count: int, rows: Callable[[str], Iterator[Question]]) -> list[Question]:
+    """The first questions of the training split, which stand before each question of a test.
+
+    Args:
+        task: as --eval-data names it.
+        place: of its rows; a single file has one split alone.
+        count: wanted; 0: nothing is read.
+        rows: split -> its questions.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    if not count:
+        return []
+    shots = [] if os.path.isfile(place) else list(itertools.islice(rows("train"), count))
+    if len(shots) < count:
+        has = "one file" if os.path.isfile(place) else f"{len(shots)} training rows"
+        expected = f"expected {count} as examples (--eval-few-shots), from a folder with files named train and test"
+        raise DataError(f"{place}: {has}; {expected}. Name such a folder (--eval-data {task}=FOLDER), or ask for none.")
+    return shots
 
 
 def require(row: dict[str, Any], names: tuple[str, ...], where: str) -> None:

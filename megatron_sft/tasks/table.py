@@ -65,7 +65,7 @@ class Task:
 
 
 def _arc(name: str, prompt: Callable[[Any, Sequence[Any]], str], kind: Kind) -> Task:
-    return Task(arc.load_of(name), prompt, kind, choices.is_right, arc.HUB)
+    return Task(arc.load_of(name), prompt, kind, choices.is_right, arc.HUB, 5 if prompt is arc.prompt else 0)
 
 
 def _humaneval(kind: Kind, program: Callable[[Any, str], str], stop: tuple[str, ...] = ()) -> Task:
@@ -88,6 +88,7 @@ TASKS: Mapping[str, Task] = {
     "arc-challenge/lm-eval-norm": _arc("arc-challenge", arc.prompt, Kind.CHOICE_NORM),
     "arc-challenge/chat-letter": _arc("arc-challenge", arc.chat_prompt, Kind.CHAT_LETTER),
     "arc-challenge/nanochat": _arc("arc-challenge", choices.nanochat, Kind.CHAT_LETTER),
+    "gsm8k/lm-eval": Task(gsm8k.load, gsm8k.continued, Kind.TEXT, gsm8k.strict_score, gsm8k.HUB, 5, gsm8k.STOP),
     "gsm8k/chat": Task(gsm8k.load, gsm8k.chat_prompt, Kind.CHAT_TEXT, gsm8k.chat_score, gsm8k.HUB),
     "gsm8k/nanochat": Task(gsm8k.load, gsm8k.prompt, Kind.CHAT_TEXT, gsm8k.score, gsm8k.HUB, adds=gsm8k.calculated),
     "humaneval/lm-eval": _humaneval(Kind.TEXT, humaneval.continued, humaneval.STOP),

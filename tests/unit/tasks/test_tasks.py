@@ -58,6 +58,28 @@ def test_arc_reads_both_layouts_and_asks_in_three_formats(tmp_path: Path) -> Non
         TASKS["arc-easy/lm-eval"].load(write_rows(tmp_path / "arc.jsonl", {**ARC_HUB, "answerKey": "D"}), 0)
 
 
+def test_examples_are_the_first_training_rows(tmp_path: Path) -> None:
+    for split, answer in (("train", "1"), ("test", "2")):
+        rows = [{"question": f"{split} {n}?", "answer": f"It is.\n#### {answer}"} for n in range(3)]
+        write_rows(tmp_path / f"{split}.jsonl", *rows)
+    task = TASKS["gsm8k/lm-eval"]
+    asked = task.load(str(tmp_path), 2)
+    assert [question.question for question, _ in asked] == ["test 0?", "test 1?", "test 2?"]
+    assert task.prompt(*asked[1]) == (
+        "Question: train 0?\nAnswer: It is.\n#### 1\n\nQuestion: train 1?\nAnswer: It is.\n#### 1\n\nQuestion: test 1?\nAnswer:"
+    )
+    assert [task.score(asked[0][0], said) for said in ("#### 2.", "#### $2", "so 2", "#### 2\n#### 3")] == [1.0, 0.0, 0.0, 1.0]
+    (tmp_path / "arc").mkdir()
+    write_rows(tmp_path / "arc" / "train.jsonl", {**ARC_OWN, "answerKey": "A"})
+    write_rows(tmp_path / "arc" / "test.jsonl", {**ARC_HUB, "answerKey": "2"})
+    ((question, shots),) = TASKS["arc-easy/lm-eval"].load(str(tmp_path / "arc"), 1)
+    assert arc.prompt(question, shots) == "Question: What is hot?\nAnswer: fire\n\nQuestion: What is wet?\nAnswer:"
+    with pytest.raises(DataError, match=r"arc: 1 training rows; expected 2 as examples .* \(--eval-data arc-easy=FOLDER\)"):
+        TASKS["arc-easy/lm-eval"].load(str(tmp_path / "arc"), 2)
+    with pytest.raises(DataError, match=r"test\.jsonl: one file; expected 1 as examples"):
+        task.load(str(tmp_path / "test.jsonl"), 1)
+
+
 def test_rows_that_are_nowhere_say_what_to_download(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.jsonl.*For this task the place is --eval-data gsm8k=PLACE\."):
         gsm8k.load(str(tmp_path / "nothing.jsonl"), 0)
