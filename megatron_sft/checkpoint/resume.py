@@ -81,6 +81,7 @@ TOLD: Mapping[str, tuple[str, ...]] = {
         "loss_spike_action",
         "eval_iters",
         "eval_interval",
+        "early_stop_patience",
         "deterministic_mode",
     ),
 }

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 
 _LENGTH = "A run's length is --num-epoch, --train-iters or --train-samples."
-_MIXTURE = (
-    "Rows come from files here: examples/nanochat/mixture.py makes them and prints --prompt-data and --prompt-data-epochs."
-)
+_MIXTURE = "Rows come from files here: examples/nanochat/mixture.py makes them and prints --prompt-data and --prompt-data-epochs."
 _LORA = "See docs/lora.md."
 ELSEWHERE: Mapping[str, str] = {
     "--run": "Names of a run are --wandb-project and --wandb-exp-name here.",

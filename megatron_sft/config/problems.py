@@ -6,6 +6,7 @@ checkpoint or the data comes later.
 
 import dataclasses
 import os
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron_sft.config.run import (
     ParallelConfig,
     RunConfig,
 )
-from megatron_sft.config.tasks import TASK_NAMES, TasksConfig
+from megatron_sft.config.tasks import CHATCORE, TASK_NAMES, TasksConfig
 
 LENGTHS = ("train_iters", "train_samples", "num_epoch")
 ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -278,7 +279,23 @@ def _training_problems(run: RunConfig) -> list[str]:
         problems.append(f"--loss-spike-action {train.loss_spike_action} has no effect without --loss-spike-factor. Add it.")
     if train.skip_train and not train.eval_iters:
         problems.append("--skip-train needs --eval-iters (-1: all held-out rows) above 0: there is nothing else to do. Add it.")
-    return problems + _recompute_problems(run)
+    return problems + _recompute_problems(run) + _best_problems(run)
+
+
+def _best_problems(run: RunConfig) -> list[str]:
+    """A --best-metric that nothing measures."""
+    metric, tasks, needs = run.checkpoint.best_metric, run.tasks.eval_tasks, ""
+    if metric.startswith("eval/"):
+        wanted = metric.removeprefix("eval/")
+        if wanted not in (*TASK_NAMES, CHATCORE):
+            needs = "a task of --eval-tasks behind eval/"
+        elif wanted not in tasks and CHATCORE not in tasks:
+            needs = f"--eval-tasks {wanted}"
+    elif not re.fullmatch(r"valid/(loss|bits_per_byte)(/.+)?", metric):
+        needs = "valid/loss, valid/bits_per_byte, each perhaps with /SOURCE behind it, or eval/TASK"
+    elif not run.train.eval_iters and (metric != CheckpointConfig.best_metric or run.train.early_stop_patience):
+        needs = "--eval-iters (-1: all held-out rows) above 0"
+    return [f"--best-metric {metric}: nothing measures it; expected {needs}. Add it, or name another."] if needs else []
 
 
 def _recompute_problems(run: RunConfig) -> list[str]:

@@ -354,6 +354,8 @@ class TrainConfig:
     """Of a validation; 0: no validation, -1: the whole held-out set."""
     eval_interval: Annotated[Length, "iterations"] = 1000
     """Between two validations."""
+    early_stop_patience: Annotated[Count, "evaluations"] | None = None
+    """The run ends after so many in a row that are no better in --best-metric than the best before; None: it goes on."""
     exit_interval: Annotated[Length, "iterations"] | None = None
     """The run saves and ends after an iteration that this divides."""
     exit_duration_in_mins: Annotated[int, Number(1, 10**6), "minutes"] | None = None
@@ -379,7 +381,9 @@ class CheckpointConfig:
     save_interval: Annotated[Length, "iterations"] | None = None
     """Between two checkpoints; None: one at the end."""
     save_retain: Annotated[Count, "checkpoints"] | None = None
-    """Newest checkpoints kept, and the one with the least held-out loss (best_checkpoint.json); None: all."""
+    """Newest checkpoints kept, and the best one (best_checkpoint.json); None: all."""
+    best_metric: Annotated[str, "metric"] = "valid/loss"
+    """What the best checkpoint is best in, as metrics.jsonl names it: valid/loss, valid/bits_per_byte or eval/TASK."""
     async_save: bool = False
     """Checkpoints are written while training goes on."""
     finetune: bool = False

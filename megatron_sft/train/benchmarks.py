@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_sft.config.options import GenerateConfig
 from megatron_sft.config.run import RunConfig
+from megatron_sft.config.tasks import CHATCORE
 from megatron_sft.errors import DataError, TrainingError
 from megatron_sft.inference.generation import answer_text, generate
 from megatron_sft.inference.load import Inference
@@ -19,8 +20,9 @@ from megatron_sft.inference.prompts import Prompt, encode_prompts, end_token_ids
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
 from megatron_sft.tasks.answers import require_usable
+from megatron_sft.tasks.chatcore import chatcore
 from megatron_sft.tasks.evaluation import as_table, read_questions, scored
-from megatron_sft.tasks.table import Asked
+from megatron_sft.tasks.table import TASKS, Asked
 from megatron_sft.train.metrics import keep_until
 
 SAMPLES = "samples.jsonl"
@@ -55,7 +57,9 @@ class Benchmarks:
         if results:
             logger.info("iteration %d\n%s", iteration, as_table(results))
         self.sample(chunks, ranks, iteration)
-        return {f"eval/{result.task}": result.score for result in results}
+        scores = {result.task: result.score for result in results}
+        core = chatcore(scores)
+        return {f"eval/{name}": score for name, score in (scores if core is None else {**scores, CHATCORE: core}).items()}
 
     def _loaded(self, chunks: Sequence[Any], ranks: Ranks) -> Inference:
         return Inference(chunks, self.run.model, self.tokenizer, self.run.data.tokenizer_model, ranks)
@@ -78,6 +82,12 @@ class Benchmarks:
             rows.append({"iteration": iteration, "prompt": said, "response": response, "finish_reason": answer.finish_reason})
         if self.run.checkpoint.save:
             _append(Path(self.run.checkpoint.save) / SAMPLES, iteration, rows)
+
+
+def is_less_better(metric: str) -> bool:
+    """Of a name in metrics.jsonl: valid/... and eval/TASK."""
+    task = TASKS.get(metric.removeprefix("eval/"))
+    return metric.startswith("valid/") or (task is not None and task.is_lower_better)
 
 
 def read_benchmarks(run: RunConfig, tokenizer: Any) -> Benchmarks | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -21,8 +22,8 @@ from megatron_sft.log import logger
 from megatron_sft.model.flops import peak_tflops, train_flops
 from megatron_sft.parallel import Ranks
 from megatron_sft.train import memory
-from megatron_sft.train.benchmarks import Benchmarks
-from megatron_sft.train.evaluate import evaluate
+from megatron_sft.train.benchmarks import Benchmarks, is_less_better
+from megatron_sft.train.evaluate import bits_per_byte, evaluate
 from megatron_sft.train.loss import LossTotals
 from megatron_sft.train.metrics import metrics_writer
 from megatron_sft.train.optim import ScheduleLengths, rates, whole_parameters
@@ -48,8 +49,10 @@ class Job:
     source_names: Sequence[str]
     name_document: Callable[[int], str]
     save: Callable[[TrainState, float | None], None]
-    """Writes a checkpoint; the number is the held-out loss at it, where that was taken."""
+    """Writes a checkpoint; the number is --best-metric at it, where that was taken."""
     benchmarks: Benchmarks | None = None
+    valid_bytes: np.ndarray | None = None
+    """Bytes of text that a validation takes the loss of, by source of valid_loader. int64"""
 
 
 class StopRequest:
@@ -130,20 +133,20 @@ def train(job: Job, state: TrainState) -> tuple[TrainState, int]:
             stopped, peak_bytes = stop.agreed(state.iteration, memory.peak_bytes())
             metrics |= {"perf/peak_memory_gb": peak_bytes / 1e9, **utilisation(run, metrics["perf/tflops_per_gpu"])}
             ends = bool(stopped) or state.iteration == last_iteration
-            valid_loss = None
             if job.valid_loader and (state.iteration % run.train.eval_interval == 0 or ends):
                 with whole_parameters(job.chunks, run.parallel):
-                    totals = evaluate(job.chunks, job.valid_loader)
-                metrics |= loss_metrics("valid", totals, job.valid_loader.dataset.store.source_names)
-                valid_loss = totals.loss
+                    metrics |= valid_metrics(job, evaluate(job.chunks, job.valid_loader))
             if job.benchmarks and job.benchmarks.is_due(state.iteration, state.iteration == last_iteration):
                 with whole_parameters(job.chunks, run.parallel):
                     metrics |= job.benchmarks.answer(job.chunks, job.ranks, state.iteration)
             write(metrics)
+            value = metrics.get(run.checkpoint.best_metric)
+            state = state if value is None else _judged(run, state, value)
+            ends = ends or state.is_stale(run.train.early_stop_patience)
             interval = run.checkpoint.save_interval
             if run.checkpoint.save and (ends or (interval and state.iteration % interval == 0)):
                 with whole_parameters(job.chunks, run.parallel):
-                    job.save(state, valid_loss)
+                    job.save(state, value)
             if ends:
                 break
             clock = time.perf_counter()
@@ -169,6 +172,16 @@ def _advanced(state: TrainState, step: Step, result: StepResult, limit: float) -
         order_batch_size=step.order_batch_size,
     )
     return state.with_loss(totals.loss, limit) if totals.trained_tokens else state
+
+
+def _judged(run: RunConfig, state: TrainState, value: float) -> TrainState:
+    """The state after an evaluation; says so where training ends with it."""
+    metric, patience = run.checkpoint.best_metric, run.train.early_stop_patience
+    state = state.with_metric(metric, value, is_less_better(metric))
+    if state.is_stale(patience):
+        best = f"{state.best_value:.6f} at iteration {state.best_iteration}"
+        logger.info("ending: %s is no better than %s since %s evaluations (--early-stop-patience).", metric, best, patience)
+    return state
 
 
 def _meet_spike(job: Job, state: TrainState, spike: str) -> None:
@@ -231,3 +244,10 @@ def loss_metrics(prefix: str, totals: LossTotals, names: Sequence[str]) -> Mappi
             if loss is not None:
                 metrics[f"{prefix}/loss/{name}"] = loss
     return metrics
+
+
+def valid_metrics(job: Job, totals: LossTotals) -> Mapping[str, float]:
+    """valid/loss and valid/bits_per_byte, in all and by source."""
+    assert job.valid_loader is not None and job.valid_bytes is not None, "made together"
+    names = job.valid_loader.dataset.store.source_names
+    return {**loss_metrics("valid", totals, names), **bits_per_byte(totals, job.valid_bytes, list(names))}

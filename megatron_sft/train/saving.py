@@ -18,11 +18,9 @@ from megatron_sft.hf.peft import save_peft
 from megatron_sft.hf.weights import require_finite
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
+from megatron_sft.train.benchmarks import is_less_better
 from megatron_sft.train.state import TrainState
 from megatron_sft.train.watch import Watch
-
-METRIC = "valid/loss"
-"""What the best checkpoint has the least of."""
 
 
 class Saving:
@@ -66,21 +64,21 @@ class Saving:
             else:
                 try_hf(chunks, run.model, place, ranks, like)
 
-    def checkpoint(self, state: TrainState, valid_loss: float | None) -> None:
+    def checkpoint(self, state: TrainState, value: float | None) -> None:
         """Collective: writes a checkpoint, and an HF folder for each iteration where --save-hf asks for it.
 
         Args:
             state: after a step.
-            valid_loss: the held-out loss at it, where it was taken.
+            value: of --best-metric at it, where that was taken.
         """
         assert self._saver is not None, "the loop saves only with --save"
         self._watch.tell(f"saving iteration {state.iteration}")
         self.finish()
         require_finite(self._chunks, self._ranks, f"iteration {state.iteration}")
         values = {**state.to_dict(), "consumed_train_samples": state.consumed_samples, **self._identity}
-        if valid_loss is not None:
-            values[METRIC] = valid_loss
-            self._unmarked = (state.iteration, valid_loss)
+        if value is not None:
+            values[self._run.checkpoint.best_metric] = value
+            self._unmarked = (state.iteration, value)
         self._unsaid = (state.iteration, time.monotonic())
         self._saver.save(state.iteration, self._chunks, self._optimizer, self._scheduler, values)
         if not self._run.checkpoint.async_save:
@@ -107,17 +105,18 @@ class Saving:
         taken = "in the background" if self._run.checkpoint.async_save else f"in {time.monotonic() - begin:.1f} s"
         logger.info("saved %s (%.1f MB) %s", folder, size / 1e6, taken)
 
-    def mark(self, iteration: int, valid_loss: float) -> None:
+    def mark(self, iteration: int, value: float) -> None:
         """Marks a whole checkpoint as the best one if it is: --save-retain keeps it, best_checkpoint.json names it."""
         if self._saver is None or self._ranks.rank != 0:
             return
         root = Path(str(self._run.checkpoint.save))
-        best = tracker.read_best(root) or {"iteration": -1, "value": float("inf")}
-        exists = tracker.checkpoint_folder(root, int(best["iteration"])).is_dir()
-        if exists and float(best["value"]) <= valid_loss:
-            return
-        self._saver.mark_best(iteration, METRIC, valid_loss)
-        logger.info("best checkpoint so far: iteration %d, %s %.6f", iteration, METRIC, valid_loss)
+        metric, best = self._run.checkpoint.best_metric, tracker.read_best(root)
+        if best and best["metric"] == metric and tracker.checkpoint_folder(root, int(best["iteration"])).is_dir():
+            before = float(best["value"])
+            if before <= value if is_less_better(metric) else before >= value:
+                return
+        self._saver.mark_best(iteration, metric, value)
+        logger.info("best checkpoint so far: iteration %d, %s %.6f", iteration, metric, value)
 
     def export(self, iteration: int) -> None:
         """Collective, within whole_parameters: writes the HF folder of --save-hf, which appears whole."""

@@ -36,12 +36,12 @@ from megatron_sft.parallel import Ranks, agree, gather
 from megatron_sft.plan import Memory, expected_memory
 from megatron_sft.train import memory, overview
 from megatron_sft.train.benchmarks import Benchmarks, read_benchmarks
-from megatron_sft.train.evaluate import evaluate
-from megatron_sft.train.loop import Job, loss_metrics, schedule_position, train
+from megatron_sft.train.evaluate import evaluate, valid_bytes
+from megatron_sft.train.loop import Job, schedule_position, train, valid_metrics
 from megatron_sft.train.next_steps import next_steps, started_by
 from megatron_sft.train.optim import build_optimizer, build_scheduler, schedule_lengths, whole_parameters, wrap_ddp
 from megatron_sft.train.recorded import facts, recorded
-from megatron_sft.train.saving import METRIC, Saving
+from megatron_sft.train.saving import Saving
 from megatron_sft.train.state import TrainState
 from megatron_sft.train.watch import Watch
 from megatron_sft.weights import WeightSource, build, find_source, resolve, restore
@@ -123,6 +123,11 @@ def _finetune(run: RunConfig, ranks: Ranks, source: WeightSource, watch: Watch, 
         raise TrainingError(
             f"{source.path}: trained to iteration {state.iteration} already, {state.consumed_samples} samples; expected fewer "
             f"than {job.loader.num_samples}. Ask for more (--num-epoch, --train-iters), or choose another --save for a new run."
+        )
+    if state.is_stale(run.train.early_stop_patience):
+        raise TrainingError(
+            f"{source.path}: ended at iteration {state.iteration} already, {state.stale_evaluations} evaluations after the best; "
+            "expected fewer than --early-stop-patience. Ask for more, or leave it out, to go on from there."
         )
     if ranks.rank == 0:
         _introduce(job, data, state, expected)
@@ -233,8 +238,8 @@ def build_job(
     scheduler = build_scheduler(optimizer, run.optim, lengths, schedule_position(lengths, loader, state))
     went_on_from = state.iteration if source.resumes and source.path == run.checkpoint.save else None
     saving = Saving(run, ranks, wrapped, optimizer, scheduler, identity, watch, lock, went_on_from)
-    if METRIC in restored:  # the kill may have come between a save and its mark
-        saving.mark(state.iteration, restored[METRIC])
+    if run.checkpoint.best_metric in restored:  # the kill may have come between a save and its mark
+        saving.mark(state.iteration, restored[run.checkpoint.best_metric])
     job = Job(
         run,
         ranks,
@@ -248,6 +253,7 @@ def build_job(
         data.store.where,
         saving.checkpoint,
         data.benchmarks,
+        valid_bytes(valid_loader, data.tokenizer, ranks) if valid_loader else None,
     )
     return job, state, saving
 
@@ -285,7 +291,7 @@ def validate_only(job: Job, iteration: int) -> None:
     """--skip-train: prints the loss of the held-out rows, and asks what --eval-tasks and --sample-prompts ask."""
     assert job.valid_loader is not None, "build_data refuses --skip-train without held-out rows"
     totals = evaluate(job.chunks, job.valid_loader)
-    metrics = loss_metrics("valid", totals, job.valid_loader.dataset.store.source_names)
-    logger.info("validation loss: %.6f | trained tokens: %d | %s", totals.loss, totals.trained_tokens, dict(metrics))
+    metrics = dict(valid_metrics(job, totals))
+    logger.info("validation loss: %.6f | trained tokens: %d | %s", totals.loss, totals.trained_tokens, metrics)
     if job.benchmarks:
         job.benchmarks.answer(job.chunks, job.ranks, iteration)
