@@ -98,9 +98,9 @@ def mixture(argv: Sequence[str], world_size: int) -> int:
         Path(said.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError([f"{said.out}: cannot be made ({error.strerror}); expected a folder. Name another."]) from None
-    found = list(sources(said))
-    named = [word for name, place, _ in found for word in (name, place)]
-    print(shlex.join(["--prompt-data", *named, "--prompt-data-epochs", *(f"{passes:g}" for _, _, passes in found)]))
+    listed = list(sources(said))
+    named = [word for name, place, _ in listed for word in (name, place)]
+    print(shlex.join(["--prompt-data", *named, "--prompt-data-epochs", *(f"{passes:g}" for _, _, passes in listed)]))
     return 0
 
 

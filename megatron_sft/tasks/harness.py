@@ -144,8 +144,8 @@ class Asked:
             options = generation_options(requests[numbers[0]].args[1], self._batch_size)
             room = max(self.max_length - options.osl, self.max_length // 2)
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-            found = self.calls.all_do(functools.partial(_continued, prompts, options, self._is_chat))
-            for number, answer in zip(numbers, found, strict=True):
+            continued = self.calls.all_do(functools.partial(_continued, prompts, options, self._is_chat))
+            for number, answer in zip(numbers, continued, strict=True):
                 text = str(self.tokenizer.decode(answer.tokens, skip_special_tokens=True))
                 for stop in options.stop:
                     text = text.partition(stop)[0]

@@ -24,7 +24,7 @@ def _asked(cases: dict[str, Case], hf: dict[str, str]) -> dict[str, tuple[Outcom
     from megatron_sft.parallel import finalize, initialize
     from megatron_sft.tasks.answers import greedy_likelihoods, predictions
 
-    found = {}
+    outcomes = {}
     for name, case in cases.items():
         case = dataclasses.replace(case, steps=2)
         ranks, answers = initialize(case.parallel, 1), []
@@ -37,21 +37,21 @@ def _asked(cases: dict[str, Case], hf: dict[str, str]) -> dict[str, tuple[Outcom
             answers.append((letters, values, [text.tokens for text in texts]))
 
         plain = train(case, ranks, hf[case.model])
-        found[name] = plain, train(case, ranks, hf[case.model], ask), answers
+        outcomes[name] = plain, train(case, ranks, hf[case.model], ask), answers
         parallel_state.destroy_model_parallel()
     finalize()
-    return found
+    return outcomes
 
 
 @pytest.fixture(scope="module")
-def found(hf: dict[str, str]) -> tuple[Any, list[Any]]:
+def outcomes(hf: dict[str, str]) -> tuple[Any, list[Any]]:
     """Of one process, and of each of two ranks."""
     return run_ranks(_asked, 1, ALONE, hf)[0], run_ranks(_asked, 2, LAYOUTS, hf)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_who_is_asked_is_trained_the_same_and_answers_as_alone(name: str, found: Any) -> None:
-    alone, ranks = found
+def test_who_is_asked_is_trained_the_same_and_answers_as_alone(name: str, outcomes: Any) -> None:
+    alone, ranks = outcomes
     for rank in ranks:
         plain, with_questions, answers = rank[name]
         assert (plain.losses, plain.norms) == (with_questions.losses, with_questions.norms)

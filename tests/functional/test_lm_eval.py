@@ -70,13 +70,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(folder: Path) -> dict[str, list[Any]]:
     """Task -> what the model said to each request, in order, of what --log_samples wrote."""
-    found: dict[str, list[Any]] = {}
+    answers_of: dict[str, list[Any]] = {}
     for file in folder.rglob("samples_*.jsonl"):
         rows = sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row["doc_id"])
-        found[file.name.removeprefix("samples_").rpartition("_")[0]] = [
+        answers_of[file.name.removeprefix("samples_").rpartition("_")[0]] = [
             answer for row in rows for answers in row["resps"] for answer in answers
         ]
-    return found
+    return answers_of
 
 
 @pytest.fixture(scope="module")

