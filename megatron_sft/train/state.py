@@ -60,7 +60,7 @@ class TrainState:
         known = self.best_iteration if name == self.best_metric else 0
         is_better = not known or (value < self.best_value if is_less_better else value > self.best_value)
         if is_better and math.isfinite(value):
-            best = {"best_metric": name, "best_value": value, "best_iteration": self.iteration}
+            best: dict[str, Any] = {"best_metric": name, "best_value": value, "best_iteration": self.iteration}
             return dataclasses.replace(self, stale_evaluations=0, **best)
         return dataclasses.replace(self, stale_evaluations=self.stale_evaluations + 1)
 
