@@ -26,7 +26,7 @@ def _asked(cases: dict[str, Case], hf: dict[str, str]) -> dict[str, tuple[Outcom
 
     outcomes = {}
     for name, case in cases.items():
-        case = dataclasses.replace(case, steps=2)
+        case = dataclasses.replace(case, steps=3)
         ranks, answers = initialize(case.parallel, 1), []
 
         def ask(chunks: list[Any], ranks: Any = ranks, answers: Answers = answers) -> None:
@@ -58,7 +58,7 @@ def test_who_is_asked_is_trained_the_same_and_answers_as_alone(name: str, outcom
         for key, tensor in (plain.parameters or {}).items():
             assert torch.equal(tensor, with_questions.parameters[key]), key
         expected = alone[LAYOUTS[name].model][2]
-        assert len(answers) == len(expected) == 2
+        assert len(answers) == len(expected) == 3
         for (letters, values, tokens), (one_letters, one_values, one_tokens) in zip(answers, expected, strict=True):
             assert (letters, tokens) == (one_letters, one_tokens)
             assert [hits for _, hits in values] == [hits for _, hits in one_values]
