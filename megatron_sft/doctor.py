@@ -31,6 +31,7 @@ from megatron_sft.config.folders import export_folder
 from megatron_sft.config.options import DoctorConfig, PlanConfig
 from megatron_sft.config.problems import problems
 from megatron_sft.config.run import CheckpointConfig, ParallelConfig, RunConfig
+from megatron_sft.config.state_bytes import state_bytes
 from megatron_sft.data.chat import ChatEncoder, load_tokenizer
 from megatron_sft.data.loader import collate
 from megatron_sft.data.mask_gate import check_masks
@@ -288,8 +289,8 @@ def disk(patient: Patient) -> str:
     """Checkpoints, HF folder and token store can be written, and there is room for what is kept."""
     run, problems, said = patient.run, list[str](), list[str]()
     parameters = _parameters(run)
-    per_weight, _, per_state = plan.state_bytes(run)
-    one = parameters * (per_weight + (per_state if run.checkpoint.save_optim else 0))
+    size = state_bytes(run)
+    one = parameters * (size.weights + (size.states + size.host if run.checkpoint.save_optim else 0))
     kept = (run.checkpoint.save_retain or 1) + 1  # the old one stays until the new one is whole
     places = {"--save": (run.checkpoint.save, one * kept), "--data-cache-path": (run.data.data_cache_path, _data_bytes(run))}
     for flag, (place, needed) in places.items():

@@ -32,6 +32,7 @@ from megatron_sft import hub
 from megatron_sft.config.options import PlanConfig
 from megatron_sft.config.problems import problems
 from megatron_sft.config.run import ModelConfig, ParallelConfig, RunConfig
+from megatron_sft.config.state_bytes import state_bytes
 from megatron_sft.errors import ConfigError
 from megatron_sft.hf.adapters import add_adapters, family_for
 from megatron_sft.hf.conf import conf_of_folder
@@ -92,6 +93,8 @@ class Row:
     """Beside the activations, at the highest point of the backward pass."""
     total_gb: float
     """With RESERVED_GB."""
+    host_gb: float
+    """Optimizer states in host memory, with --optimizer-cpu-offload."""
     sent_gb: Mapping[str, float]
     micro_batches: int
     step_s: float
@@ -290,15 +293,6 @@ def trained_parameters(run: RunConfig, gpus: int) -> list[tuple[int, int]]:
     return [(sum(dense for dense, _ in stage), sum(experts for _, experts in stage)) for stage in pairs]
 
 
-def state_bytes(run: RunConfig) -> tuple[int, int, int]:
-    """Bytes a parameter of weights, gradients and optimizer states (train/optim.py:build_optimizer); muon's as adam's."""
-    optim, size = run.optim, {"fp32": 4, "bf16": 2}
-    weights = size[run.train.params_dtype]
-    plain = 4 if optim.optimizer == "sgd" else 8
-    moments = size[optim.exp_avg_dtype] + size[optim.exp_avg_sq_dtype] if optim.use_precision_aware_optimizer else plain
-    return weights, size[optim.main_grads_dtype], moments + (4 if weights == 2 else 0)
-
-
 @dataclass(frozen=True)
 class Memory:
     """What a run is expected to need."""
@@ -309,6 +303,8 @@ class Memory:
     """Of the fullest rank, without RESERVED_GB."""
     parts_gb: Mapping[str, float]
     """The same by PARTS."""
+    host_gb: float
+    """Beside it, in host memory: optimizer states."""
 
 
 def expected_memory(run: RunConfig, world_size: int) -> Memory | None:
@@ -319,7 +315,7 @@ def expected_memory(run: RunConfig, world_size: int) -> Memory | None:
     row = row_of(run, PlanConfig(gpus=world_size), "", ())
     parts = {name: getattr(row, f"{name}_gb") for name in PARTS}
     ((dense, experts),) = rank_parameters(whole, 1)
-    return Memory(dense + experts, row.total_gb - RESERVED_GB, parts)
+    return Memory(dense + experts, row.total_gb - RESERVED_GB, parts, row.host_gb)
 
 
 def row_of(run: RunConfig, options: PlanConfig, conf: str, extra: Sequence[str]) -> Row:
@@ -328,7 +324,7 @@ def row_of(run: RunConfig, options: PlanConfig, conf: str, extra: Sequence[str])
     shares = _Shares(run, options.gpus)
     stages, counts, trained = stages_of(run), rank_parameters(run, options.gpus), trained_parameters(run, options.gpus)
     saved = Activations(run.model, layout, train)
-    per_weight, per_gradient, per_state = state_bytes(run)
+    each = state_bytes(run)
     rows = []
     for number, (layers, (dense, experts)) in enumerate(zip(stages, counts, strict=True)):
         sharded = layout.use_distributed_optimizer
@@ -340,9 +336,9 @@ def row_of(run: RunConfig, options: PlanConfig, conf: str, extra: Sequence[str])
         longest = max((saved.layer(kind) for kind in set(layers)), default=0.0)
         work = [saved.head_workspace(shares.tokens) if is_last else 0, shares.tokens * (saved.recomputed(layers) + longest)]
         held = dense + experts + adapters
-        memory = [per_weight * held, per_gradient * (own + routed), per_state * states, kept, max(work)]
-        rows.append((sum(memory) / GB + RESERVED_GB, dense + experts, *(value / GB for value in memory)))
-    total, parameters, *memory_gb = max(rows)
+        memory = [each.weights * held, each.gradients * (own + routed), each.states * states, kept, max(work)]
+        rows.append((sum(memory) / GB + RESERVED_GB, dense + experts, each.host * states / GB, *(value / GB for value in memory)))
+    total, parameters, host_gb, *memory_gb = max(rows)
     sent = {name: value / GB for name, value in _sent(run, shares, stages, trained).items()}
     sizes = {name: getattr(layout, field) for name, field in SIZES.items()} | {"DP": shares.dp}
     return Row(
@@ -350,6 +346,7 @@ def row_of(run: RunConfig, options: PlanConfig, conf: str, extra: Sequence[str])
         parameters=int(parameters),
         **dict(zip((f"{name}_gb" for name in PARTS), memory_gb, strict=True)),
         total_gb=total,
+        host_gb=host_gb,
         sent_gb=sent,
         micro_batches=shares.micro_batches,
         step_s=_seconds(run, shares, sent),
@@ -394,9 +391,9 @@ def _sent(run: RunConfig, shares: _Shares, stages: list[list[str]], counts: list
     model, layout = run.model, run.parallel
     width = Activations(model, layout, run.train).width
     tp, pp, cp, ep, etp = (getattr(layout, field) for field in SIZES.values())
-    per_weight, per_gradient, _ = state_bytes(run)
+    each = state_bytes(run)
     passes = 3 if run.train.recompute_granularity == "full" else 2  # each sends as much as the forward pass
-    per_parameter = per_gradient + per_weight if layout.use_distributed_optimizer else 2 * per_gradient
+    per_parameter = each.gradients + (each.weights if layout.use_distributed_optimizer else each.gradients)
     hidden = shares.tokens * width * model.hidden_size  # of one micro-batch
     letters = ["".join(layers) for layers in stages]
     attention, halves = max(row.count("*") for row in letters), max(len(row) - row.count("E") for row in letters)
@@ -404,7 +401,7 @@ def _sent(run: RunConfig, shares: _Shares, stages: list[list[str]], counts: list
     heads, groups = model.num_attention_heads / tp, max(model.num_query_groups / tp, 1)
     gathers = layout.cp_comm_type == "allgather"
     traded = 2 * groups * cp if gathers else 2 * heads + 2 * groups * max(1, cp / groups)
-    tied = model.padded_vocab_size // tp * model.hidden_size * per_gradient if model.share_embeddings_and_output_weights else 0
+    tied = model.padded_vocab_size // tp * model.hidden_size * each.gradients if model.share_embeddings_and_output_weights else 0
     boundaries = min(pp - 1, 2) * (layout.virtual_pipeline_model_parallel_size or 1)
     a_micro_batch = {
         "TP": _ring(tp) * hidden * (halves * (2 * passes + 1) + 4) + _ring(etp) * 2 * passes * routed * etp,
@@ -463,7 +460,7 @@ def _conf_name(conf: str) -> str:
 
 def as_table(rows: Sequence[Row], options: PlanConfig) -> str:
     """The first layouts, one per line, and the command of the best."""
-    parts = (*PARTS, "total")
+    parts = (*PARTS, "total", *(["host"] if rows[0].host_gb else []))
     sent = ("TP", "PP", "CP", "EP", "DP")
     head = [*rows[0].sizes, "parameters", *parts, *(f"{name} sent" for name in sent), ""]
     lines = [head]

@@ -64,6 +64,8 @@ def settings(parts: list[DistributedOptimizer], is_loading: bool) -> dict[Any, A
     """What of the optimizer's state dict is not sharded; on loading, states that do not exist yet are allocated."""
     if is_loading:
         for part in parts:
+            if part.optimizer is not None:  # megatron-core would make them on the device first
+                part.init_state_fn(part.optimizer, part.config)
             part.load_state_dict(part.state_dict())
     states = [{**part.state_dict(), "param_state_sharding_type": FORMAT} for part in parts]
     return states[0] if len(states) == 1 else dict(enumerate(states))

@@ -61,7 +61,7 @@ BY_DATA: Mapping[str, tuple[str, ...]] = {
 }
 TOLD: Mapping[str, tuple[str, ...]] = {
     "data": ("valid_data",),
-    "optim": tuple(name for name in _DEFAULTS["optim"] if name not in REFUSED["optim"]),
+    "optim": tuple(name for name in _DEFAULTS["optim"] if name not in REFUSED["optim"] and "offload" not in name),
     "train": (
         "micro_batch_size",
         "max_tokens_per_gpu",
@@ -94,6 +94,7 @@ FREE: Mapping[str, tuple[str, ...]] = {
     "model": _PADDING,
     "parallel": tuple(_DEFAULTS["parallel"]),
     "data": ("data_cache_path", "num_workers", "prefetch"),
+    "optim": ("optimizer_cpu_offload", "optimizer_offload_fraction"),
     "train": ("skip_train", "exit_interval", "exit_duration_in_mins", "exit_signal_handler"),
     "checkpoint": tuple(_DEFAULTS["checkpoint"]),
     "lora": ("lora_init", "lora_load", "lora_merge"),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 _LENGTH = "A run's length is --num-epoch, --train-iters or --train-samples."
 _MIXTURE = "Rows come from files here: examples/nanochat/mixture.py makes them and prints --prompt-data and --prompt-data-epochs."
+_OFFLOAD = "Optimizer states stay in host memory with --optimizer-cpu-offload here; weights are always on the device."
 _LORA = "See docs/lora.md."
 ELSEWHERE: Mapping[str, str] = {
     "--run": "Names of a run are --wandb-project and --wandb-exp-name here.",
@@ -38,7 +39,10 @@ ELSEWHERE: Mapping[str, str] = {
     "data.custom_cls.name": "It is --custom-dataset FILE.py:CLASS here.",
     "model.partial_pretrain": "It is --load here, an HF folder.",
     "model.strategy": "Weights are cut by TP, PP and EP, and optimizer states by --use-distributed-optimizer, here.",
-    "model.fsdp_config.cpu_offload": "Nothing is offloaded here.",
+    "model.fsdp_config.cpu_offload": _OFFLOAD,
+    "model.fsdp_config.offload_params": _OFFLOAD,
+    "optim.override_optimizer_config.optimizer_cpu_offload": _OFFLOAD,
+    "optim.override_optimizer_config.optimizer_offload_fraction": "It is --optimizer-offload-fraction here.",
     "model.enable_gradient_checkpointing": "It is --recompute-granularity here.",
     "model.trust_remote_code": "It is --trust-remote-code here.",
     "model.lora_rank": f"It is --lora-rank here. {_LORA}",

@@ -67,6 +67,7 @@ _KERNEL = "this project chooses kernels by what the machine has"
 _TRUE = "that is how this project always works"
 _NEVER_DRAWN = "weights are loaded, never drawn"
 _NO_METRIC = "not a metric of this project"
+_ON_DEVICE = "with --optimizer-cpu-offload the device computes the update, of states that come and go in slices"
 _RL = "there is no rollout engine here: rows are read from files"
 NO_EFFECT: Mapping[str, tuple[int, str]] = {
     "--use-mcore-models": (0, _TRUE),
@@ -135,6 +136,10 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
     "--rotary-seq-len-interpolation-factor": (1, "RoPE scaling follows from the checkpoint's config.json"),
     "--disable-tqdm": (0, "the bar shows only in a terminal"),
     "--init-model-with-meta-device": (0, "weights are never initialised twice"),
+    "--use-torch-optimizer-for-cpu-offload": (0, _ON_DEVICE),
+    "--overlap-cpu-optimizer-d2h-h2d": (0, _ON_DEVICE),
+    "--no-pin-cpu-grads": (0, _ON_DEVICE),
+    "--no-pin-cpu-params": (0, _ON_DEVICE),
     "--distributed-timeout-seconds-after-init": (1, "see --distributed-timeout-minutes"),
 }
 """Accepted flag -> (number of values, why it has no effect here). A line is printed for each reason."""
@@ -157,10 +162,6 @@ REFUSED: Mapping[str, str] = {
     r"qk-clip.*": "attention scores are not clipped here. Leave it out; --clip-grad limits the gradient.",
     r"(cpu|fine-grained-activation|fine-grained|activation)-offload.*|offload-.*|min-offloaded-.*": (
         "activations stay on the device here. Leave it out, and use --recompute-granularity."
-    ),
-    r"optimizer-(cpu-offload|offload-fraction)|use-torch-optimizer-for-cpu-.*|overlap-cpu-optimizer-.*|pin-cpu-(grads|params)": (
-        "optimizer states stay on the device here. Leave it out, and use --use-distributed-optimizer or "
-        "--use-precision-aware-optimizer."
     ),
     r"(no-)?muon-(num-ns-steps|scale-mode|tp-mode|split-qkv|use-nesterov|fp32-matmul-prec|extra-scale-factor|coefficient-type)": (
         "muon has five Nesterov steps on whole matrices, each part of a fused one alone. Leave it out; see --muon-variant."

@@ -33,7 +33,7 @@ ARCHITECTURE = "the checkpoint's"
 RARE = frozenset(
     "--mlflow-run-name --mlflow-tracking-uri --trackio-name --trackio-group --swanlab-exp-name --swanlab-mode --sgd-momentum "
     "--muon-variant --muon-momentum --init-lr-frac --warmdown-ratio --final-lr-frac --matrix-lr --embedding-lr --unembedding-lr "
-    "--decoupled-lr --decoupled-min-lr --distributed-backend --distributed-timeout-minutes".split()
+    "--decoupled-lr --decoupled-min-lr --optimizer-offload-fraction --distributed-backend --distributed-timeout-minutes".split()
 )
 """Of places, optimizers, schedules and connections: in --help-all, so that --help stays under 200 flags."""
 WIDTH, COLUMN = 118, 38

@@ -74,3 +74,7 @@ class OptimConfig:
     """fp32 or bf16: Adam's first moment."""
     exp_avg_sq_dtype: Precision = "fp32"
     """fp32 or bf16: Adam's second moment."""
+    optimizer_cpu_offload: bool = False
+    """Optimizer states stay in host memory; with --use-distributed-optimizer and adam alone master weights do too."""
+    optimizer_offload_fraction: Annotated[float, Number(0, 1), "share"] = 1.0
+    """Share of the parameters whose states do."""

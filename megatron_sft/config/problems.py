@@ -363,6 +363,11 @@ def _optim_problems(run: RunConfig) -> list[str]:
     others = {group.optimizer for group in parameter_groups(optim)} - {"adam"} if not problems else set()
     if others and optim.use_precision_aware_optimizer:
         problems.append(f"--use-precision-aware-optimizer: expected adam alone, not {', '.join(sorted(others))}. Leave it out.")
+    if optim.optimizer_offload_fraction != 1 and not optim.optimizer_cpu_offload:
+        problems.append(
+            f"--optimizer-offload-fraction {optim.optimizer_offload_fraction:g} has no effect without --optimizer-cpu-offload. "
+            "Add it, or leave it out."
+        )
     if "muon" in others and (run.lora.lora_rank or run.lora.lora_load):
         problems.append(
             "--optimizer muon with adapters: what is trained are factors, whose product it would have to orthogonalise. Expected "

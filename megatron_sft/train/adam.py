@@ -1,7 +1,8 @@
 """Adam on torch's fused kernels with the interfaces that megatron-core knows: Apex's, and TransformerEngine's for moments
 and gradients in bf16; and SGD for groups that ask for it. Not here: which parameters, which rate (groups.py, optim.py)."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ class FusedAdam(torch.optim.Optimizer):
     The step count lives in the parameter group (not in a tensor a parameter), which is what megatron-core's
     reshardable optimizer checkpoints expect of an Adam. Kernels: torch._fused_adamw_ and torch._fused_adam_. With
     moments or gradients in bf16 each slice of them goes through the same kernel in fp32 and is rounded once, to nearest.
+
+    States that keep_in_host_memory chooses lie in host memory, pinned where the parameter is on a GPU, and are brought to the
+    parameter for its update, a slice at a time, by the same kernel.
 
     A group with "method": "sgd" is updated as torch.optim.SGD does with its "momentum", whose buffer is exp_avg.
 
@@ -63,14 +67,31 @@ class FusedAdam(torch.optim.Optimizer):
         self._kernel: Callable[..., None] = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
         self._dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": torch.float32}
         self.master_weights, self._use_decoupled_grad = master_weights, use_decoupled_grad
+        self._hosted: set[torch.Tensor] = set()
+
+    def keep_in_host_memory(self, share: float) -> None:
+        """The states of the first parameters, until they are `share` of all elements, are made in host memory from now on."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        wanted = share * sum(param.numel() for param in params)
+        for param in params:
+            if wanted <= 0:
+                break
+            self._hosted.add(param)
+            wanted -= param.numel()
 
     def initialize_state(self, param: torch.Tensor, method: str = "adam") -> None:
         """Makes the states of a parameter, and its fp32 weights where they are kept here."""
         state = self.state[param]
         for name in STATES[method]:
-            state[name] = torch.zeros_like(param, dtype=self._dtypes[name])
+            state[name] = self._empty(param, name).zero_()
         if self.master_weights:
-            state["master_param"] = param.detach().clone().float()
+            state["master_param"] = self._empty(param, "master_param").copy_(param.detach())
+
+    def _empty(self, param: torch.Tensor, name: str) -> torch.Tensor:
+        """Room for a state of a parameter, where it is kept."""
+        is_hosted = param in self._hosted
+        place = torch.device("cpu") if is_hosted else param.device
+        return torch.empty(param.shape, dtype=self._dtypes[name], device=place, pin_memory=is_hosted and param.is_cuda)
 
     def get_unscaled_state(self, param: torch.Tensor, name: str) -> torch.Tensor:
         """A state as megatron-core's checkpoints read it."""
@@ -78,7 +99,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     def set_scaled_state(self, param: torch.Tensor, name: str, value: torch.Tensor) -> None:
         """Takes a state from a checkpoint, in whatever dtype it was saved."""
-        self.state[param][name] = value.to(device=param.device, dtype=self._dtypes[name], copy=True)
+        self.state[param][name] = self._empty(param, name).copy_(value)
 
     def load_state_dict(self, state_dict: Any) -> None:
         """As torch's, which would turn every state into its parameter's dtype, and hold them twice on the way."""
@@ -89,7 +110,15 @@ class FusedAdam(torch.optim.Optimizer):
             names = (*states, "master_param")
             for name, value in state_dict["state"].get(number, {}).items():
                 if name in names:
-                    self.state[param][name] = value.to(device=param.device, dtype=self._dtypes[name])
+                    self.state[param][name] = (
+                        value if self._is_kept(param, name, value) else self._empty(param, name).copy_(value)
+                    )
+
+    def _is_kept(self, param: torch.Tensor, name: str, value: torch.Tensor) -> bool:
+        """Whether a tensor is where and what a state of the parameter is."""
+        if param in self._hosted:
+            return value.dtype == self._dtypes[name] and value.device.type == "cpu" and value.is_pinned() == param.is_cuda
+        return value.dtype == self._dtypes[name] and value.device == param.device
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -101,9 +130,8 @@ class FusedAdam(torch.optim.Optimizer):
                 if not self.state[param]:
                     self.initialize_state(param, method)
             self._step_group(method, group, pairs)
-            for param, _ in pairs:
-                if "master_param" in self.state[param]:
-                    param.copy_(self.state[param]["master_param"])
+        if any(param.is_cuda for param in self._hosted):
+            torch.cuda.current_stream().synchronize()  # who reads host memory does not wait for the stream
 
     def _step_group(self, method: str, group: dict[str, Any], pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         assert method in ("adam", "sgd"), f"{method}: not a method of this optimizer (muon.py)"
@@ -113,35 +141,56 @@ class FusedAdam(torch.optim.Optimizer):
             self._step_sgd(group, pairs)
 
     def _step_adam(self, group: dict[str, Any], pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        columns = [
-            (self.state[p].get("master_param", p), gradient, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"])
-            for p, gradient in pairs
-        ]
-        whole = [column for column in columns if len({tensor.dtype for tensor in column}) == 1]
+        whole = []
+        for param, gradient in pairs:
+            state = self.state[param]
+            column = (state.get("master_param", param), gradient, state["exp_avg"], state["exp_avg_sq"])
+            if param in self._hosted or len({tensor.dtype for tensor in column}) > 1:
+                self._update_in_slices(group, param, *column)
+            else:
+                whole.append((param, column))
         if whole:
-            self._update(group, *map(list, zip(*whole, strict=True)))
-        for column in columns:
-            if len({tensor.dtype for tensor in column}) > 1:
-                self._update_in_slices(group, *column)
+            self._update(group, *map(list, zip(*(column for _, column in whole), strict=True)))
+        for param, (weight, *_) in whole:
+            if weight is not param:
+                param.copy_(weight)
 
     def _step_sgd(self, group: dict[str, Any], pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Weight decay is added to the gradient, as in torch.optim.SGD: b = m b + (g + d w), w = w - lr b."""
         for param, gradient in pairs:
-            buffer = self.state[param]["exp_avg"]
-            buffer.mul_(group["momentum"]).add_(gradient.add(param, alpha=group["weight_decay"]))
-            param.add_(buffer, alpha=-group["lr"])
+            with self.fetched(param, "exp_avg") as buffer:
+                buffer.mul_(group["momentum"]).add_(gradient.add(param, alpha=group["weight_decay"]))
+                param.add_(buffer, alpha=-group["lr"])
+
+    @contextlib.contextmanager
+    def fetched(self, param: torch.Tensor, name: str) -> Iterator[torch.Tensor]:
+        """A state beside its parameter; what is changed in it within the context is kept."""
+        kept = self.state[param][name]
+        if param not in self._hosted:
+            yield kept
+            return
+        here = kept.to(param.device, copy=True, non_blocking=True)
+        yield here
+        kept.copy_(here, non_blocking=True)
 
     def _gradient(self, param: torch.Tensor) -> torch.Tensor | None:
         return getattr(param, "decoupled_grad", None) if self._use_decoupled_grad else param.grad
 
-    def _update_in_slices(self, group: dict[str, Any], weight: Any, gradient: Any, first: Any, second: Any) -> None:
-        flat = [tensor.view(-1).split(SLICE) for tensor in (weight, gradient, first, second)]
-        for parts in zip(*flat, strict=True):
-            wide = [part.float() for part in parts]  # the fp32 ones are the tensors themselves
-            self._update(group, *([part] for part in wide))
-            for part, changed in zip(parts[2:], wide[2:], strict=True):
+    def _update_in_slices(self, group: dict[str, Any], param: Any, weight: Any, gradient: Any, first: Any, second: Any) -> None:
+        """One stream orders it all: a slice comes, is updated, goes back, and its room is used again only then."""
+        is_hosted = param in self._hosted
+        flat = [tensor.view(-1).split(SLICE) for tensor in (param, weight, gradient, first, second)]
+        for own, main, gradients, *moments in zip(*flat, strict=True):
+            kept = [*moments, main] if weight is not param else moments
+            here = [part.to(own.device, copy=True, non_blocking=True) for part in kept] if is_hosted else kept
+            wide = [part.float() for part in here]  # the fp32 ones are the tensors themselves
+            updated = wide[2] if weight is not param else own
+            self._update(group, [updated], [gradients.float()], [wide[0]], [wide[1]])
+            for part, changed in zip(kept, wide, strict=True):
                 if part is not changed:
-                    part.copy_(changed)
+                    part.copy_(changed.to(part.dtype), non_blocking=True)
+            if updated is not own:
+                own.copy_(updated)
 
     def _update(self, group: dict[str, Any], weights: list, gradients: list, firsts: list, seconds: list) -> None:
         self._kernel(

@@ -60,6 +60,8 @@ def _knobs(run: RunConfig, ranks: Ranks) -> list[str]:
         knobs.append("--bf16")
     if not run.optim.use_precision_aware_optimizer:
         knobs.append("--use-precision-aware-optimizer with bf16 moments and gradients (12 bytes per parameter in place of 18)")
+    if torch.cuda.is_available() and not run.optim.optimizer_cpu_offload:
+        knobs.append("--optimizer-cpu-offload")
     if not layout.use_distributed_optimizer:
         knobs.append("--use-distributed-optimizer with more data-parallel processes")
     for name, flag in (("tensor", "--tensor-"), ("pipeline", "--pipeline-"), ("context", "--context-")):

@@ -197,8 +197,9 @@ class MixedOptimizer(FusedAdam):
             for param, matrix in plan:
                 update = None
                 if param is not None:
-                    average = self.state[param]["exp_avg"].lerp_(gradients[param], 1 - momentum)
-                    update = gradients[param].lerp(average, momentum)
+                    with self.fetched(param, "exp_avg") as average:
+                        average.lerp_(gradients[param], 1 - momentum)
+                        update = gradients[param].lerp(average, momentum)
                 updates.append((matrix, update))
             step(group, plan, updates)
 
@@ -214,7 +215,9 @@ class MixedOptimizer(FusedAdam):
 
     def _nanochat(self, group: dict[str, Any], plan: Plan, updates: list[tuple[Matrix, torch.Tensor | None]]) -> None:
         """Weight decay is cautious: only where the step goes towards 0."""
-        moments = [(matrix, None if param is None else self.state[param]["exp_avg_sq"]) for param, matrix in plan]
+        moments = [
+            (matrix, None if param is None else self.state[param]["exp_avg_sq"].to(param.device)) for param, matrix in plan
+        ]
         every = zip(plan, gathered(updates, torch.float32), gathered(moments, torch.float32), strict=True)
         for (param, matrix), found, seconds in every:
             if param is None:

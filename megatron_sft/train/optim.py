@@ -19,6 +19,7 @@ from megatron_sft.checkpoint.background import torch_optimizers
 from megatron_sft.config.groups import lowest_rate, parameter_groups
 from megatron_sft.config.problems import length_problems
 from megatron_sft.config.run import OptimConfig, ParallelConfig, RunConfig
+from megatron_sft.config.state_bytes import adam_has_main_weights
 from megatron_sft.core_compat import fuse_gradient_norm, provide_adam
 from megatron_sft.errors import ConfigError
 from megatron_sft.model.build import DTYPES
@@ -112,7 +113,8 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
     """megatron-core's optimizer: fp32 master weights for bf16, sharded over data parallel when asked for.
 
     Bytes a parameter with --bf16 (weights + gradients + master weights + two moments): 2 + 4 + 4 + 8 = 18; with
-    --use-precision-aware-optimizer and all its dtypes bf16 2 + 2 + 4 + 4 = 12. With --fp32 4 + 4 + 8 = 16.
+    --use-precision-aware-optimizer and all its dtypes bf16 2 + 2 + 4 + 4 = 12. With --fp32 4 + 4 + 8 = 16. With
+    --optimizer-cpu-offload moments, and Adam's own master weights, lie in host memory (adam.py:keep_in_host_memory).
     """
     has_muon = any(group.optimizer == "muon" for group in parameter_groups(run.optim))
     provide_adam(muon.MixedOptimizer if has_muon else FusedAdam, NarrowGradientOptimizer)
@@ -132,7 +134,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
         use_distributed_optimizer=sharded,
         overlap_param_gather=run.parallel.overlap_param_gather,
     )
-    if optim.use_precision_aware_optimizer:
+    if optim.use_precision_aware_optimizer or adam_has_main_weights(run):
         # Set afterwards: megatron-core's own check wants TransformerEngine's FusedAdam, whose interface ours has.
         config.use_precision_aware_optimizer = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
         config.store_param_remainders = False
@@ -146,6 +148,9 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
     if not sharded and optim.use_precision_aware_optimizer:
         for part in torch_optimizers(optimizer):
             part.master_weights = False  # type: ignore[attr-defined] # its parameters are fp32 master weights already
+    if optim.optimizer_cpu_offload:
+        for part in torch_optimizers(optimizer):
+            part.keep_in_host_memory(optim.optimizer_offload_fraction)  # type: ignore[attr-defined]
     return optimizer
 
 

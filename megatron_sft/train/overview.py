@@ -45,11 +45,12 @@ def shown_rows(dataset: SFTDataset, tokenizer: Any) -> list[dict[str, Any]]:
 def memory(expected: plan.Memory, ranks: Ranks) -> str:
     """What the fullest rank is expected to need, beside what there is; a warning where it is too little."""
     parts = ", ".join(f"{name} {_shown(size)}" for name, size in expected.parts_gb.items())
+    parts += f"; in host memory {_shown(expected.host_gb)}" if expected.host_gb else ""
     if torch.cuda.is_available():
         there, where = torch.cuda.mem_get_info()[1] / GB, "the GPU"
         needed, parts = expected.total_gb + plan.RESERVED_GB, f"{parts}; {plan.RESERVED_GB:g} more for CUDA and NCCL"
     else:
-        there, where, needed = host_bytes() / GB, "this machine", expected.total_gb * ranks.world_size
+        there, where, needed = host_bytes() / GB, "this machine", (expected.total_gb + expected.host_gb) * ranks.world_size
     rank = "the fullest rank" if ranks.world_size > 1 else "the one rank"
     line = f"memory: {_shown(expected.total_gb)} GB expected on {rank} ({parts}), {there:.1f} GB on {where}"
     if needed > there:

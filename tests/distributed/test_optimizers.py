@@ -44,6 +44,8 @@ REGROUPED["param_groups"] = (
     *("embedding lr=3e-5", r"layers\.3\. lr=8e-5"),
 )
 MUON: dict[str, Any] = {"optimizer": "muon", "weight_decay": 0.1, "embedding_lr": 2e-5}
+OFFLOAD: dict[str, Any] = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
+"""Changes no number, and nothing in a checkpoint."""
 FROZEN = r"output_layer|.*linear_qkv|decoder\.layers\.2\."
 LOWER = r"decoder\.layers\.[0-2]\."
 NANOCHAT = MUON | {"muon_variant": "nanochat"}
@@ -116,10 +118,11 @@ def _resumed(folder: str, root: str, tables: list[dict[str, Any]], parallel: Par
 @pytest.mark.parametrize(
     ("tables", "parallel", "dtype"),
     [
-        ([GROUPS, REGROUPED], ParallelConfig(use_distributed_optimizer=True), "bf16"),
+        ([GROUPS, REGROUPED | OFFLOAD], ParallelConfig(use_distributed_optimizer=True), "bf16"),
         ([GROUPS, REGROUPED], ParallelConfig(pipeline_model_parallel_size=2), "bf16"),
-        ([MUON], ParallelConfig(tensor_model_parallel_size=2), "bf16"),
-        ([NANOCHAT], ParallelConfig(use_distributed_optimizer=True), "bf16"),
+        ([MUON, MUON | OFFLOAD], ParallelConfig(tensor_model_parallel_size=2), "bf16"),
+        ([NANOCHAT | OFFLOAD, NANOCHAT], ParallelConfig(use_distributed_optimizer=True), "bf16"),
+        ([OFFLOAD, {}], ParallelConfig(use_distributed_optimizer=True), "bf16"),
     ],
 )
 def test_a_resumed_run_is_bit_identical(

@@ -150,6 +150,13 @@ def test_memory_and_traffic_of_a_tiny_model(tmp_path: Path) -> None:
         assert (row.weights_gb, row.gradients_gb) == (expected[name] * 2 / 1e9, expected[name] * 4 / 1e9)
         assert row.optimizer_gb == expected[name] * 12 / sharded / 1e9
         assert row.micro_batches == (2 if name == "DP" else 4)
+    run, given, options = parse(
+        [*conf_flags(str(conf)), *flags, "--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.25"], 1, options=PlanConfig
+    )
+    for row in plan(run, given, options, str(conf), []):
+        (before,) = [other for other in made if other.sizes == row.sizes]
+        assert (row.optimizer_gb, row.host_gb) == pytest.approx((before.optimizer_gb * 0.75, before.optimizer_gb * 0.25))
+        assert row.total_gb == pytest.approx(before.total_gb - row.host_gb)
     row_bytes = 32 * 64 * 2
     gradients = 6 * PARAMETERS / 2  # half scattered in fp32, half gathered in bf16
     sent = {

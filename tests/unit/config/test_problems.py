@@ -30,6 +30,7 @@ TOGETHER = {
     "--final-lr-frac 0.1 --min-lr 1e-6": "--final-lr-frac and --min-lr both say where the rate ends",
     "--warmup-ratio 0.7 --warmdown-ratio 0.5": "--warmup-ratio 0.7 and --warmdown-ratio 0.5 are more than the whole",
     "--optimizer sgd --use-precision-aware-optimizer --bf16": "--use-precision-aware-optimizer: expected adam alone, not sgd",
+    "--optimizer-offload-fraction 0.5": "--optimizer-offload-fraction 0.5 has no effect without --optimizer-cpu-offload",
     "--recompute-granularity full": "--recompute-granularity full needs --recompute-method",
     "--recompute-num-layers 1": "--recompute-method and --recompute-num-layers have no effect without",
     "--recompute-modules mlp": "--recompute-modules has no effect without --recompute-granularity selective",

@@ -1,4 +1,6 @@
-"""Adam with moments and gradients in bf16: one rounding a step, states that survive a checkpoint, few bytes."""
+"""Adam with moments and gradients in bf16, and with states in host memory: one rounding a step, states kept by a checkpoint."""
+
+import copy
 
 import pytest
 import torch
@@ -55,3 +57,46 @@ def test_states_keep_their_dtype_through_a_state_dict() -> None:
         assert torch.equal(other.state[param][name], optimizer.state[param][name])
     other.set_scaled_state(param, "exp_avg", torch.full((4,), 0.5))
     assert torch.equal(other.get_unscaled_state(param, "exp_avg"), torch.full((4,), 0.5).bfloat16())
+
+
+MAIN = dict(master_weights=True, use_decoupled_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "method"),
+    [
+        ({}, torch.float32, "adam"),
+        ({}, torch.float32, "sgd"),
+        (MAIN, torch.bfloat16, "adam"),
+        (MAIN | NARROW, torch.bfloat16, "adam"),
+    ],
+)
+def test_states_in_host_memory_change_no_bit(
+    settings: dict, dtype: torch.dtype, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of three parameters keeps its states beside it. Slices are whole vectors, whose rest a CPU rounds otherwise."""
+    monkeypatch.setattr(adam, "SLICE", 16)
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((5, 8), (5,), (21,))]
+    theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
+    optimizer, plain = (
+        FusedAdam([{"params": group, "method": method, "momentum": 0.9}], **SETTINGS, **settings) for group in (ours, theirs)
+    )
+    optimizer.keep_in_host_memory(0.61)
+    for step in range(4):
+        for mine, other in zip(ours, theirs, strict=True):
+            gradient = torch.randn(mine.shape)
+            name = "decoupled_grad" if settings else "grad"
+            setattr(mine, name, gradient), setattr(other, name, gradient.clone())
+        before = {name: id(state) for name, state in optimizer.state[ours[0]].items()}
+        optimizer.step()
+        plain.step()
+        assert step == 0 or before == {name: id(state) for name, state in optimizer.state[ours[0]].items()}
+        if step == 1:
+            optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+        states, wanted = optimizer.state[mine], plain.state[other]
+        assert states.keys() == wanted.keys()
+        assert all(states[name].dtype == wanted[name].dtype and torch.equal(states[name], wanted[name]) for name in states)
+    assert optimizer._hosted == set(ours[:2])
