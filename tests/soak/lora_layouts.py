@@ -18,8 +18,9 @@ def main(words: list[str]) -> int:
     """Prints how each layout differs; 1 where one does."""
     with tempfile.TemporaryDirectory() as root:
         hf = folders(Path(root))
-        alone = run_ranks(train_cases, 1, ALONE, hf, timeout_s=500)[0]
         chosen = [name for name in CASES if not words or any(word in name for word in words)]
+        needed = {name: ALONE[name] for name in (same_alone(CASES[name]) for name in chosen)}
+        alone = run_ranks(train_cases, 1, needed, hf, timeout_s=500)[0]
         found = {}
         for first in range(0, len(chosen), TOGETHER):
             cases = {name: CASES[name] for name in chosen[first : first + TOGETHER]}

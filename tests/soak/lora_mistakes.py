@@ -119,7 +119,7 @@ MISTAKES: dict[str, tuple[str, Callable[[], None]]] = {
         "tp2",
         _replace("reduce_from_tensor_model_parallel_region", lambda x, group: _doubled(x, group)),
     ),
-    "rows of B in the order of q, k, v": ("tp2", _after_init(lambda adapter: setattr(adapter, "order", None))),
+    "rows of B in the order of q, k, v": ("cp2", _after_init(lambda adapter: setattr(adapter, "order", None))),
     "A drawn by rank": ("dp2-distopt", _by_rank),
     "everything trained": ("tp2-sp", _not_frozen),
     "adapter after the gathered latents": ("mla-tp2-sp", _hook_last),
@@ -148,9 +148,11 @@ def main(words: list[str]) -> int:
     """Prints how each mistake shows; 1 where one does not."""
     with tempfile.TemporaryDirectory() as root:
         hf = folders(Path(root))
-        alone = run_ranks(train_cases, 1, ALONE, hf, timeout_s=500)[0]
+        chosen = [name for name in MISTAKES if not words or any(word in name for word in words)]
+        needed = {name: ALONE[name] for name in (same_alone(CASES[MISTAKES[name][0]]) for name in chosen)}
+        alone = run_ranks(train_cases, 1, needed, hf, timeout_s=500)[0]
         found = {}
-        for name in [name for name in MISTAKES if not words or any(word in name for word in words)]:
+        for name in chosen:
             case = CASES[MISTAKES[name][0]]
             ranks = run_ranks(with_mistake, 2, name, {"case": case}, hf, timeout_s=300)
             raised = [rank for rank in ranks if isinstance(rank, str)]
