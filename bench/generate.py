@@ -1,6 +1,6 @@
 """Decode speed against transformers' generate, greedy, on the CPU, at batch 1 and 8, in bf16 and fp32.
 
-python bench/generate.py MODEL_FOLDER [NEW_TOKENS]
+python bench/generate.py MODEL_FOLDER [NEW_TOKENS] [bf16|fp32]
 
 Seconds are of processor time over all threads (both sides compute nothing else), so that other work on the machine does not
 show; the faster of two runs of each.
@@ -66,11 +66,11 @@ def compare(folder: str, dtype: str, new_tokens: int) -> None:
     parallel.finalize()
 
 
-def main(folder: str, new_tokens: int) -> None:
-    """Both dtypes."""
-    for dtype in DTYPES:
-        compare(folder, dtype, new_tokens)
+def main(folder: str, new_tokens: str = "32", *dtypes: str) -> None:
+    """Both dtypes unless one is named."""
+    for dtype in dtypes or DTYPES:
+        compare(folder, dtype, int(new_tokens))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 32)
+    main(*sys.argv[1:])

@@ -153,6 +153,8 @@ def rotate(heads: torch.Tensor, table: torch.Tensor, interleaved: bool = False) 
         table: [T, 2, dim], from RotaryTable.gather (one kind).
         interleaved: pairs are channels (0, 1), (2, 3) ...; else (0, dim / 2), (1, dim / 2 + 1) ...
     """
+    if not torch.is_grad_enabled():
+        return _turned(heads, table, interleaved, 1)
     return _Rotate.apply(heads, table, interleaved)
 
 

@@ -42,6 +42,9 @@ class Attempt:
             return "ended in a way that its line does not say"
         if error:
             return f"failed (status {status}): {error}"
+        begun, ended = self.start.get("last_iteration"), self.end.get("iteration")
+        if status == 0 and is_number(begun) and is_number(ended) and ended < begun:
+            return f"ended early, at iteration {ended:,} of {begun:,} (--early-stop-patience)"
         if status > 128:
             return f"stopped by signal {status - 128}"
         return {0: "trained to the end", 4: "stopped by --exit-interval or --exit-duration-in-mins"}.get(

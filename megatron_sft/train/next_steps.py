@@ -32,6 +32,8 @@ def next_steps(run: RunConfig, state: TrainState, total: int, stopped: bool) -> 
         stopped: before its end.
     """
     how = f"stopped after iteration {state.iteration} of {total}" if stopped else f"trained to the end, {total} iterations"
+    if state.iteration < total and not stopped:
+        how = f"ended after iteration {state.iteration} of {total} (--early-stop-patience)"
     if not run.checkpoint.save and not run.checkpoint.save_hf:
         return f"{how}. Nothing is kept: there is no --save and no --save-hf."
     places = [f"checkpoints in {run.checkpoint.save}"] if run.checkpoint.save else []

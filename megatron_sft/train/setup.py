@@ -193,9 +193,21 @@ def build_data(run: RunConfig) -> Data:
     for opened in (store, valid_store):
         _require_known_tokens(run, opened)
         _require_same_on_all(opened)
+    _require_source(run.checkpoint.best_metric, valid_set)
     report = data_report(store, train_set.plan, config.seq_length)
     logger.info("%s", as_table(report))
     return Data(store, train_set, valid_set, tokenizer, report, read_benchmarks(run, tokenizer))
+
+
+def _require_source(metric: str, valid: SFTDataset | None) -> None:
+    """Raises DataError where --best-metric names a source that the held-out rows do not have, or have alone."""
+    _, _, source = metric.removeprefix("valid/").partition("/")
+    names = valid.store.source_names if valid else ()
+    if metric.startswith("valid/") and source and (len(names) < 2 or source not in names):
+        raise DataError(
+            f"--best-metric {metric}: the held-out rows are of {', '.join(names) or 'no source'}; expected one of several. "
+            "Name one, or leave its name out."
+        )
 
 
 def _require_same_on_all(store: TokenStore) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_sft.errors import DataError
+from megatron_sft.report.runs import read_runs
 from tests.functional.conftest import metrics_of
 
 
@@ -75,8 +77,16 @@ def test_a_run_ends_when_a_task_gets_no_better(finetune, tmp_path):
     )
     assert json.loads((save / "best_checkpoint.json").read_text())["metric"] == "eval/text/bits-per-byte"
     assert sorted(path.name for path in save.glob("iter_*")) == [f"iter_{number:07d}" for number in (best, last)]
+    assert f"ended after iteration {last} of 9 (--early-stop-patience): checkpoints in " in done.stdout
+    page = read_runs([str(save)])[0]
+    assert page.attempts[-1].outcome == f"ended early, at iteration {last} of 9 (--early-stop-patience)"
     tokens, size = 36 + 1, 36  # the end of the turn is a token without text
     assert lines[0]["valid/bits_per_byte"] == pytest.approx(lines[0]["valid/loss"] * tokens / size / math.log(2), rel=1e-12)
+    other = finetune(*flags, "--best-metric", "valid/loss/rows", "--save", tmp_path / "other")
+    assert other.returncode == DataError.exit_status
+    assert (
+        "--best-metric valid/loss/rows: the held-out rows are of valid; expected one of several." in other.stdout + other.stderr
+    )
     again = finetune(*flags)
     assert again.returncode != 0
     assert f"ended at iteration {last} already, 2 evaluations after the best; expected fewer" in again.stdout + again.stderr
