@@ -70,8 +70,7 @@ def leave_out_compiler() -> None:
     """
     import torch
 
-    compilers = ("cc", "gcc", "clang", os.environ.get("CC", ""))
-    if torch.cuda.is_available() and importlib.util.find_spec("triton") and any(map(shutil.which, compilers)):
+    if torch.cuda.is_available() and not triton_lacks():
         return
     if "torch._dynamo" in sys.modules:  # megatron.core was imported before
         sys.modules["torch._dynamo"].config.disable = True  # type: ignore[attr-defined]
@@ -81,6 +80,19 @@ def leave_out_compiler() -> None:
         function = getattr(getattr(torch.optim.Optimizer, method), "__wrapped__", None)
         if function is not None:
             setattr(function, "__dynamo_disable", function)
+
+
+def triton_lacks() -> str:
+    """What keeps Triton's kernels from running here; "": nothing. TRITON_INTERPRET=1 runs them on a CPU, for tests."""
+    import torch
+
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed (pip install triton)"
+    if not torch.cuda.is_available():
+        return "" if interprets else "there is no CUDA device"
+    compilers = ("cc", "gcc", "clang", os.environ.get("CC", ""))
+    return "" if any(map(shutil.which, compilers)) else "there is no C compiler (cc, gcc, clang or CC), which starts them"
 
 
 def install_cpu_mode() -> None:
@@ -444,6 +456,15 @@ def fuse_gradient_norm() -> None:
         torch._foreach_mul_(lists[1], factor)
 
     clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm, scale
+
+
+def gradients_for_norm(optimizer: Any) -> "list[torch.Tensor]":
+    """Those of one of its optimizers that count on this rank: not shared, and of one tensor-parallel rank where all have them.
+
+    megatron/core/optimizer/optimizer.py; 0.19 has another name, and takes those out that have a norm of their own (none here).
+    """
+    found = getattr(optimizer, "get_grads_for_grad_norm", None) or optimizer.get_main_grads_for_grad_norm
+    return list(found())
 
 
 def provide_adam(fused_adam: type, float16_optimizer: type) -> None:

@@ -1,5 +1,6 @@
 """The training loop: step, validate, log, save, stop. Reads top to bottom; everything else is called from here."""
 
+import datetime
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +12,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sft.config.run import RunConfig
-from megatron_sft.core_compat import device
 from megatron_sft.data.loader import Step, TrainLoader, ValidLoader, steps_of_samples
 from megatron_sft.errors import TrainingError
 from megatron_sft.log import logger
@@ -41,7 +41,7 @@ class Job:
     run: RunConfig
     ranks: Ranks
     chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
+    optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
     schedule: ScheduleLengths
     loader: TrainLoader
@@ -65,6 +65,11 @@ class StopRequest:
         self._signal = 0
         self._signalled = 0.0
         self._interval = run.train.exit_interval
+        self._group: Any = None
+        """Talks between hosts, so that the device is not waited for: gloo's, and None where that is what all processes have."""
+        if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "gloo":
+            timeout = datetime.timedelta(minutes=run.parallel.distributed_timeout_minutes)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
         minutes = run.train.exit_duration_in_mins
         self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
         if run.train.exit_signal_handler:
@@ -81,12 +86,13 @@ class StopRequest:
     def agreed(self, iteration: int, peak_bytes: int) -> tuple[int, int]:
         """The signal number that any rank received, -1 when it is time, 0 to go on; and the most memory of any rank.
 
-        The same on every rank, by one all-reduce.
+        The same on every rank, by one all-reduce over gloo.
         """
         is_time = time.monotonic() > self._deadline or bool(self._interval and iteration % self._interval == 0)
         mine = self._signal or (1000 if is_time else 0)
-        values = torch.tensor([mine, peak_bytes], dtype=torch.int64, device=device())
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        values = torch.tensor([mine, peak_bytes], dtype=torch.int64, device="cpu")
+        if dist.get_world_size() > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
         number, most = values.tolist()
         return -1 if number == 1000 else number, most
 

@@ -3,7 +3,7 @@
 1. `forward_step` moves a micro-batch to the device, cuts it for context parallelism and runs the model;
 2. the schedule adds up gradients over micro-batches (and pipeline stages), finalize_model_grads over ranks;
 3. losses and gradients that are not finite stop the run before the update, with the rows and ranks named;
-4. the optimizer clips and updates, unless the loss is a spike (--loss-spike-factor).
+4. the optimizer clips and updates (clipping.py), unless the loss is a spike (--loss-spike-factor).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_sft.core_compat import device, moved
@@ -29,6 +29,7 @@ from megatron_sft.model.attention import packed_seq_params
 from megatron_sft.model.context import shard_tokens
 from megatron_sft.model.noise import neftune_bounds, noise_keys
 from megatron_sft.parallel import gather
+from megatron_sft.train.clipping import squared_norms, update
 from megatron_sft.train.loss import LossTotals, document_losses, step_loss, summed_totals
 
 
@@ -82,7 +83,7 @@ def run_schedule(chunks: list[Any], batches: list[Batch], forward_only: bool, no
 
 def train_step(
     chunks: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
+    optimizer: ChainedOptimizer,
     batches: list[Batch],
     num_sources: int,
     name_document: Any,
@@ -111,7 +112,8 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     reports = run_schedule(chunks, batches, forward_only=False, noise=noise)
-    totals, is_finite = _on_the_host(summed_totals(reports, batches, num_sources, device()), chunks if check_for_nan else [])
+    summed = summed_totals(reports, batches, num_sources, device())
+    totals, is_finite, squares = _on_the_host(summed, chunks if check_for_nan else [], squared_norms(optimizer))
     if check_for_nan and not (is_finite and np.isfinite(totals.by_source).all()):
         _refuse(chunks, reports, batches, totals, name_document, iteration)
     if loss_limit != float("inf") and _is_spike(totals.loss, loss_limit):
@@ -125,8 +127,8 @@ def train_step(
         # experts' own losses would go in undivided
         for chunk in chunks:
             chunk.zero_grad_buffer()
-    _, grad_norm, _ = optimizer.step()
-    return StepResult(totals, float(grad_norm))
+        squares = squared_norms(optimizer).tolist()
+    return StepResult(totals, update(optimizer, squares))
 
 
 def _is_spike(loss: float, limit: float) -> bool:
@@ -155,14 +157,14 @@ def _is_finite(tensors: list[torch.Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor.sum())) for tensor in tensors)
 
 
-def _on_the_host(totals: torch.Tensor, chunks: list[Any]) -> tuple[LossTotals, bool]:
-    """A step's totals, and whether every rank's gradient is finite (True without chunks): the device is waited for once."""
+def _on_the_host(totals: torch.Tensor, chunks: list[Any], squares: torch.Tensor) -> tuple[LossTotals, bool, list[float]]:
+    """A step's totals, whether every rank's gradient is finite (True without chunks), squared norms: the one wait of a step."""
     flag = torch.zeros((), dtype=torch.int32, device=totals.device)
     if chunks:
         flag += sum((~torch.isfinite(tensor.sum())).int() for tensor in _gradient_buffers(chunks))
         dist.all_reduce(flag)
-    *sums, bad = torch.cat((totals.flatten(), flag[None].double())).tolist()
-    return LossTotals(np.array(sums).reshape(totals.shape)), not bad
+    bad, *sums = torch.cat((flag[None].double(), squares.double(), totals.flatten())).tolist()
+    return LossTotals(np.array(sums[len(squares) :]).reshape(totals.shape)), not bad, sums[: len(squares)]
 
 
 def _refuse(
