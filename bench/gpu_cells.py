@@ -61,8 +61,9 @@ SHAPES = {
     "tiny": Shape(""),
 }
 """A number behind a model's name: layers that are left of it."""
-SWITCHES = ("unaligned", "fixed-segments", "FA3", "FA4", "cuDNN")
-"""Blocks of the vocabulary as they come; torch's allocator without expandable segments; attention kernels by name."""
+SWITCHES = ("unaligned", "fixed-segments", "FA3", "FA4", "cuDNN", "triton")
+"""Blocks of the vocabulary as they come; torch's allocator without expandable segments; attention kernels by name;
+--kernels triton."""
 FITS = ((4, False), (2, False), (1, False), (1, True))
 """(packs a micro-batch, full recomputation), the fastest first."""
 
@@ -161,7 +162,7 @@ def _seconds(action: Callable[[], object], warm_up: int = 3, times: int = 10) ->
     return (time.perf_counter() - start) / times
 
 
-def ours_cell(shape: str, packs: int, recompute: bool, until: float) -> dict[str, Any]:
+def ours_cell(shape: str, packs: int, recompute: bool, until: float, flags: Sequence[str]) -> dict[str, Any]:
     """The training step of finetune.py on packs in memory."""
     import torch
 
@@ -172,7 +173,7 @@ def ours_cell(shape: str, packs: int, recompute: bool, until: float) -> dict[str
     from megatron_sft.data.store import MemoryStore
     from megatron_sft.train.step import train_step
 
-    run, sizes = run_config(shape, packs, recompute), Sizes.of(shape)
+    run, sizes = run_config(shape, packs, recompute, flags), Sizes.of(shape)
     parallel.initialize(run.parallel, 1)
     chunks, optimizer = fresh_model(run)
     documents = [(tokens, np.ones(len(tokens), np.uint8)) for tokens in sizes.documents_of(run.model.vocab_size)]
@@ -421,7 +422,8 @@ def main() -> None:
     elif engine == "loss":
         row = loss_cell(shape)
     elif engine == "ours":
-        row = ours_cell(shape, packs, recompute, options.until)
+        flags = ["--kernels", "triton"] if "triton" in switches else []
+        row = ours_cell(shape, packs, recompute, options.until, flags)
     else:
         row = trl_cell(shape, packs, recompute, options.until, engine == "liger", options.trl_attention)
     give(row)

@@ -140,7 +140,7 @@ def head_products() -> dict[str, Any]:
 
 
 def loss() -> dict[str, Any]:
-    """Head and loss whole, with aligned blocks of the vocabulary and without."""
+    """Head and loss whole, with aligned blocks of the vocabulary, without, and by Triton's kernels."""
     from megatron_sft.model import loss as module
 
     tokens, width, rows = size(16384, 32), size(2048, 16), size(151936, 600)
@@ -152,6 +152,9 @@ def loss() -> dict[str, Any]:
         row[name] = both_ways(lambda h, w: module.linear_cross_entropy(h, w, labels, mask, rows), hidden, weight)
         row[name]["block_rows"] = min(rows, module.block_rows(rows, tokens))
     module.ALIGNED_ROWS = aligned
+    if CUDA:
+        settings = labels, mask, rows, None, None, module.CROSS_ENTROPY, None, True
+        row["triton"] = both_ways(lambda h, w: module.linear_cross_entropy(h, w, *settings), hidden, weight)
     return row
 
 
@@ -213,14 +216,18 @@ def norms() -> dict[str, Any]:
 
 
 def rope() -> dict[str, Any]:
-    """Rotary embedding of queries and of keys, as model/rope.py does it."""
+    """Rotary embedding of queries and of keys, as model/rope.py does it; norm and RoPE of the projection, torch and Triton."""
+    from megatron_sft.kernels.rope import norm_and_turn, norm_and_turn_reference
     from megatron_sft.model.rope import rotate
 
     tokens, dim = size(16384, 32), size(128, 16)
-    table = drawn(tokens, 2, dim)
-    return {
+    table, mixed, weights = drawn(tokens, 2, dim), drawn(tokens, 8, 6, dim, grad=True), [drawn(dim, grad=True) for _ in range(2)]
+    row: dict[str, Any] = {
         f"{heads} heads": both_ways(lambda x: rotate(x, table, False), drawn(tokens, heads, dim, grad=True)) for heads in (32, 8)
     }
+    for name, function in (("norm and turn", norm_and_turn_reference), *([("by triton", norm_and_turn)] if CUDA else [])):
+        row[name] = both_ways(lambda *x, f=function: torch.cat(f(x[0], table, *x[1:], 1e-6), dim=1), mixed, *weights)
+    return row
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
@@ -247,6 +254,9 @@ def adam() -> dict[str, Any]:
         weight.decoupled_grad = drawn(count, dtype=dtype)  # type: ignore[attr-defined]
         optimizer = FusedAdam([weight], exp_avg_dtype=dtype, exp_avg_sq_dtype=dtype, use_decoupled_grad=True)
         row[f"{name}_ns_per_parameter"] = 1e6 * milliseconds(optimizer.step) / count
+    if CUDA:
+        optimizer.triton = True
+        row["bf16_triton_ns_per_parameter"] = 1e6 * milliseconds(optimizer.step) / count
     return row
 
 
@@ -354,6 +364,8 @@ def _cells() -> Iterator[tuple[str, Part]]:
         yield f"step-{shape}", Part(functools.partial(cell, shape), 200, False)
     for shape, switch in itertools.product(("Qwen3-1.7B", "Qwen3-8B"), ("unaligned", "fixed-segments", "FA3", "cuDNN")):
         yield f"without-{shape}-{switch}", Part(functools.partial(cell, shape, "ours", 0, switch), 150, False)
+    for shape in ("Qwen3-1.7B", "Qwen3-8B"):
+        yield f"with-{shape}-triton", Part(functools.partial(cell, shape, "ours", 0, "triton"), 150, False)
     for engine, shape in itertools.product(("trl", "liger"), ("Qwen3-0.6B", "Qwen3-1.7B")):
         yield f"{engine}-{shape}", Part(functools.partial(cell, shape, engine), 200, False)
 

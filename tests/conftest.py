@@ -1,7 +1,9 @@
-"""Before any test is imported: no compiler on a CPU. Order of the tests: the longest file first, so that two processes
-finish together."""
+"""Before any test is imported: no compiler on a CPU, and Triton interpreted there. Order of the tests: the longest file first, so
+that two processes finish together."""
 
 import pytest
+
+import tests.triton_kernels  # noqa: F401 # before anything imports triton
 
 
 def pytest_sessionstart() -> None:

@@ -362,6 +362,8 @@ class TrainConfig:
     """The run saves and ends after so long."""
     exit_signal_handler: bool = True
     """SIGTERM and Ctrl-C save before they end the run."""
+    kernels: Annotated[str, Words("auto", "torch", "triton")] = "auto"
+    """Loss, norm with RoPE, Adam with bf16 moments: by torch's operations or Triton's; auto: torch, until a GPU has compared."""
     deterministic_mode: bool = False
     """On CUDA: torch's and megatron-core's repeatable kernels; a resumed run is then bit-identical, as on a CPU."""
 

@@ -32,6 +32,7 @@ from megatron_sft.core_compat import (
     provide_latent_projections,
 )
 from megatron_sft.errors import ConfigError
+from megatron_sft.kernels import takes_triton
 from megatron_sft.model.attention import PackedAttention
 from megatron_sft.model.context import token_lengths
 from megatron_sft.model.head import Head, Output
@@ -105,7 +106,8 @@ class SFTModel(GPTModel):
         wait_for_parameters(self.output_layer)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return Head(weight, self.vocab_rows, self.final_softcap, parallel_state.get_tensor_model_parallel_group())
+        group = parallel_state.get_tensor_model_parallel_group()
+        return Head(weight, self.vocab_rows, self.final_softcap, group, self.config.sft_triton)
 
     def forward(  # in place of GPTModel's, which knows no head of ours and no table by position
         self,
@@ -237,6 +239,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     config = _accepted(kind, {**fields, **core})
     config.hetereogenous_dist_checkpoint |= is_hybrid  # a name for each layer, as MambaModel has
     config.sft_model = model  # type: ignore[attr-defined] # what our modules need beyond megatron-core's fields
+    config.sft_triton = takes_triton(train.kernels)  # type: ignore[attr-defined]
     config.sft_cp_comm_type = parallel.cp_comm_type  # type: ignore[attr-defined]
     config.no_rope_freq = None  # megatron-core would take the table away that scales queries in these layers
     return config

@@ -27,6 +27,8 @@ class Head:
     """Logits become softcap * tanh(logit / softcap) (Gemma 2)."""
     group: dist.ProcessGroup
     """Tensor-parallel ranks, which have the other rows."""
+    triton: bool = False
+    """Losses by Triton's kernels."""
 
     def losses(
         self,
@@ -49,7 +51,7 @@ class Head:
             [tokens] float32; 0 where loss_mask is 0. Not multiplied by the mask's weights.
         """
         settings = self.vocab_size, self.group, self.softcap, token_loss
-        return linear_cross_entropy(hidden, self.weight, labels, loss_mask, *settings, trained)
+        return linear_cross_entropy(hidden, self.weight, labels, loss_mask, *settings, trained, self.triton)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, rows] in the activations' dtype: those of this rank's rows, padding included."""

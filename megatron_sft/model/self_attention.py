@@ -12,7 +12,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 from megatron_sft.config.run import ModelConfig
-from megatron_sft.model.layers import HeadsNorm
+from megatron_sft.kernels.rope import norm_and_turn
+from megatron_sft.model.layers import HeadsNorm, RMSNorm, wait_for_parameters
 from megatron_sft.model.pattern import layer_window, layers_without_rope
 
 
@@ -32,6 +33,17 @@ class PackedSelfAttention(SelfAttention):
             eps = config.layernorm_epsilon
             self.q_layernorm = HeadsNorm(config, self.query_projection_size, eps, self.tp_group)
             self.k_layernorm = HeadsNorm(config, self.kv_projection_size, eps, self.tp_group)
+        self.fuses = config.sft_triton and self._fits_kernel(model)
+        self._table: torch.Tensor | None = None
+
+    def _fits_kernel(self, model: ModelConfig) -> bool:
+        """Whether kernels/rope.py does what this layer does: RoPE of whole heads in two halves, a norm a head or none."""
+        norms = self.q_layernorm, self.k_layernorm
+        plain = all(isinstance(norm, RMSNorm) for norm in norms) or not (model.qk_layernorm or model.qk_layernorm_full)
+        turned = model.position_embedding_type != "none" and not self.skips_rope and model.rotary_percent == 1.0
+        gated = getattr(self.config, "attention_output_gate", False)
+        whole = self.config.num_query_groups >= self.tp_group.size()  # else a group's queries are dealt to several ranks
+        return plain and turned and whole and not (gated or model.rotary_interleaved or self.config.qk_l2_norm)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
         """As megatron-core's; `rotary_pos_emb` is [T, kinds, 2, dim] or None."""
@@ -41,7 +53,27 @@ class PackedSelfAttention(SelfAttention):
             chosen = (table[:, -1], None) if self.has_temperature else None  # queries alone
         elif table is not None:
             chosen = table[:, self.rotary_kind]
+        if self.fuses:
+            self._table, chosen = chosen, None
         return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=chosen, **kwargs)
+
+    def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As megatron-core's; by the kernel queries and keys are turned already."""
+        if not self.fuses:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        assert self._table is not None, "a model with RoPE has a table"
+        mixed, _ = self.linear_qkv(hidden_states)
+        groups, dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        weights = self._norm_weight(self.q_layernorm), self._norm_weight(self.k_layernorm)
+        mixed = mixed.view(mixed.shape[0], groups, -1, dim)
+        heads = norm_and_turn(mixed, self._table, *weights, self.config.layernorm_epsilon)
+        return tuple(x[:, None] for x in heads)
+
+    def _norm_weight(self, norm: Any) -> torch.Tensor | None:
+        if not isinstance(norm, RMSNorm):
+            return None
+        wait_for_parameters(norm)
+        return norm.weight + 1 if norm.zero_centered else norm.weight
 
 
 class PackedMLASelfAttention(MLASelfAttention):

@@ -24,7 +24,8 @@ class FusedAdam(torch.optim.Optimizer):
 
     The step count lives in the parameter group (not in a tensor a parameter), which is what megatron-core's
     reshardable optimizer checkpoints expect of an Adam. Kernels: torch._fused_adamw_ and torch._fused_adam_. With
-    moments or gradients in bf16 each slice of them goes through the same kernel in fp32 and is rounded once, to nearest.
+    moments or gradients in bf16 each slice of them goes through the same kernel in fp32 and is rounded once, to nearest; or
+    all of it through one of ours (kernels/adam_triton.py).
 
     States that keep_in_host_memory chooses lie in host memory, pinned where the parameter is on a GPU, and are brought to the
     parameter for its update, a slice at a time, by the same kernel.
@@ -68,6 +69,8 @@ class FusedAdam(torch.optim.Optimizer):
         self._dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": torch.float32}
         self.master_weights, self._use_decoupled_grad = master_weights, use_decoupled_grad
         self._hosted: set[torch.Tensor] = set()
+        self.triton = False
+        """Where dtypes differ, one Triton kernel updates in place of torch's."""
 
     def keep_in_host_memory(self, share: float) -> None:
         """The states of the first parameters, until they are `share` of all elements, are made in host memory from now on."""
@@ -145,10 +148,12 @@ class FusedAdam(torch.optim.Optimizer):
         for param, gradient in pairs:
             state = self.state[param]
             column = (state.get("master_param", param), gradient, state["exp_avg"], state["exp_avg_sq"])
-            if param in self._hosted or len({tensor.dtype for tensor in column}) > 1:
-                self._update_in_slices(group, param, *column)
-            else:
+            if param not in self._hosted and len({tensor.dtype for tensor in column}) == 1:
                 whole.append((param, column))
+            elif self.triton and param not in self._hosted:
+                self._update_in_one_pass(group, param, *column)
+            else:
+                self._update_in_slices(group, param, *column)
         if whole:
             self._update(group, *map(list, zip(*(column for _, column in whole), strict=True)))
         for param, (weight, *_) in whole:
@@ -175,6 +180,13 @@ class FusedAdam(torch.optim.Optimizer):
 
     def _gradient(self, param: torch.Tensor) -> torch.Tensor | None:
         return getattr(param, "decoupled_grad", None) if self._use_decoupled_grad else param.grad
+
+    def _update_in_one_pass(self, group: dict[str, Any], param: Any, weight: Any, gradient: Any, first: Any, second: Any) -> None:
+        from megatron_sft.kernels.adam_triton import update
+
+        rates = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        decoupled, copy = self._kernel is torch._fused_adamw_, None if weight is param else param
+        update(weight, gradient, first, second, copy, group["step"], *rates, decoupled)
 
     def _update_in_slices(self, group: dict[str, Any], param: Any, weight: Any, gradient: Any, first: Any, second: Any) -> None:
         """One stream orders it all: a slice comes, is updated, goes back, and its room is used again only then."""

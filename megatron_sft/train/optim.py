@@ -22,6 +22,7 @@ from megatron_sft.config.run import OptimConfig, ParallelConfig, RunConfig
 from megatron_sft.config.state_bytes import adam_has_main_weights
 from megatron_sft.core_compat import fuse_gradient_norm, provide_adam
 from megatron_sft.errors import ConfigError
+from megatron_sft.kernels import takes_triton
 from megatron_sft.model.build import DTYPES
 from megatron_sft.parallel import gather
 from megatron_sft.train import muon
@@ -151,6 +152,8 @@ def build_optimizer(chunks: list[DistributedDataParallel], run: RunConfig) -> Me
     if optim.optimizer_cpu_offload:
         for part in torch_optimizers(optimizer):
             part.keep_in_host_memory(optim.optimizer_offload_fraction)  # type: ignore[attr-defined]
+    for part in torch_optimizers(optimizer):
+        part.triton = takes_triton(train.kernels)  # type: ignore[attr-defined]
     return optimizer
 
 

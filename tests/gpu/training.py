@@ -56,11 +56,12 @@ class Training:
         checkpoint: CheckpointConfig | None = None,
         model: ModelConfig = MODEL,
         clip_grad: float = 0.0,
+        kernels: str = "auto",
     ) -> "Training":
         run = RunConfig(
             model=model,
             optim=OptimConfig(lr=1e-3, clip_grad=clip_grad, weight_decay=0.01),
-            train=TrainConfig(train_iters=STEPS, params_dtype=dtype, micro_batch_size=2, global_batch_size=4),
+            train=TrainConfig(train_iters=STEPS, params_dtype=dtype, micro_batch_size=2, global_batch_size=4, kernels=kernels),
             checkpoint=checkpoint or CheckpointConfig(),
         )
         chunks = build_model(run.model, run.parallel, run.train)

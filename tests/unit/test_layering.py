@@ -30,21 +30,23 @@ ALLOWED: Mapping[str, set[str]] = {
     "parallel": EVERY,
     "data": {"config", "errors", "files", "lock", "log", "pages"},
     "report": {"attempts", "data", "errors", "log", "pages"},
-    "model": EVERY | {"parallel"},
+    "kernels": {"core_compat", "errors"},
+    "model": EVERY | {"kernels", "parallel"},
     "hf": EVERY | {"parallel", "model"},
     "checkpoint": EVERY | {"parallel"},
     "weights": EVERY | {"parallel", "model", "hf", "checkpoint"},
     "conversion": EVERY | {"parallel", "model", "hf", "checkpoint", "weights"},
     "inference": EVERY | {"hub", "parallel", "model", "hf", "checkpoint", "weights", "data", "output"},
     "tasks": EVERY | {"parallel", "data", "model", "inference", "output"},
-    "train": EVERY | {"attempts", "parallel", "data", "model", "hf", "checkpoint", "weights", "plan", "inference", "tasks"},
+    "train": EVERY
+    | {"attempts", "kernels", "parallel", "data", "model", "hf", "checkpoint", "weights", "plan", "inference", "tasks"},
     "plan": EVERY | {"hub", "parallel", "model", "hf", "shell", "weights"},
     "doctor": EVERY | {"hub", "parallel", "model", "hf", "weights", "data", "train", "plan"},
     "__main__": EVERY
     | set("checkpoint conversion data doctor entry hf hub inference output pages parallel plan report shell tasks train".split()),
 }
 USES_CORE = set(ALLOWED) - set(
-    "attempts environment errors files lock log config data entry hub launch output pages report".split()
+    "attempts environment errors files kernels lock log config data entry hub launch output pages report".split()
     + "requirements shell __main__".split()
 )
 

@@ -12,6 +12,7 @@ from megatron_sft.model.loss import TokenLoss, block_rows, linear_cross_entropy
 from megatron_sft.model.noise import add_noise, neftune_bounds, noise_keys
 from megatron_sft.parallel import initialize
 from tests.gloo import run_ranks
+from tests.triton_kernels import BOTH
 
 VOCABULARY, TOKENS, WIDTH = 50, 30, 16
 KINDS = {
@@ -61,12 +62,14 @@ def apart(found, wanted):
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
 
 
+@BOTH
 @pytest.mark.parametrize(("name", "softcap"), itertools.product(KINDS, (None, 2.0)))
-def test_a_loss_is_its_formula_on_full_logits(name, softcap, monkeypatch):
+def test_a_loss_is_its_formula_on_full_logits(name, softcap, triton, monkeypatch):
     monkeypatch.setattr("megatron_sft.model.loss.BLOCK_LOGITS", 20 * 11)  # of 50 rows, for 20 trained tokens
     monkeypatch.setattr("megatron_sft.model.loss.ALIGNED_ROWS", 1)
     hidden, weight, labels, mask = drawn()
-    cost = linear_cross_entropy(hidden, weight, labels, mask, VOCABULARY, None, softcap, KINDS[name]) * mask
+    settings = VOCABULARY, None, softcap, KINDS[name], None, triton
+    cost = linear_cross_entropy(hidden, weight, labels, mask, *settings) * mask
     found = cost.detach(), *torch.autograd.grad(cost.sum(), (hidden, weight))
     assert apart(found, expected(KINDS[name], softcap)) <= 1e-6
 
@@ -80,14 +83,15 @@ def test_rows_of_a_block_are_aligned(rows, tokens, expected):
     assert block_rows(rows, tokens) == expected and expected % 256 == 0
 
 
-def cut_vocabulary():
+def cut_vocabulary(triton):
     """Every kind on one of two ranks, which has 28 rows: fewer than EAFT's 20 are real on the last of four."""
     ranks = initialize(ParallelConfig(tensor_model_parallel_size=dist_size()), 1)
     size, found = dist_size(), {}
     for name, kind in KINDS.items():
         hidden, weight, labels, mask = drawn()
         mine = weight.detach().chunk(size)[ranks.tp_rank].requires_grad_()
-        cost = linear_cross_entropy(hidden, mine, labels, mask, VOCABULARY, dist.group.WORLD, None, kind) * mask
+        settings = VOCABULARY, dist.group.WORLD, None, kind, None, triton
+        cost = linear_cross_entropy(hidden, mine, labels, mask, *settings) * mask
         grads = torch.autograd.grad(cost.sum(), (hidden, mine))
         dist.all_reduce(grads[0])  # what copy_to_tensor_model_parallel_region does
         rows = [torch.empty_like(mine) for _ in range(size)]
@@ -100,9 +104,10 @@ def dist_size():
     return int(os.environ["WORLD_SIZE"])
 
 
+@BOTH
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_loss_over_a_cut_vocabulary_is_its_formula(size):
-    for found in run_ranks(cut_vocabulary, size):
+def test_a_loss_over_a_cut_vocabulary_is_its_formula(size, triton):
+    for found in run_ranks(cut_vocabulary, size, triton):
         assert {name: value for name, value in found.items() if not value <= 1e-6} == {}
 
 
