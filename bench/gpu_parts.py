@@ -362,7 +362,7 @@ def _cells() -> Iterator[tuple[str, Part]]:
             yield f"step-{shape}-{packs}", Part(functools.partial(cell, shape, "ours", packs), 150, False)
     for shape in ("Qwen3-1.7B-64k", "Qwen3-30B-A3B-6", "gpt-oss-20b-6", "gemma-2-2b", "Nemotron-H-4B-13"):
         yield f"step-{shape}", Part(functools.partial(cell, shape), 200, False)
-    for shape, switch in itertools.product(("Qwen3-1.7B", "Qwen3-8B"), ("unaligned", "fixed-segments", "FA3", "cuDNN")):
+    for shape, switch in itertools.product(("Qwen3-1.7B", "Qwen3-8B"), ("unaligned", "fixed-segments", "FA3")):
         yield f"without-{shape}-{switch}", Part(functools.partial(cell, shape, "ours", 0, switch), 150, False)
     for shape in ("Qwen3-1.7B", "Qwen3-8B"):
         yield f"with-{shape}-triton", Part(functools.partial(cell, shape, "ours", 0, "triton"), 150, False)

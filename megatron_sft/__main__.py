@@ -4,6 +4,7 @@ A first word that is no flag is a conf for the commands that are scripts too (sh
 Not here: what a command does; each is one function elsewhere.
 """
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -235,7 +236,8 @@ def plan(argv: Sequence[str], world_size: int) -> int:
         needed += ["--load", argv[0]]
     run, given, options = parse([*needed, *planning.conf_flags(argv[0]), *argv[1:]], world_size, options=PlanConfig)
     _check_outputs(json=options.json)
-    rows = planning.plan(run, given, options, argv[0], planning.run_flags(argv[1:]))
+    train = dataclasses.replace(run.train, kernels="auto", attention_backend="auto")  # what the machine has that trains
+    rows = planning.plan(dataclasses.replace(run, train=train), given, options, argv[0], planning.run_flags(argv[1:]))
     print(planning.as_table(rows, options))
     if options.json:
         write_output("--json", options.json, planning.as_json(rows))

@@ -36,7 +36,7 @@ def convert(run: RunConfig, explicit: frozenset[str] = NOTHING) -> None:
     """
     load, save = str(run.checkpoint.load), str(run.checkpoint.save)
     _require_no_other_use(save, load)
-    run, source = resolve(run, explicit, training=False, like=_like(run))
+    run, source = resolve(_anywhere(run), explicit, training=False, like=_like(run))
     if (
         source.is_hf
         and run.train.params_dtype == "bf16"
@@ -77,10 +77,15 @@ def export(run: RunConfig, explicit: frozenset[str] = NOTHING) -> None:
         raise CheckpointError(f"{folder}: holds a Megatron checkpoint; expected a folder for an HF model. Change --save-hf.")
     if problems := folder_problems(run):
         raise ConfigError(problems)
-    run, source = resolve(_in_dtype(run, "bf16"), explicit, training=False, like=_like(run))
+    run, source = resolve(_in_dtype(_anywhere(run), "bf16"), explicit, training=False, like=_like(run))
     if source.base is not None:  # adapters are written as they were trained
         run = _in_dtype(run, source.run_config.get("train", {}).get("params_dtype", "bf16"))
     _write_folder(run, source, folder, _like(run))
+
+
+def _anywhere(run: RunConfig) -> RunConfig:
+    """With the kernels that there are: those that flags name are the training machine's."""
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, kernels="auto", attention_backend="auto"))
 
 
 def _in_dtype(run: RunConfig, dtype: str) -> RunConfig:

@@ -101,7 +101,6 @@ NO_EFFECT: Mapping[str, tuple[int, str]] = {
     "--cross-entropy-loss-fusion": (0, "the loss is always fused with the head"),
     "--cross-entropy-fusion-impl": (1, "the loss is always fused with the head"),
     "--use-fused-weighted-squared-relu": (0, _KERNEL),
-    "--attention-backend": (1, _KERNEL),
     "--attention-softmax-in-fp32": (0, "softmax is always in fp32"),
     "--use-flash-attn": (0, _KERNEL),
     "--export-te-mcore-model": (0, "checkpoints have one set of names with and without TransformerEngine"),

@@ -33,9 +33,10 @@ ARCHITECTURE = "the checkpoint's"
 RARE = frozenset(
     "--mlflow-run-name --mlflow-tracking-uri --trackio-name --trackio-group --swanlab-exp-name --swanlab-mode --sgd-momentum "
     "--muon-variant --muon-momentum --init-lr-frac --warmdown-ratio --final-lr-frac --matrix-lr --embedding-lr --unembedding-lr "
-    "--decoupled-lr --decoupled-min-lr --optimizer-offload-fraction --distributed-backend --distributed-timeout-minutes".split()
+    "--decoupled-lr --decoupled-min-lr --optimizer-offload-fraction --distributed-backend --distributed-timeout-minutes "
+    "--kernels --attention-backend".split()
 )
-"""Of places, optimizers, schedules and connections: in --help-all, so that --help stays under 200 flags."""
+"""Of places, kernels, optimizers, schedules and connections: in --help-all, so that --help stays under 200 flags."""
 WIDTH, COLUMN = 118, 38
 
 

@@ -30,6 +30,9 @@ from megatron_sft.errors import CheckpointError
 
 RecomputedModule = Annotated[str, Words("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")]
 
+ATTENTION_BACKENDS = ("auto", "flash", "flash2", "flash3", "flash4", "cudnn", "flex", "sdpa", "fused", "unfused", "local")
+"""flash, fused, unfused and local are Megatron's: chosen as auto."""
+
 DATA_IDENTITY = ("data_tokens", "data_packs")
 """What run_config.json says of the data beside the flags: sha256 of all tokens and masks; of the packs and their order."""
 
@@ -364,6 +367,8 @@ class TrainConfig:
     """SIGTERM and Ctrl-C save before they end the run."""
     kernels: Annotated[str, Words("auto", "torch", "triton")] = "auto"
     """Loss, norm with RoPE, Adam with bf16 moments: by torch's operations or Triton's; auto: torch, until a GPU has compared."""
+    attention_backend: Annotated[str, Words(*ATTENTION_BACKENDS)] = "auto"
+    """Kernels of attention; the log says why: auto is FlashAttention 2 where it runs, else sdpa, a document at a time."""
     deterministic_mode: bool = False
     """On CUDA: torch's and megatron-core's repeatable kernels; a resumed run is then bit-identical, as on a CPU."""
 

@@ -1,11 +1,12 @@
 """Core attention over packed documents, in place of megatron-core's, which packs only with TransformerEngine.
 
 1. context parallelism brings whole documents together (context.py);
-2. CUDA: torch's varlen flash attention, sinks and chunks included; elsewhere, and for soft caps: one document at a time, in
-   blocks of queries where a mask is needed. Never an S x S mask, and no scores that are kept for the backward pass.
+2. CUDA: torch's varlen flash attention, sinks, chunks and gathered keys included; elsewhere, and for soft caps: one document at
+   a time, in blocks of queries where a mask is needed. Never an S x S mask, and no scores kept for the backward pass.
 """
 
 import itertools
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from megatron_sft.config.run import ModelConfig
 from megatron_sft.core_compat import varlen_attention, varlen_kernels
 from megatron_sft.model.cache import CachedSeqParams
 from megatron_sft.model.context import Span, gather_keys, heads_to_tokens, spans_of, tokens_to_heads
+from megatron_sft.model.flex import capped_attention, row_mask
 from megatron_sft.model.pattern import layer_chunk, layer_window
 
 QUERY_BLOCK = 512
@@ -43,6 +45,15 @@ def packed_seq_params(cu_seqlens: torch.Tensor, max_seqlen: int, target: torch.d
     return packed
 
 
+def _kept(packed: PackedSeqParams, name: str) -> dict[Any, Any]:
+    """What was made of a row for all its layers; empty where its documents are others."""
+    cached = getattr(packed, name, None)
+    if cached is None or cached[0] is not packed.cu_seqlens_q:
+        cached = packed.cu_seqlens_q, {}
+        setattr(packed, name, cached)
+    return cast(dict[Any, Any], cached[1])
+
+
 def _ends(packed: PackedSeqParams) -> list[int]:
     """cu_seqlens_q on the host; a device is waited for once per row, not once per layer."""
     cached = getattr(packed, "sft_ends", None)
@@ -53,17 +64,38 @@ def _ends(packed: PackedSeqParams) -> list[int]:
     return cast(list[int], cached[1])
 
 
-def _chunk_ends(packed: PackedSeqParams, chunk: int) -> torch.Tensor:
-    """cu_seqlens of documents that are cut into chunks: [0, 3, 8], 2 -> [0, 2, 3, 5, 7, 8]; made once per row."""
-    cached, whole = getattr(packed, "sft_chunk_ends", None), packed.cu_seqlens_q
+@dataclass(frozen=True)
+class _Places:
+    """What a varlen kernel wants to know of a part of a row: each span's queries see its keys, the last query all of them."""
+
+    query_ends: torch.Tensor
+    """[spans + 1] int32, on the device."""
+    key_ends: torch.Tensor
+    max_queries: int
+    max_keys: int
+    first_key: int
+    """Of the whole row: where the first span's keys begin. Those of all spans lie behind one another from here on."""
+    last_key: int
+
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        return self.query_ends, self.key_ends, self.max_queries, self.max_keys
+
+
+def _places(packed: PackedSeqParams, chunk: int | None, first: int, last: int) -> _Places:
+    """Of the tokens first..last-1; made once per row, and once more for layers that cut it otherwise.
+
+    cu_seqlens [0, 3, 8], no chunk, tokens 2..5: queries [0, 1, 4], keys [0, 3, 6] of the row's first 6.
+    """
+    whole = packed.cu_seqlens_q
     assert whole is not None, "a packed row has cu_seqlens_q"
-    if cached is None or cached[0] is not whole or cached[1] != chunk:
-        ends = _ends(packed)
-        lengths = [span.queries for span in spans_of(ends, chunk, 0, ends[-1])]
-        fine = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        cached = whole, chunk, fine.to(whole.device, non_blocking=True)
-        packed.sft_chunk_ends = cached  # type: ignore[attr-defined]
-    return cast(torch.Tensor, cached[2])
+    found: dict[Any, _Places] = _kept(packed, "sft_places")
+    if (chunk, first, last) not in found:
+        spans = spans_of(_ends(packed), chunk, first, last)
+        queries, keys = [span.queries for span in spans], [span.keys for span in spans]
+        ends = torch.tensor([[0, *itertools.accumulate(lengths)] for lengths in (queries, keys)], dtype=torch.int32)
+        moved, begin = ends.to(whole.device, non_blocking=True), spans[0].first_key
+        found[chunk, first, last] = _Places(moved[0], moved[1], max(queries), max(keys), begin, begin + sum(keys))
+    return found[chunk, first, last]
 
 
 def fits_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -117,6 +149,7 @@ class PackedAttention(torch.nn.Module):
         self.window = layer_window(model, layer_number - 1)
         self.chunk = layer_chunk(model, layer_number - 1)
         self.softcap = model.attn_logit_softcapping
+        self.is_varlen, self.is_flex = config.sft_backend.is_varlen, config.sft_backend.is_flex
         self.cp_group, self.cp_comm_type = pg_collection.cp, config.sft_cp_comm_type
         self.softmax_offset: torch.nn.Parameter | None = None
         if config.softmax_type == "learnable":
@@ -166,6 +199,10 @@ class PackedAttention(torch.nn.Module):
             return heads_to_tokens(output, self.cp_group).flatten(1)
         first = self.cp_group.rank() * query.shape[0]
         key, value = gather_keys(key, value, self.cp_group)
+        if self.is_varlen and fits_flash(query, value):
+            places = _places(packed_seq_params, self.chunk, first, first + query.shape[0])
+            seen = slice(places.first_key, places.last_key)
+            return self._flash(query, key[seen], value[seen], places.arguments(), sinks).flatten(1)
         spans = spans_of(_ends(packed_seq_params), self.chunk, first, first + query.shape[0])
         return self._by_span(query, key, value, spans, sinks).flatten(1)
 
@@ -194,25 +231,36 @@ class PackedAttention(torch.nn.Module):
 
     def _attend(self, query: Any, key: Any, value: Any, packed: PackedSeqParams, sinks: Any) -> torch.Tensor:
         """Whole documents -> [tokens, heads, head_dim]."""
-        if self.softcap is None and fits_flash(query, value):
-            return self._flash(query, key, value, packed, sinks)
+        if self.is_varlen and fits_flash(query, value):
+            ends, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+            places = (ends, ends, longest, longest)
+            if self.chunk is not None:
+                places = _places(packed, self.chunk, 0, query.shape[0]).arguments()
+            return self._flash(query, key, value, places, sinks)
+        if self.is_flex and self.softcap is not None and self.chunk is None and sinks is None:
+            return capped_attention(query, key, value, self._tiles(packed), self.softmax_scale, self.softcap)
         spans = spans_of(_ends(packed), self.chunk, 0, query.shape[0])
         return self._by_span(query, key, value, spans, sinks)
 
-    def _flash(self, query: Any, key: Any, value: Any, packed: PackedSeqParams, sinks: Any) -> torch.Tensor:
+    def _flash(self, query: Any, key: Any, value: Any, places: tuple, sinks: Any) -> torch.Tensor:
+        """All documents in one call. A causal mask is aligned at the end of queries and keys (flash attention since 2.1)."""
         channels = value.shape[-1]
         if channels != query.shape[-1]:
             value = F.pad(value, (0, query.shape[-1] - channels))
-        ends, longest = packed.cu_seqlens_q, cast(int, packed.max_seqlen_q)
-        if self.chunk is not None:
-            ends, longest = _chunk_ends(packed, self.chunk), min(longest, self.chunk)
-        places = ends, ends, longest, longest
         window = (-1 if self.window is None else self.window - 1, 0)
         if sinks is None:
             output = varlen_attention()(query, key, value, *places, scale=self.softmax_scale, window_size=window)
         else:
             output = _FlashWithSinks.apply(query, key, value, sinks, places, self.softmax_scale, window)
         return cast(torch.Tensor, output)[..., :channels]  # a pair only where the log-sum-exp is asked for
+
+    def _tiles(self, packed: PackedSeqParams) -> Any:
+        """FlexAttention's mask of the row; made once per row and window."""
+        found = _kept(packed, "sft_tiles")
+        if self.window not in found:
+            assert packed.cu_seqlens_q is not None, "a packed row has cu_seqlens_q"
+            found[self.window] = row_mask(_ends(packed), self.window, packed.cu_seqlens_q.device)
+        return found[self.window]
 
     def _by_span(self, query: Any, key: Any, value: Any, spans: list[Span], sinks: Any) -> torch.Tensor:
         """One document (or part of one) after another."""

@@ -34,6 +34,7 @@ from megatron_sft.core_compat import (
 from megatron_sft.errors import ConfigError
 from megatron_sft.kernels import takes_triton
 from megatron_sft.model.attention import PackedAttention
+from megatron_sft.model.backend import choose_backend
 from megatron_sft.model.context import token_lengths
 from megatron_sft.model.head import Head, Output
 from megatron_sft.model.layers import HeadsNorm, WholeLinear, wait_for_parameters
@@ -238,11 +239,17 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     is_hybrid = core.pop("hybrid_layer_pattern", None) is not None
     config = _accepted(kind, {**fields, **core})
     config.hetereogenous_dist_checkpoint |= is_hybrid  # a name for each layer, as MambaModel has
-    config.sft_model = model  # type: ignore[attr-defined] # what our modules need beyond megatron-core's fields
-    config.sft_triton = takes_triton(train.kernels)  # type: ignore[attr-defined]
-    config.sft_cp_comm_type = parallel.cp_comm_type  # type: ignore[attr-defined]
     config.no_rope_freq = None  # megatron-core would take the table away that scales queries in these layers
+    _add_ours(config, model, parallel, train)
     return config
+
+
+def _add_ours(config: Any, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> None:
+    """What our modules need beyond megatron-core's fields."""
+    config.sft_model = model
+    config.sft_cp_comm_type = parallel.cp_comm_type
+    config.sft_backend = choose_backend(train.attention_backend, model, train.params_dtype)
+    config.sft_triton = takes_triton(train.kernels)
 
 
 def _accepted(kind: type, fields: dict[str, Any]) -> Any:
