@@ -32,6 +32,8 @@ from megatron_sft.data.packing import PackPlan, attention_cost, padded_lengths, 
 from megatron_sft.data.sft_dataset import SFTDataset
 
 WINDOW_STEPS = 32
+ALIGNMENTS = {"fp32": 1, "bf16": 64}
+"""Rows of a matrix product, which are tokens: a multiple of 64 fills a GPU's tiles, and rows of few lengths reuse its memory."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,17 @@ def _fill(pack_ids: list[int], pack_tokens: np.ndarray, max_tokens: int) -> list
         lists[-1].append(pack_id)
         room -= tokens
     return lists
+
+
+def pack_alignment(precision: str, tensor_parallel_size: int, context_parallel_size: int) -> int:
+    """Tokens that a row's length is a multiple of, so that every rank's part of it fits: one place for all who ask that.
+
+    Args:
+        precision: of a GPU's matrix products, by name in ALIGNMENTS; elsewhere fp32, which asks for nothing.
+        tensor_parallel_size: that cuts a context-parallel rank's part along the sequence; 1 without sequence parallelism.
+        context_parallel_size: that cuts the row.
+    """
+    return context_parallel_size * math.lcm(tensor_parallel_size, ALIGNMENTS[precision])
 
 
 def collate(dataset: SFTDataset, pack_ids: Sequence[int], multiple: int = 1) -> Batch:

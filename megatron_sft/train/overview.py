@@ -59,6 +59,14 @@ def memory(expected: plan.Memory, ranks: Ranks) -> str:
     return line
 
 
+def kernels(chunks: Sequence[Any], run: RunConfig) -> str:
+    """Which kernels attention takes and why, and who computes losses; nothing where there is no choice and none was asked."""
+    if not torch.cuda.is_available() and run.train.attention_backend == "auto":
+        return ""
+    by = "Triton" if chunks[0].config.sft_triton else "torch"
+    return f"{chunks[0].config.sft_backend.reason}; loss, RoPE and Adam: {by} (--kernels {run.train.kernels})"
+
+
 def _shown(gb: float) -> str:
     return f"{gb:.1f}" if gb >= 1 else f"{gb:.3f}"
 

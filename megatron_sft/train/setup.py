@@ -22,7 +22,7 @@ from megatron_sft.config.folders import export_folders, written_place
 from megatron_sft.config.run import BASE_IDENTITY, DATA_IDENTITY, RunConfig
 from megatron_sft.core_compat import use_deterministic_algorithms
 from megatron_sft.data.chat import load_tokenizer
-from megatron_sft.data.loader import TrainLoader, ValidLoader, order_digest, steps_of_samples
+from megatron_sft.data.loader import TrainLoader, ValidLoader, order_digest, pack_alignment, steps_of_samples
 from megatron_sft.data.prepare import VALID_SPLITS, mixture, open_store, pack_documents, split_documents
 from megatron_sft.data.report import as_table, data_report
 from megatron_sft.data.sft_dataset import SFTDataset, pad_token_id_of
@@ -161,7 +161,7 @@ def _introduce(job: Job, data: Data, state: TrainState, expected: Memory | None)
     if expected is not None:
         lines += [overview.parameters(job.chunks, expected, job.run), overview.memory(expected, job.ranks)]
     lines += [overview.lengths(job.run, data.train, state, len(job.loader), job.loader.global_batch_size)]
-    lines += [overview.places(job.run)]
+    lines += [overview.places(job.run), overview.kernels(job.chunks, job.run)]
     for line in filter(None, lines):
         logger.info("%s", line)
 
@@ -272,10 +272,12 @@ def build_job(
 
 def _loaders(run: RunConfig, ranks: Ranks, data: Data, state: TrainState) -> tuple[TrainLoader, ValidLoader | None]:
     layout = run.parallel
+    along_sequence = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+    precision = run.train.params_dtype if torch.cuda.is_available() else "fp32"
     dealt: dict[str, Any] = dict(
         dp_rank=ranks.dp_rank,
         dp_size=ranks.dp_size,
-        multiple=layout.context_parallel_size * (layout.tensor_model_parallel_size if layout.sequence_parallel else 1),
+        multiple=pack_alignment(precision, along_sequence, layout.context_parallel_size),
         prefetch=run.data.prefetch,
         pin_memory=torch.cuda.is_available(),
     )

@@ -11,6 +11,7 @@ from megatron_sft.data.loader import (
     collate,
     epoch_order,
     order_digest,
+    pack_alignment,
     rank_micro_batches,
     samples_of_steps,
     steps_of_samples,
@@ -53,6 +54,14 @@ def test_a_step_knows_what_attention_takes_for_documents_on_every_rank():
         for rank in (0, 1):
             loader = TrainLoader(dataset, train, shuffle=False, dp_rank=rank, dp_size=2, prefetch=0, multiple=8)
             assert [step.lengths.tolist() for step in loader] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("precision", "tensor", "context", "tokens"),
+    [("fp32", 1, 1, 1), ("fp32", 2, 2, 4), ("bf16", 1, 1, 64), ("bf16", 2, 1, 64), ("bf16", 1, 2, 128), ("bf16", 3, 2, 384)],
+)
+def test_every_ranks_part_of_a_row_is_aligned(precision, tensor, context, tokens):
+    assert pack_alignment(precision, tensor, context) == tokens
 
 
 def test_collate_without_packs_is_a_minimal_masked_batch():
