@@ -92,7 +92,11 @@ def started() -> Started:
     script, root = os.environ.get("MLM_SCRIPT", ""), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     is_module = os.path.basename(sys.argv[0]) in ("__main__.py", "megatron-sft")
     program = ("-m", "megatron_sft", *sys.argv[1:2]) if is_module else (sys.argv[0],)
-    is_found = root == os.getcwd() or root.endswith("site-packages") or root in os.environ.get("PYTHONPATH", "").split(":")
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # somebody removed it meanwhile
+        here = ""
+    is_found = root == here or root.endswith("site-packages") or root in os.environ.get("PYTHONPATH", "").split(":")
     known = {name: value for name, value in sorted(os.environ.items()) if SCRIPT_VARIABLES.fullmatch(name)}
     return Started(
         script=script,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from megatron_sft.config.fields import Count, Number, Words
+from megatron_sft.config.fields import Count, Number, Parts, Words
 
 Balance = Annotated[str, Words("aux_loss", "seq_aux_loss", "global_aux_loss", "none")]
 Coefficient = Annotated[float, Number(0, 1000)]
@@ -23,7 +23,7 @@ Layers = Annotated[int, Number(0)]
 class MoEConfig:
     """Mixture of experts: what a token's way through them computes. CoreTraining says how the router is trained."""
 
-    num_moe_experts: Count | None = None
+    num_moe_experts: Parts | None = None
     """Routed experts of a layer; not given: the model has none."""
     moe_ffn_hidden_size: Count | None = None
     """Width of one expert; not given: ffn_hidden_size."""

@@ -56,6 +56,8 @@ class Words:
 
 Count = Annotated[int, Number(1)]
 """At least one."""
+Parts = Annotated[int, Number(1, 2**14)]
+"""Layers or experts: names are made of each, before anything proves that a file has so many."""
 Batch = Annotated[int, Number(1, 2**20)]
 """More is a slip of the hand: what is planned of a step takes memory for each."""
 Amount = Annotated[int, Number(0)]

@@ -337,6 +337,11 @@ def data_problems(data: DataConfig) -> list[str]:
         count = len(getattr(data, name))
         if count and count != len(data.train_data):
             problems.append(f"{count} values of {name} for {len(data.train_data)} sources; expected one per source.")
+    for name in data.train_names:
+        if not name.isprintable():
+            problems.append(
+                f"--prompt-data {name!a}: expected a name that can be printed, as tables and metrics have it. Rename it."
+            )
     if len(data.split) != 3 or not data.split[0]:
         problems.append(f"--split is {data.split}; expected shares of training, validation and test, the first above 0.")
     return problems

@@ -21,7 +21,21 @@ from megatron_sft.config.core_fields import (
     MoEConfig,
     record_fields,
 )
-from megatron_sft.config.fields import Amount, Batch, Count, Kind, Length, Number, Precision, Seed, Share, Weight, Words, kinds
+from megatron_sft.config.fields import (
+    Amount,
+    Batch,
+    Count,
+    Kind,
+    Length,
+    Number,
+    Parts,
+    Precision,
+    Seed,
+    Share,
+    Weight,
+    Words,
+    kinds,
+)
 from megatron_sft.config.log import LogConfig
 from megatron_sft.config.lora import LoraConfig
 from megatron_sft.config.optim import OptimConfig
@@ -44,7 +58,7 @@ BASE_IDENTITY = "base_weights"
 class ModelConfig:
     """Architecture of a decoder-only transformer, in Megatron's words. One value a field; nothing is derived later."""
 
-    num_layers: Count = 0
+    num_layers: Parts = 0
     """Transformer layers over all pipeline stages."""
     hidden_size: Count = 0
     """Width of the residual stream."""

@@ -6,6 +6,7 @@
 Not here: the gate that tries all of it on real rows before a build (mask_gate.py).
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,8 +32,10 @@ __all__ = ["ChatEncoder", "Encoded", "Rendered", "load_tokenizer"]
 EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 KEEPS_THINKING: Mapping[str, Any] = {"preserve_thinking": True, "truncate_history_thinking": False, "clear_thinking": False}
 """Arguments by which some templates keep the reasoning of earlier answers (Qwen3.5, Nemotron 3, GLM 4.6)."""
-REASONING_LEFT_OUT, SPECIAL_SAID = "reasoning left out", "special tokens said"
+REASONING_LEFT_OUT, CONTENT_LEFT_OUT, SPECIAL_SAID = "reasoning left out", "contents left out", "special tokens said"
 NOTES: Mapping[str, str] = {
+    CONTENT_LEFT_OUT: "what a system, user or tool message says is not in the text as it stands: the template leaves it out, "
+    "cuts or rewrites it. preview shows how",
     REASONING_LEFT_OUT: "earlier answers are trained without their reasoning, which the chat template leaves out. "
     "--history-thinking expand trains each answer with its own",
     SPECIAL_SAID: "a message holds a special token, which counts as one. --special-in-content text makes it ordinary "
@@ -222,6 +225,9 @@ class ChatEncoder:
                 f"row. The template begins {self.template.text[:80]!r}.",
             ) from None
         literal = authors if special and self.literal else None
+        _check_tools(self.template, conversation, text, row.where)
+        if any(_leaves_content_out(message, text) for message in conversation.messages):
+            notes.add(CONTENT_LEFT_OUT)
         if route == "all":
             return Rendered(text, ((0, len(text), 1.0),), route, frozenset(notes), literal)
         _check_left_out(messages, spans, text, row.where)
@@ -332,6 +338,37 @@ def _check_left_out(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span]
                     f"the chat template leaves out {key} of message {index + 1}; "
                     "expected it. Take a template that knows it, remove it, or move it into the content.",
                 )
+
+
+def _check_tools(template: Template, conversation: Conversation, text: str, where: str) -> None:
+    """Refuses a row of which the template leaves out tools: its answers would be trained without what they were given."""
+    if not conversation.tools:
+        return
+    functions = [tool["function"] if isinstance(tool.get("function"), Mapping) else tool for tool in conversation.tools]
+    names = [str(function.get("name", "without a name")) for function in functions]
+    left_out = [name for name in names if name not in text]
+    said = " ".join(part for message in conversation.messages for part in texts_in(message))
+    if not left_out and all(name in said for name in names):  # somebody may say it, rather than the template
+        try:
+            left_out = names if template.render(conversation.messages, None, conversation.kwargs)[0] == text else []
+        except TemplateError:  # not without them
+            return
+    if left_out:
+        raise RowError(
+            where,
+            "tools left out",
+            f"the chat template leaves out the tool {left_out[0]}; expected every tool in the text. Take a template that knows "
+            "tools, remove them from the row, or name another column with --tool-key.",
+        )
+
+
+def _leaves_content_out(message: Mapping[str, Any], text: str) -> bool:
+    """Whether somebody other than the assistant says what is neither in the text nor there as JSON."""
+    content = message.get("content")
+    if message["role"] == "assistant" or not isinstance(content, str):
+        return False
+    said = content.strip()
+    return said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text
 
 
 def _thinks(message: Mapping[str, Any]) -> bool:

@@ -39,7 +39,7 @@ HUB_S = 10.0
 _HUB = re.compile(
     r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?)(:(?P<config>[A-Za-z0-9_][A-Za-z0-9_.+-]*))?"
 )
-_SLICE = re.compile(r"^(?P<path>.+)@(?:\[(?P<start>\d*):(?P<stop>\d*)\]|(?P<percent>\d+(?:\.\d+)?)%)$")
+_SLICE = re.compile(r"^(?P<path>.+)@(?:\[(?P<start>\d{0,15}):(?P<stop>\d{0,15})\]|(?P<percent>\d+(?:\.\d+)?)%)$", re.ASCII)
 
 
 class Source:

@@ -22,6 +22,7 @@ def load_tokenizer(config: DataConfig) -> Any:
     Raises:
         ConfigError: there is no tokenizer there, or no such template file.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     name = config.tokenizer_model
@@ -33,11 +34,15 @@ def load_tokenizer(config: DataConfig) -> Any:
             if os.path.isdir(name):
                 regular_folder(Path(name))
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        first_line = str(error).strip().split("\n")[0][:300]
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, StrictDataclassError) as error:
+        lines = 2 if isinstance(error, StrictDataclassError) else 1  # whose second one has the reason
+        first_lines = " ".join(str(error).strip().split("\n")[:lines])[:300]
         raise ConfigError(
-            [f"--tokenizer-model {name}: {first_line} Expected an HF folder, a hub name or a sentencepiece tokenizer.model."]
+            [f"--tokenizer-model {name}: {first_lines} Expected an HF folder, a hub name or a sentencepiece tokenizer.model."]
         ) from None
+    if backend := getattr(tokenizer, "backend_tokenizer", None):  # what a training left in tokenizer.json; as transformers does
+        backend.no_truncation()
+        backend.no_padding()
     if config.chat_template:
         tokenizer.chat_template = template_text(config.chat_template)
     return tokenizer

@@ -51,8 +51,27 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
     "use_bdlora": (None,),
     "alora_invocation_tokens": (None,),
     "megatron_config": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
-"""Settings of adapter_config.json that must have one of these values, where they are there."""
+"""Settings of adapter_config.json that must have one of these values, where they are there. PEFT changes the base's weights for
+pissa, olora, corda, loftq and lora_ga whenever it loads the folder: on the base as it stands the adapter is another model."""
+KINDS: Mapping[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float, type(None)),
+    "use_dora": (bool, type(None)),
+    "use_rslora": (bool, type(None)),
+    "target_modules": (str, list),
+}
+"""What the settings are that count here; a bool is no int."""
+UNREAD = frozenset(
+    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode megatron_core layers_pattern "
+    "loftq_config eva_config corda_config lora_ga_config velora_config runtime_config ensure_weight_tying".split()
+)
+"""Settings without effect on what an adapter computes. Others that nobody here knows may be numbers: sizes of what is off."""
 
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -78,6 +97,11 @@ def read_settings(folder: str | Path) -> tuple[dict[str, Any], str]:
     try:
         config = json.loads(regular(path).read_text(encoding="utf-8"))
         faults = [name for name, values in PLAIN.items() if config.get(name, values[0]) not in values]
+        faults += [name for name, kinds in KINDS.items() if type(config.get(name)) not in kinds]
+        unknown = config.keys() - PLAIN.keys() - KINDS.keys() - UNREAD
+        faults += sorted(name for name in unknown if config[name] and type(config[name]) not in (int, float))
+        if faults:
+            raise CheckpointError(f"{path}: {', '.join(f'{name} is {config.get(name)!r}' for name in faults)}. {ADVICE}")
         targets = config["target_modules"]
         settings: dict[str, Any] = {
             "lora_rank": int(config["r"]),
@@ -89,9 +113,7 @@ def read_settings(folder: str | Path) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error!r}). {ADVICE}") from None
     if config.get("use_dora") and config.get("use_rslora"):
-        faults.append("use_rslora with use_dora")
-    if faults:
-        raise CheckpointError(f"{path}: {', '.join(f'{name} is {config.get(name)!r}' for name in faults)}. {ADVICE}")
+        raise CheckpointError(f"{path}: use_rslora with use_dora. {ADVICE}")
     return settings, str(config.get("base_model_name_or_path") or "")
 
 

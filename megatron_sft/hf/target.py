@@ -46,7 +46,7 @@ def try_target(folder: Path, source: Path | None, num_bytes: int) -> None:
     if problem := _obstacle(place, source):
         raise CheckpointError(f"{folder}: {problem}")
     work = _work_folder(place)
-    if work.exists():
+    if os.path.lexists(work):
         try:
             with _working(place, folder):
                 pass
@@ -119,8 +119,8 @@ def _obstacle(place: Path, source: Path | None) -> str:
         )
     if entries and _work_folder(place).parent == place:
         return (
-            "holds a model and cannot be renamed (a mount point, or a folder above it that cannot be written), so that it could "
-            "not be replaced as a whole; expected an empty folder. Empty it, or name a folder below it."
+            "holds a model and cannot be renamed (a mount point, the current folder, or in one that cannot be written), so that "
+            "it could not be replaced as a whole; expected an empty folder. Empty it, or name a folder below it."
         )
     return ""
 
@@ -134,9 +134,17 @@ def _is_replaceable(path: Path, source: Path | None) -> bool:
     return twin is not None and twin.is_file() and filecmp.cmp(path, twin, shallow=False)
 
 
+def _is_current(place: Path) -> bool:
+    """Whether this process, and the shell that started it, would be left in a folder that is gone."""
+    try:
+        return place in (Path.cwd(), *Path.cwd().parents)
+    except FileNotFoundError:
+        return False
+
+
 def _work_folder(place: Path) -> Path:
     """Beside the place, or within it where it cannot be renamed: then only an empty one is taken."""
-    is_fixed = place.is_dir() and (os.path.ismount(place) or not os.access(place.parent, os.W_OK))
+    is_fixed = os.path.isdir(place) and (os.path.ismount(place) or _is_current(place) or not os.access(place.parent, os.W_OK))
     return place / ".writing" if is_fixed else place.with_name(f".{place.name}.writing")
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_sft.config.arguments import parse, read_flags
 from megatron_sft.config.options import GenerateConfig
-from megatron_sft.config.problems import problems
-from megatron_sft.config.run import ModelConfig, ParallelConfig, RunConfig
+from megatron_sft.config.problems import data_problems, problems
+from megatron_sft.config.run import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_sft.errors import ConfigError
 
 NEEDED = ["--load", "model", "--finetune-hf-dataset", "rows.jsonl"]
@@ -122,6 +122,14 @@ def test_a_file_is_no_name_of_a_source(tmp_path):
     ]
     assert len(read_flags(["--prompt-data", str(plain), "B.jsonl"])[1]) == 1
     assert read_flags(["--prompt-data", "A", "A.jsonl"])[1] == []
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "\u202ea"])
+def test_names_of_sources_can_be_printed(name: str) -> None:
+    data = DataConfig(train_data=("a.jsonl", "b.jsonl"), train_names=(name, "b"), tokenizer_model="x")
+    expected = "expected a name that can be printed, as tables and metrics have it. Rename it."
+    assert data_problems(data) == [f"--prompt-data {name!a}: {expected}"]
+    assert data_problems(dataclasses.replace(data, train_names=("\u4e2d a/b", "b"))) == []
 
 
 def test_lists_of_integers_are_evaluated_without_eval():

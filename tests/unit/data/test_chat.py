@@ -1,6 +1,7 @@
 """Tokens and masks of real template families, token by token, against the oracle of chat_families.py."""
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,13 +9,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sft.config.run import DataConfig
-from megatron_sft.data.chat import ChatEncoder
+from megatron_sft.data.chat import CONTENT_LEFT_OUT, ChatEncoder
 from megatron_sft.data.mask_gate import check_masks
 from megatron_sft.data.schema import Row, RowError, to_row
 from megatron_sft.errors import ConfigError
 from tests.unit.data.chat_cases import CONTENTS, conversations
 from tests.unit.data.chat_families import FAMILIES, trained_pieces
 from tests.unit.data.chat_oracle import Chat
+
+SIMPLE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @cache
@@ -170,6 +176,52 @@ def test_tool_calls_that_a_template_leaves_out_are_a_row_error() -> None:
     row = Row([CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}], where="a.jsonl:7")
     with pytest.raises(RowError, match=r"a.jsonl:7: the chat template leaves out the tool call add"):
         encoder_of("phi3").encode(row)
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Tells it.", "parameters": {}}}
+ADD = {"type": "function", "function": {"name": "add"}}
+FIRST_TOOL = "{% if tools %}{{ tools[0] | tojson }}{% endif %}"
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+@pytest.mark.parametrize(
+    ("template", "said", "tools", "left_out"),
+    [
+        ("", "a", [WEATHER], "weather"),
+        ("", "What is the weather?", [WEATHER], "weather"),
+        ("", "a", [{"name": "s"}], "s"),
+        (FIRST_TOOL, "a", [WEATHER, ADD], "add"),
+        (FIRST_TOOL, "What is the weather?", [WEATHER], None),
+    ],
+)
+def test_tools_that_a_template_leaves_out_are_a_row_error(
+    template: str, said: str, tools: list[Any], left_out: str | None, train_on: str
+) -> None:
+    encoder = ChatEncoder(_with_template(template + SIMPLE), DataConfig(tokenizer_model="x", train_on=train_on))
+    row = Row([{"role": "user", "content": said}, {"role": "assistant", "content": "b"}], tools, where="a.jsonl:7")
+    if left_out is None:
+        assert len(encoder.encode(row)) == 1
+    else:
+        with pytest.raises(RowError, match=rf"a.jsonl:7: the chat template leaves out the tool {left_out}; expected") as error:
+            encoder.encode(row)
+        assert error.value.reason == "tools left out"
+
+
+@pytest.mark.parametrize(
+    ("template", "count"),
+    [
+        ("{% for m in messages if m.role != 'system' %}", 1),
+        ("{% for m in messages if m.role != 'tool' %}", 1),
+        ("{% for m in messages %}{% set m = {'role': m.role, 'content': m.content[:5]} %}", 1),
+        ("{% for m in messages %}{% set m = {'role': m.role, 'content': m.content | trim} %}", 0),
+        ("{% for m in messages %}{% if m.role == 'tool' %}{{ m.content | tojson }}{% continue %}{% endif %}", 0),
+    ],
+)
+def test_contents_that_a_template_leaves_out_are_counted(template: str, count: int) -> None:
+    encoder = ChatEncoder(_with_template(SIMPLE.replace("{% for m in messages %}", template)), DataConfig(tokenizer_model="x"))
+    said = [("system", "Be a helpful one. "), ("user", "a"), ("assistant", "b"), ("tool", 'Of "6"\n 7'), ("assistant", "c")]
+    encoder.encode(Row([{"role": role, "content": content} for role, content in said], where="a:1"))
+    assert encoder.notes == ({CONTENT_LEFT_OUT: count} if count else {})
 
 
 def _with_template(text: str) -> PreTrainedTokenizerFast:

@@ -353,7 +353,7 @@ def test_paths_that_hold_nothing_are_errors(tmp_path: Path) -> None:
     _write(tmp_path / "rows.jsonl", _numbered(1))
     wrong = {"loop": closed, "dangling.jsonl": closed, "empty": "no data file", "none.jsonl": "no such file"}
     wrong |= {"pipe.jsonl": "a pipe", "endless.jsonl": "a pipe", "folder": "gone.jsonl: cannot", "splits": "splits/train"}
-    wrong |= {"rows.jsonl@101%": "above 100 %", "rows.jsonl@[-1:]": "no such file"}
+    wrong |= {"rows.jsonl@101%": "above 100 %", "rows.jsonl@[-1:]": "no such file", f"rows.jsonl@[:{10**20}]": "no such file"}
     for name, reason in wrong.items():
         with pytest.raises(DataError, match=reason):
             open_source(str(tmp_path / name), DataConfig())

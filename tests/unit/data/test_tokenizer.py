@@ -1,5 +1,6 @@
 """A bare sentencepiece model and tokenizers written in Python: the same ids as Hugging Face's, exact character places."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_sft.data.mask_gate import check_masks
 from megatron_sft.data.schema import Row, RowError
 from megatron_sft.data.tokenizer import SlowText
 from megatron_sft.errors import ConfigError
+from tests.text_models import byte_tokenizer
 
 INST = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -149,3 +151,32 @@ def test_a_tokenizer_in_python_is_exact_or_refused() -> None:
     tokenizer.lowers = True
     with pytest.raises(RowError, match="a:1: the tokenizer gives no character places"):
         ChatEncoder(tokenizer, config).encode(Row(chat, where="a:1"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"eos_token_id": "x"}, "Validation error for field 'eos_token_id': +TypeError: Field 'eos_token_id' with value 'x'"),
+        ({"dtype": "float99"}, "module 'torch' has no attribute 'float99'"),
+        ({"head_dim": 7}, "Class validation error for validator 'validate_rope': +ValueError: RoPE requires an even"),
+    ],
+)
+def test_a_config_json_that_transformers_refuses_is_a_config_error(wrong: dict[str, object], reason: str, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")  # its class is then config.json's
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **wrong}))
+    with pytest.raises(ConfigError, match=rf"--tokenizer-model \S+: {reason}.* Expected an HF folder"):
+        load_tokenizer(DataConfig(tokenizer_model=str(tmp_path)))
+
+
+def test_truncation_and_padding_of_a_training_before_do_not_count(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(length=300)
+    tokenizer.save_pretrained(tmp_path)
+    assert {"max_length": 5}.items() <= json.loads((tmp_path / "tokenizer.json").read_text())["truncation"].items()
+    encoder = ChatEncoder(load_tokenizer(DataConfig(tokenizer_model=str(tmp_path))), DataConfig())
+    row = Row([{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}], where="a:1")
+    (encoded,) = encoder.encode(row)
+    assert encoder.tokenizer.decode(encoded.tokens) == encoder.tokenizer.apply_chat_template(row.messages, tokenize=False)
+    assert sum(check_masks(encoder, [row]).values()) == 1

@@ -236,8 +236,43 @@ def test_a_folder_of_peft_is_read_and_a_wrong_one_refused(ranks: Any, tmp_path: 
         apart = ours(pair, row, with_labels=False) - model.eval()(row.tokens).logits
     assert apart.abs().max() < 1e-4
     path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "bias": "all", "rank_pattern": {"q_proj": 8}}))
-    with pytest.raises(CheckpointError, match="bias is 'all', rank_pattern is"):
+    written = json.loads(path.read_text())
+    wrong = [
+        ({"bias": "all", "rank_pattern": {"q_proj": 8}}, "bias is 'all', rank_pattern is"),
+        ({"r": 4.5}, "r is 4.5"),
+        ({"r": "2"}, "r is '2'"),
+        ({"lora_alpha": True}, "lora_alpha is True"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'"),
+        ({"target_modules": None}, "target_modules is None"),
+        ({"arrow_config": {"top_k": 3}}, "arrow_config is {'top_k': 3}"),
+        ({"of_a_later_peft": True, "of_a_later_peft_size": 16}, r"json: of_a_later_peft is True\. Expected"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+    ]
+    for change, named in wrong:
+        path.write_text(json.dumps({**written, **change}))
+        with pytest.raises(CheckpointError, match=named):
+            read_settings(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("first", ["pissa", "olora", "orthogonal"])
+def test_an_adapter_for_which_peft_changes_the_base_is_refused(first: str, ranks: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig as TheirConfig
+    from peft import PeftModel, get_peft_model
+
+    theirs = pair_of("qwen3", tmp_path, ranks).theirs
+    weight = theirs.model.layers[0].self_attn.q_proj.weight
+    before = weight.detach().clone()
+    settings: Any = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": first}
+    get_peft_model(theirs, TheirConfig(**settings)).save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        weight.copy_(before)
+    loaded = PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
+    changed = not torch.equal(loaded.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").base_layer.weight, before)
+    assert changed == (first != "orthogonal")
+    if changed:
+        with pytest.raises(CheckpointError, match=f"init_lora_weights is '{first}'"):
+            read_settings(tmp_path / "adapter")
+    else:
         read_settings(tmp_path / "adapter")
 
 

@@ -112,6 +112,25 @@ def test_places_without_room_or_permission_are_refused(tmp_path: Path) -> None:
         write(tmp_path / "file" / "out", "new")
 
 
+@pytest.mark.parametrize("length", [245, 255, 300])
+def test_names_that_are_too_long_are_refused_before(length: int, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be written \\(File name too long\\); expected a place for the HF folder"):
+        try_target(tmp_path / ("x" * length), None, 0)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("place", [".", "../run"])
+def test_the_current_folder_stays_the_current_folder(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "run")
+    folder = Path(place)
+    try_target(folder, None, 0)
+    write(folder, "new")
+    assert set(os.listdir(".")) == set(FILES) and Path.cwd() == tmp_path / "out" / "run"
+    with pytest.raises(CheckpointError, match=r"holds a model and cannot be renamed \(a mount point, the current folder"):
+        try_target(folder, None, 0)
+
+
 def test_a_failed_write_leaves_the_older_folder(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
     with pytest.raises(SavingError, match=r"out: not written \(No space left on device\)"), new_folder(tmp_path / "out", None):
