@@ -107,6 +107,8 @@ def _report_runs(argv: Sequence[str]) -> int:
         if path != "own.output"
     ]
     output = str(values.get("own.output", "report.html"))
+    if os.path.isfile(output) and os.path.getsize(output) and not _is_page(output):
+        problems.append(f"--output {output}: holds something other than a page; expected a new file, or a page. Choose another.")
     if problems := problems + output_problems("--output", output):
         raise ConfigError(problems)
     from megatron_sft.pages.figures import require_matplotlib
@@ -117,6 +119,12 @@ def _report_runs(argv: Sequence[str]) -> int:
 
     write_output("--output", output, run_page(read_runs(places)))
     return 0
+
+
+def _is_page(path: str) -> bool:
+    """Whether an older page stands there, which a new one may replace; metrics.jsonl and the like it may not."""
+    with open(path, "rb") as file:
+        return file.read(15).lower() == b"<!doctype html>"
 
 
 def _check_outputs(**outputs: str | None) -> None:

@@ -4,6 +4,7 @@ A regular file appears whole or not at all and keeps its mode; a link is followe
 stands there is written. Not here: checkpoints, HF folders, caches.
 """
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -18,6 +19,11 @@ def output_problems(flag: str, path: str | None) -> list[str]:
     if not path:
         return []
     target = Path(os.path.realpath(path))
+    try:
+        os.stat(target)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return [f"{flag} {path:.60}...: {error.strerror}; expected a file that can be written. Choose another place."]
     if target.is_dir():
         return [f"{flag} {path} is a folder; expected a file. Add its name."]
     place = target

@@ -15,6 +15,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -444,16 +445,16 @@ def _command(sizes: Mapping[str, int], gpus: int, conf: str, extra: Sequence[str
     flags = [*extra, *(["--sequence-parallel"] if sizes["TP"] > 1 else [])]
     if flags:
         words.append(f"MLM_EXTRA_ARGS={shlex.quote(shlex.join(flags))}")
-    is_folder = (Path(conf) / "config.json").is_file()
+    is_folder = os.path.isfile(os.path.join(conf, "config.json"))
     name = f"<the name of its conf, from megatron-sft conf --load {shlex.quote(conf)}>" if is_folder else _conf_name(conf)
     return " ".join([*words, "./finetune.sh", name])
 
 
 def _conf_name(conf: str) -> str:
     """What finetune.sh takes: conf/Qwen/Qwen3-8B.sh -> Qwen/Qwen3-8B; a file of the user's own by its path."""
-    path = Path(conf).resolve()
     if not OWN_CONF.fullmatch(conf):
         return conf
+    path = Path(conf).resolve()
     folder = confs()
     return str(path.relative_to(folder)).removesuffix(".sh") if path.is_relative_to(folder) else shlex.quote(str(path))
 

@@ -180,9 +180,17 @@ def _following(words: Sequence[str]) -> list[str]:
     return taken
 
 
+MAY_BE_EMPTY = ("own.prompt", "own.stop")
+"""What is wrong with an empty text of theirs, their commands say. Megatron-LM's scripts pass empty names of experiments."""
+
+
 def _take(given: Given, values: Values, said: dict[str, Given], problems: list[str]) -> None:
     """Puts the value of a flag in `values`, or a sentence in `found`."""
     kind, path = given.flag.kind, given.flag.path
+    if "" in given.words and kind.base is str and path not in MAY_BE_EMPTY and not path.startswith("log."):
+        expected = "expected a value; perhaps a variable is not set. Give one, or leave the flag out"
+        problems.append(f"{given.flag.name} '': {expected}.")
+        return
     try:
         value = kind.read(given.words, integers)
         is_right = kind.has(value)

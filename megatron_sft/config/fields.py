@@ -109,7 +109,7 @@ class Kind:
     def expected(self) -> str:
         """a number from 0 to 1"""
         if self.shape == "pairs":
-            return "NAME=VALUE"
+            return "NAME=VALUE, each name once"
         kind = KINDS.get(self.base, "a value")
         text = self.rule.expected(kind) if self.rule else kind
         return f"{text}, each" if self.shape == "several" and self.rule else text
@@ -122,7 +122,10 @@ class Kind:
             pattern: reads a list of integers that is written as one word.
         """
         if self.shape == "pairs":
-            return dict(word.split("=", 1) for word in words)
+            pairs = [tuple(word.split("=", 1)) for word in words]
+            if len({pair[0] for pair in pairs}) != len(pairs):
+                raise ValueError("a name is said twice")
+            return dict(pairs)
         if self.shape == "either" and self.base is int and pattern and not words[0].lstrip("+-").isdigit():
             return pattern(words[0])
         items = [_read(self.base, word) for word in words]

@@ -324,7 +324,7 @@ def _recompute_problems(run: RunConfig) -> list[str]:
 def data_problems(data: DataConfig) -> list[str]:
     """What is wrong with the data section alone, one sentence each."""
     problems = []
-    if not data.train_data:
+    if not data.train_data or "" in data.train_data:
         problems.append("no training data: expected --finetune-hf-dataset (or DATASET) with a file, a folder or a hub name.")
     if not data.tokenizer_model:
         problems.append("--tokenizer-model is missing: expected an HF folder, a hub name or a sentencepiece tokenizer.model.")

@@ -9,7 +9,7 @@ Not here: the gate that tries all of it on real rows before a build (mask_gate.p
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from megatron_sft.config.run import DataConfig
 from megatron_sft.data.fast_bpe import HFText, NoPlaces, TextTokenizer, Tokens
 from megatron_sft.data.limits import num_characters
 from megatron_sft.data.literal import control_texts, literal_of, texts_in
-from megatron_sft.data.schema import Row, RowError
+from megatron_sft.data.schema import Row, RowError, valid_text
 from megatron_sft.data.spans import Conversation, Undecided, assistant_spans, authors_of_text
 from megatron_sft.data.templates import Span, Template, TemplateError, compile_apart
 from megatron_sft.data.tokenizer import SlowText, load_tokenizer, special_texts
@@ -44,6 +44,10 @@ NOTES: Mapping[str, str] = {
 """What is no error, but counted by rows and told: what it means, and the way out."""
 THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+TOOL_LEFT_OUT = (
+    "the chat template leaves out the tool {}; expected every tool in the text. Take a template that knows tools, remove "
+    "them from the row, or name another column with --tool-key."
+)
 FAILS = "the template fails"
 """Why a row is bad, where the template does not say so itself."""
 
@@ -199,7 +203,7 @@ class ChatEncoder:
                 text, spans, route = assistant_spans(self.template, conversation, self.special)
             if (special and self.literal) or self._may_mask_thinking(conversation.messages, text):
                 authors = authors_of_text(self.template, conversation, text)
-            text.encode()
+            valid_text(text, row.where)  # schema.py sees to the contents; tools and arguments are left
         except TemplateError as error:
             if error.is_fatal:  # not this row's fault
                 raise DataError(f"{row.where}: the chat template {error}. Correct it, or pass another --chat-template.") from None
@@ -208,13 +212,6 @@ class ChatEncoder:
                 "refused by the template" if error.is_refusal else FAILS,
                 f"the chat template {error}. Expected a conversation that it "
                 "renders; correct the row or pass another --chat-template.",
-            ) from None
-        except UnicodeEncodeError as error:  # schema.py sees to the contents; tools and arguments are left
-            raise RowError(
-                row.where,
-                "lone surrogate",
-                f"the text has a lone surrogate at character {error.start}; expected "
-                "valid Unicode. Correct the escape \\ud800-\\udfff in the row.",
             ) from None
         except Undecided as error:
             raise RowError(
@@ -342,24 +339,35 @@ def _check_left_out(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span]
 
 def _check_tools(template: Template, conversation: Conversation, text: str, where: str) -> None:
     """Refuses a row of which the template leaves out tools: its answers would be trained without what they were given."""
-    if not conversation.tools:
-        return
-    functions = [tool["function"] if isinstance(tool.get("function"), Mapping) else tool for tool in conversation.tools]
+
+    def without() -> str | None:
+        try:
+            return template.render(conversation.messages, None, conversation.kwargs)[0]
+        except TemplateError:
+            return None
+
+    if name := tool_left_out(conversation.tools, conversation.messages, text, without):
+        raise RowError(where, "tools left out", TOOL_LEFT_OUT.format(name))
+
+
+def tool_left_out(
+    tools: Sequence[Any] | None, messages: Sequence[Any], text: str, without: Callable[[], str | None]
+) -> str | None:
+    """The name of a tool that a template leaves out.
+
+    Args:
+        tools: of the conversation.
+        messages: that may say the names of all tools, in which case the text proves nothing.
+        text: what the template makes of it.
+        without: makes the same without tools; None where the template fails then.
+    """
+    functions = [tool["function"] if isinstance(tool.get("function"), Mapping) else tool for tool in tools or ()]
     names = [str(function.get("name", "without a name")) for function in functions]
     left_out = [name for name in names if name not in text]
-    said = " ".join(part for message in conversation.messages for part in texts_in(message))
-    if not left_out and all(name in said for name in names):  # somebody may say it, rather than the template
-        try:
-            left_out = names if template.render(conversation.messages, None, conversation.kwargs)[0] == text else []
-        except TemplateError:  # not without them
-            return
-    if left_out:
-        raise RowError(
-            where,
-            "tools left out",
-            f"the chat template leaves out the tool {left_out[0]}; expected every tool in the text. Take a template that knows "
-            "tools, remove them from the row, or name another column with --tool-key.",
-        )
+    said = " ".join(part for message in messages for part in texts_in(message)) if names and not left_out else ""
+    if names and not left_out and all(name in said for name in names) and without() == text:
+        left_out = names
+    return left_out[0] if left_out else None
 
 
 def _leaves_content_out(message: Mapping[str, Any], text: str) -> bool:

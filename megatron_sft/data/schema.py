@@ -436,9 +436,14 @@ def _text(value: Any, where: str, here: str) -> str:
         raise RowError(
             where, "content is no text", f"{here} has content that is {_kind(value)}; expected text. Remove or rewrite the row."
         )
-    if not value.isascii():
+    return valid_text(value, where, here)
+
+
+def valid_text(text: str, where: str, here: str = "the text") -> str:
+    """The text, which UTF-8 can hold; else RowError."""
+    if not text.isascii():
         try:
-            value.encode("utf-8")
+            text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RowError(
                 where,
@@ -446,7 +451,7 @@ def _text(value: Any, where: str, here: str) -> str:
                 f"{here} has a lone surrogate at character {error.start}; expected "
                 "valid Unicode. Correct the escape \\ud800-\\udfff in the row.",
             ) from None
-    return value
+    return text
 
 
 def _kind(value: Any) -> str:

@@ -114,7 +114,8 @@ def limited_memory(num_bytes: int) -> Iterator[None]:
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + num_bytes, before[1]))
+    most = used + num_bytes if before[1] == resource.RLIM_INFINITY else min(used + num_bytes, before[1])
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
     try:
         yield
     finally:

@@ -44,10 +44,9 @@ class StoredTensor:
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:
     """{safetensors file: names that the index expects there, or None without an index}."""
-    index = folder / INDEX
+    index, single = folder / INDEX, folder / SINGLE
     if index.exists():
         return _indexed_files(folder, index)
-    single = folder / SINGLE
     if single.exists():
         return {_inside(folder, SINGLE): None}
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -81,6 +80,8 @@ def _indexed_files(folder: Path, index: Path) -> dict[Path, list[str] | None]:
             f"{folder}: {len(missing)} of {len(files)} weight files are missing ({shown}); expected all that {INDEX} names. "
             "Finish the download."
         )
+    if SINGLE not in names and (folder / SINGLE).exists():  # transformers takes that one, and leaves the index out
+        raise CheckpointError(f"{folder}: has {SINGLE}, and {INDEX} that does not name it; expected one of them. Remove one.")
     return files
 
 

@@ -5,7 +5,7 @@ Not here: what follows from the logits (generation.py, tasks/).
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 
 from megatron_sft.core_compat import device
+from megatron_sft.errors import DataError
 from megatron_sft.hf.weights import core_module
 from megatron_sft.model.cache import CachedSeqParams
 from megatron_sft.model.head import Output
@@ -62,6 +63,17 @@ def packed_row(sequences: Sequence[Sequence[int]], keeps: bool) -> tuple[torch.T
         keeps=keeps,
     )
     return tokens[None].to(device()), positions[None].to(device()), params
+
+
+def require_known_tokens(chunks: Sequence[Any], sequences: Iterable[Sequence[int]]) -> None:
+    """Raises DataError, alike on all ranks, where one has a token that the model's embeddings have no row for."""
+    known = core_module(chunks[0]).vocab_rows
+    highest = max((max(sequence) for sequence in sequences if sequence), default=0)
+    if highest >= known:
+        raise DataError(
+            f"a prompt has token id {highest}, but the model's vocabulary ends at {known - 1}; expected the model's own "
+            "tokenizer. Pass its folder as --tokenizer-model."
+        )
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from megatron_sft.inference.forward import (
     is_needed,
     last_logits,
     packed_row,
+    require_known_tokens,
 )
 from megatron_sft.log import logger
 from megatron_sft.parallel import Ranks
@@ -124,9 +125,10 @@ def generate(
         num_samples answers a prompt, those of the first prompt first.
 
     Raises:
-        DataError: a prompt is empty or leaves no position for an answer.
+        DataError: a prompt is empty, leaves no position for an answer, or has a token that the model does not know.
     """
     assert decode is not None or not options.stop, "stop strings need decode"
+    require_known_tokens(chunks, prompts)
     wanted = _answers(prompts, options, max_positions)
     size = options.batch_size
     mine = [wanted[first : first + size] for first in range(0, len(wanted), size)] if on_token else dealt(wanted, size)

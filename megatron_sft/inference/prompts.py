@@ -7,15 +7,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
 
 from megatron_sft import parallel
 from megatron_sft.config.fields import range_problems
 from megatron_sft.config.options import GenerateConfig
 from megatron_sft.config.run import DataConfig, RunConfig
-from megatron_sft.data.schema import Message, prompt_of
+from megatron_sft.data.chat import TOOL_LEFT_OUT, tool_left_out
+from megatron_sft.data.schema import Message, prompt_of, valid_text
 from megatron_sft.data.sources import ENDINGS, open_source
 from megatron_sft.errors import ConfigError, DataError
 from megatron_sft.inference.conversation import converse
@@ -23,6 +27,9 @@ from megatron_sft.inference.generation import Generation, answer_text, generate
 from megatron_sft.inference.load import Inference, load_for_inference
 from megatron_sft.log import logger
 from megatron_sft.output import output_problems, write_output
+
+STANDARD_INPUT = "standard input"
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,10 @@ def write_answers(rows: Sequence[dict[str, Any]], options: GenerateConfig) -> No
 def check_options(options: GenerateConfig) -> None:
     """Raises ConfigError with every option that makes no sense."""
     problems = range_problems(options) + output_problems("--output", options.output)
+    if options.output and options.prompts_path and os.path.realpath(options.output) == os.path.realpath(options.prompts_path):
+        problems.append(
+            f"--output {options.output} is --prompts-path too, which it would replace; expected another file. Name one."
+        )
     if "" in options.stop:
         problems.append("--stop has an empty text; expected one that can come in an answer. Leave it out.")
     if problems:
@@ -122,9 +133,9 @@ def read_prompts(options: GenerateConfig, config: DataConfig) -> list[Prompt]:
     if path == "--prompt":
         prompts = [Prompt([{"role": "user", "content": text}], path) for text in options.prompt]
     elif path is None:
-        path = "standard input"
+        path = STANDARD_INPUT
         logger.info("reading prompts from standard input, one per line, to its end%s", " (Ctrl-D)" if sys.stdin.isatty() else "")
-        prompts = _from_lines(sys.stdin, path)
+        prompts = _from_lines(_text_lines(path), path)
     elif os.path.isfile(path) and not any(ending in os.path.basename(path) for ending in ENDINGS):
         prompts = _from_lines(_text_lines(path), path)
     else:
@@ -137,7 +148,7 @@ def read_prompts(options: GenerateConfig, config: DataConfig) -> list[Prompt]:
 
 def _text_lines(path: str) -> Iterator[str]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") if path != STANDARD_INPUT else nullcontext(sys.stdin) as file:
             yield from file
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); expected one prompt a line. Convert the file.") from None
@@ -167,19 +178,23 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], use_template: bool
 
 
 def _encode(tokenizer: Any, prompt: Prompt, use_template: bool) -> list[int]:
-    from jinja2 import TemplateError
-
     if not use_template:
-        return list(tokenizer("\n".join(str(m["content"]) for m in prompt.messages))["input_ids"])
+        text = "\n".join(str(m["content"]) for m in prompt.messages)
+        return list(tokenizer(valid_text(text, prompt.where))["input_ids"])
+    settings: dict[str, Any] = dict(tokenize=False, add_generation_prompt=True, **prompt.template_kwargs)
+
+    def render(tools: Sequence[Any] | None) -> str:
+        return str(tokenizer.apply_chat_template(prompt.messages, tools=tools, **settings))
+
     try:
-        text = tokenizer.apply_chat_template(
-            prompt.messages, tools=prompt.tools, tokenize=False, add_generation_prompt=True, **prompt.template_kwargs
-        )
-    except (TemplateError, TypeError) as error:
+        text = render(prompt.tools)
+    except TEMPLATE_ERRORS as error:
         raise DataError(
             f"{prompt.where}: the chat template refuses the messages ({error}); expected roles that it knows. Rewrite the row."
         ) from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if name := tool_left_out(prompt.tools, prompt.messages, text, lambda: render(None)):
+        raise DataError(f"{prompt.where}: {TOOL_LEFT_OUT.format(name)}")
+    return list(tokenizer(valid_text(text, prompt.where), add_special_tokens=False)["input_ids"])
 
 
 def end_token_ids(tokenizer: Any, folder: str | Path, use_template: bool = True) -> frozenset[int]:

@@ -24,6 +24,7 @@ from megatron_sft.inference.forward import (
     idle,
     last_logits,
     packed_row,
+    require_known_tokens,
 )
 from megatron_sft.inference.generation import answer_text, generate
 from megatron_sft.inference.load import Inference
@@ -68,6 +69,7 @@ def predictions(
         batch_size: sequences that share a row.
         choices: how many of the first choices a sequence has, one number each; none: all of them.
     """
+    require_known_tokens(chunks, sequences)
     predicted: dict[int, int] = {}
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     numbers = torch.arange(len(choice_ids), device=device())
@@ -117,6 +119,7 @@ def _likelihoods(
     says: Callable[[Head, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> list[tuple[float, bool]]:
     """log_likelihoods, with whether `says` is true of all tokens: (head, states [tokens, hidden], labels) -> [tokens] bool."""
+    require_known_tokens(chunks, sequences)
     asking: dict[tuple[int, ...], list[int]] = {}
     for i, sequence in enumerate(sequences):
         asking.setdefault(tuple(sequence[:-1]), []).append(i)
@@ -195,11 +198,14 @@ def likeliest(loaded: Inference, task: Task, asked: Asked, config: TasksConfig) 
     before = loaded.tokenizer([first for first, _ in pairs])["input_ids"]
     whole = [list(ids) for ids in loaded.tokenizer([first + then for first, then in pairs])["input_ids"]]
     counts = [max(len(ids) - len(first), 1) for ids, first in zip(whole, before, strict=True)]
-    whole = [ids[-limit - 1 :] if limit else ids for ids in whole]
+    if limit and (cut := sum(len(ids) > limit + 1 for ids in whole)):
+        logger.warning("%d prompts with their choice are longer than %s tokens: their beginning is left out", cut, limit)
+        whole = [ids[-limit - 1 :] for ids in whole]
+        counts = [min(count, len(ids) - 1) for count, ids in zip(counts, whole, strict=True)]
     values = iter(log_likelihoods(loaded.chunks, whole, counts, config.eval_batch_size))
     chosen = []
     for question, _ in asked:
-        worth = [next(values) / (len(choice) if task.kind is Kind.CHOICE_NORM else 1) for choice in question.choices]
+        worth = [next(values) / (max(len(choice), 1) if task.kind is Kind.CHOICE_NORM else 1) for choice in question.choices]
         chosen.append(max(range(len(worth)), key=worth.__getitem__))
     return chosen
 

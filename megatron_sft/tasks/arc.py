@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sft.errors import DataError
 from megatron_sft.tasks.choices import lettered
-from megatron_sft.tasks.question import LETTERS, Question, examples, hub_rows, require
+from megatron_sft.tasks.question import LETTERS, Question, examples, hub_rows, require, text_of, texts_of
 
 HUB = "allenai/ai2_arc"
 SUBSETS = {"arc-easy": "ARC-Easy", "arc-challenge": "ARC-Challenge"}
@@ -39,10 +39,11 @@ def _question(row: dict[str, Any], where: str, task: str) -> Question:
         choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
     texts, labels = (choices.get("text", []), choices.get("label", [])) if isinstance(choices, dict) else ([], [])
     key = str(row["answerKey"])
-    if not 2 <= len(texts) <= len(LETTERS) or len(texts) != len(labels) or key not in map(str, labels):
+    if not 2 <= len(texts) <= len(LETTERS) or len(texts) != len(set(map(str, labels))) or key not in map(str, labels):
         found = f"{len(texts)} choices, {len(labels)} labels, answerKey {key!r}"
         raise DataError(f"{where}: {found}; expected 2 to 5 choices with a label each, and one of these. Mend the row.")
-    return Question(task, str(stem), tuple(map(str, texts)), [str(label) for label in labels].index(key), where)
+    asked, choices = text_of(stem, "question", where), texts_of(texts, "choices", where)
+    return Question(task, asked, choices, [str(label) for label in labels].index(key), where)
 
 
 def prompt(question: Question, shots: Sequence[Question]) -> str:

@@ -47,7 +47,7 @@ def _tasks(file: str) -> dict[str, Any]:
     expected = "expected what megatron-sft eval --output wrote. Name such a file"
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read ({error}); {expected}.") from None
     tasks: Any = content.get("tasks") if isinstance(content, dict) else None
     entries = tasks.values() if isinstance(tasks, dict) else [None]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sft.errors import DataError
-from megatron_sft.tasks.question import Question, examples, hub_rows, require
+from megatron_sft.tasks.question import Question, examples, hub_rows, require, text_of
 
 HUB = "openai/gsm8k"
 _NUMBER = re.compile(r"-?\$?[\d.,]*\d")
@@ -53,10 +53,11 @@ def load(place: str, few_shots: int) -> list[tuple[Question, Sequence[Question]]
 
 def _question(row: dict[str, Any], where: str) -> Question:
     require(row, ("question", "answer"), where)
-    answer = number_after_mark(str(row["answer"]))
+    solution = text_of(row["answer"], "answer", where)
+    answer = number_after_mark(solution)
     if answer is None:
         raise DataError(f"{where}: the answer has no number after ####; expected one at its end. Mend the row.")
-    return Solved("gsm8k", str(row["question"]), (), answer, where, str(row["answer"]))
+    return Solved("gsm8k", text_of(row["question"], "question", where), (), answer, where, solution)
 
 
 def prompt(question: Question, shots: Sequence[Question]) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sft.tasks.question import Question, hub_rows, require
+from megatron_sft.tasks.question import Question, hub_rows, require, text_of
 
 HUB = "openai/openai_humaneval"
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -32,7 +32,7 @@ def load(place: str, few_shots: int) -> list[tuple[Question, Sequence[Question]]
     names = ("prompt", "canonical_solution", "test", "entry_point")
     for where, row in hub_rows("humaneval", place, "test"):
         require(row, names, where)
-        asked, solution, tests, entry_point = (str(row[name]) for name in names)
+        asked, solution, tests, entry_point = (text_of(row[name], name, where) for name in names)
         pairs.append((Problem(str(row.get("task_id", where)), asked, (), solution, where, tests, entry_point), ()))
     return pairs
 

@@ -15,7 +15,7 @@ from megatron_sft.config.run import DataConfig
 from megatron_sft.data.sources import open_source, read_file
 from megatron_sft.errors import DataError
 from megatron_sft.tasks.choices import lettered
-from megatron_sft.tasks.question import Question
+from megatron_sft.tasks.question import Question, text_of, texts_of
 
 LETTERS = "ABCD"
 TRAINING = ("auxiliary_train", "train")
@@ -91,7 +91,7 @@ def _rows(file: str) -> Iterator[tuple[str, Any]]:
     if not file.endswith(".csv"):
         yield from read_file(file)
         return
-    with open(file, encoding="utf-8", newline="") as lines:
+    with open(file, encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines)
         for row in reader:
             if len(row) != 6:
@@ -107,11 +107,12 @@ def _question(row: Any, where: str, subject: str) -> Question:
     missing = [name for name in ("question", "choices", "answer") if name not in row]
     if missing:
         raise DataError(f"{where}: no {', '.join(missing)}; expected question, choices, answer. Correct the file.")
-    choices, answer = tuple(map(str, row["choices"])), str(row["answer"]).strip()
+    choices, answer = texts_of(row["choices"], "choices", where), str(row["answer"]).strip()
     index = LETTERS.find(answer) if len(answer) == 1 and answer in LETTERS else "0123".find(answer) if len(answer) == 1 else -1
     if len(choices) != 4 or index < 0:
         raise DataError(f"{where}: {len(choices)} choices and answer {answer!r}; expected 4, and 0 to 3 or A to D. Mend the row.")
-    return Question(str(row.get("subject") or subject), str(row["question"]), choices, index, where)
+    about = row.get("subject") or subject
+    return Question(text_of(about, "subject", where), text_of(row["question"], "question", where), choices, index, where)
 
 
 def training_questions(path: str) -> Iterator[Question]:

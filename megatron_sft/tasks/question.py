@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sft.config.run import DataConfig
+from megatron_sft.data.schema import valid_text
 from megatron_sft.data.sources import open_source
 from megatron_sft.errors import DataError
 
@@ -76,3 +77,17 @@ def require(row: dict[str, Any], names: tuple[str, ...], where: str) -> None:
     if missing:
         has = ", ".join(sorted(row)[:12]) or "nothing"
         raise DataError(f"{where}: has {has}; expected also {', '.join(missing)}. Correct the file, or name another place.")
+
+
+def text_of(value: Any, name: str, where: str) -> str:
+    """A field that is asked: DataError where it is no text, or holds what UTF-8 cannot. None is not asked as "None"."""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name} is {value!r:.40}; expected text. Mend the row.")
+    return valid_text(value, where, name)
+
+
+def texts_of(values: Any, name: str, where: str) -> tuple[str, ...]:
+    """The same of a list, whose numbers count as text."""
+    if not isinstance(values, list | tuple):
+        raise DataError(f"{where}: {name} is {values!r:.40}; expected a list of texts. Mend the row.")
+    return tuple(str(value) if type(value) in (int, float) else text_of(value, name, where) for value in values)

@@ -57,14 +57,17 @@ def run_program(program: str, is_unsafe: bool = False, limits: Mapping[str, floa
     jail = str(Path(__file__).with_name("jail.py"))
     words = [asked["python"], "-I", "-S", *(["-c", UNSAFE, jail] if is_unsafe else [jail])]
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                start_new_session=True,
+            )
+        except OSError as error:  # a Python in another user's home
+            return Outcome(False, f"{words[0]} cannot be run: {error.strerror}")
         try:
             said, _ = process.communicate(json.dumps(asked).encode(), timeout=limits["seconds"] + GRACE_S)
         except subprocess.TimeoutExpired:

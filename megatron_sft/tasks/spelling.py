@@ -72,7 +72,7 @@ def read_words(place: str) -> list[str]:
     if not place:
         return WORDS
     try:
-        lines = Path(place).read_text(encoding="utf-8").split()
+        lines = Path(place).read_text(encoding="utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{place}: cannot be read ({error}); expected words, one a line. Correct --eval-data.") from None
     words = [word.lower() for word in lines if word.isascii() and word.isalpha()]

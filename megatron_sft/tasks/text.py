@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sft.errors import DataError
-from megatron_sft.tasks.question import Question, hub_rows, require
+from megatron_sft.tasks.question import Question, hub_rows, require, text_of
 
 WINDOW = 2048
 
@@ -20,14 +20,14 @@ def load(place: str, few_shots: int) -> list[tuple[Question, Sequence[Question]]
         raise DataError("text/bits-per-byte: no text is named; expected some. Pass --eval-data text=FILE.txt, or rows with text.")
     if place.endswith(".txt"):
         try:
-            documents = [(place, Path(place).read_text(encoding="utf-8"))]
+            documents = [(place, Path(place).read_text(encoding="utf-8-sig"))]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{place}: cannot be read ({error}); expected UTF-8 text. Correct --eval-data text=.") from None
     else:
         documents = []
         for where, row in hub_rows("text", place, "test"):
             require(row, ("text",), where)
-            documents.append((where, str(row["text"])))
+            documents.append((where, text_of(row["text"], "text", where)))
     pairs = [(Question("text", text, (), "", where), ()) for where, text in documents if text]
     if not pairs:
         raise DataError(f"{place}: has no text; expected some. Correct --eval-data text=.")

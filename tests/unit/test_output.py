@@ -85,6 +85,11 @@ def test_what_cannot_be_written_is_said_before_and_after(tmp_path: Path) -> None
     assert output_problems("--output", None) == []
 
 
+def test_names_that_are_too_long_are_said_before(tmp_path: Path) -> None:
+    (problem,) = output_problems("--json", str(tmp_path / ("x" * 300)))
+    assert problem.endswith("...: File name too long; expected a file that can be written. Choose another place.")
+
+
 def test_only_regular_files_are_opened_to_be_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a")
     (tmp_path / "link").symlink_to("file")

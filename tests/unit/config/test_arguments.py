@@ -124,6 +124,14 @@ def test_a_file_is_no_name_of_a_source(tmp_path):
     assert read_flags(["--prompt-data", "A", "A.jsonl"])[1] == []
 
 
+@pytest.mark.parametrize("flag", ["--save", "--save-hf", "--valid-data", "--chat-template"])
+def test_an_empty_value_is_told_of(flag: str) -> None:
+    told = f"{flag} '': expected a value; perhaps a variable is not set. Give one, or leave the flag out."
+    assert read_flags([flag, ""])[1] == read_flags([f"{flag}="])[1] == [told]
+    assert read_flags(["--wandb-exp-name", ""])[1] == []
+    assert data_problems(DataConfig(train_data=("",), tokenizer_model="x"))[0].startswith("no training data: expected ")
+
+
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "\u202ea"])
 def test_names_of_sources_can_be_printed(name: str) -> None:
     data = DataConfig(train_data=("a.jsonl", "b.jsonl"), train_names=(name, "b"), tokenizer_model="x")

@@ -97,7 +97,8 @@ REFUSED = {
     "--seqlength 3": "unknown flag. Did you mean --seq-length?",
     "--bf16=true": "expected no value. Write --bf16 alone.",
     "--lr": "expected a value after it. Add one, or leave the flag out.",
-    "--role-map bot": "expected NAME=VALUE. Correct it.",
+    "--role-map bot": "expected NAME=VALUE, each name once. Correct it.",
+    "--role-map bot=user bot=assistant": "expected NAME=VALUE, each name once. Correct it.",
 }
 
 

@@ -1,13 +1,15 @@
 """Clocks and limited processes end what runs away, by processor time."""
 
 import os
+import resource
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 
 from megatron_sft.data import trial
-from megatron_sft.data.trial import TimeIsUp, TrialError, clock, limited
+from megatron_sft.data.trial import TimeIsUp, TrialError, clock, limited, limited_memory
 from megatron_sft.errors import DataError
 
 
@@ -39,6 +41,22 @@ def test_a_long_step_of_c_code_ends_an_expendable_process(monkeypatch: pytest.Mo
 
     with pytest.raises(TrialError, match=r"^takes too long$"):
         limited(work, None)
+
+
+def test_memory_is_limited_below_what_the_session_allows() -> None:
+    def within() -> bool:
+        most = 2**36
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        with limited_memory(2**37):
+            inside = resource.getrlimit(resource.RLIMIT_AS)
+        return inside == resource.getrlimit(resource.RLIMIT_AS) == (most, most)
+
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            os._exit(0 if within() else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_limited_process_answers_or_says_why_not() -> None:

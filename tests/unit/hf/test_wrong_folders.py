@@ -140,6 +140,10 @@ DAMAGED = {  # found in the headers
     "index to a long name": (index("x" * 5000), "1 of 1 weight files are missing"),
     "index to nothing": (index("other.safetensors"), r"missing \(other.safetensors\)"),
     "index of other tensors": (index(WEIGHTS), "are in only one of the file and"),
+    "index of other files": (
+        lambda folder: (shutil.copyfile(folder / WEIGHTS, folder / "a.safetensors"), index("a.safetensors")(folder)),
+        "has model.safetensors, and model.safetensors.index.json that does not name it; expected one of them",
+    ),
     "index without map": (text(INDEX, "[]"), "not a safetensors index"),
     "index no JSON": (text(INDEX, "{"), "not a safetensors index"),
     "index a folder": (directory(INDEX), "not a safetensors index"),

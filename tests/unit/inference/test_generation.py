@@ -210,6 +210,44 @@ def test_all_wrong_options_are_named_at_once() -> None:
     assert len(error.value.problems) == 4
 
 
+@pytest.mark.parametrize(
+    ("template", "prompt", "message"),
+    [
+        ("", {"content": "a\ud800"}, "the text has a lone surrogate at character"),
+        ("{{ 1 // 0 }}", {}, "the chat template refuses the messages"),
+        ("{% for i in range(10**9) %}{% endfor %}", {}, "the chat template refuses the messages"),
+        ("", {"tools": [{"name": "weather"}]}, "the chat template leaves out the tool weather; expected every tool"),
+    ],
+)
+def test_prompts_that_cannot_be_asked_are_named(template: str, prompt: dict[str, Any], message: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template + tokenizer.chat_template
+    asked = prompts.Prompt([{"role": "user", "content": prompt.get("content", "a")}], "p.jsonl:3", prompt.get("tools"))
+    with pytest.raises(DataError, match=rf"p\.jsonl:3: {message}"):
+        prompts.encode_prompts(tokenizer, [asked], True)
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(models: tuple[Inference, Any]) -> None:
+    loaded, _ = models
+    unknown = loaded.model.vocab_size
+    with pytest.raises(DataError, match=rf"token id {unknown}, but the model's vocabulary ends at {unknown - 1}; expected"):
+        generate(loaded.chunks, [[1, 2], [3, unknown]], GenerateConfig(osl=1), [], loaded.ranks)
+
+
+def test_text_prompts_are_utf8_with_or_without_a_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.txt").write_text("one\ntwo\n", encoding="utf-8-sig")
+    read = prompts.read_prompts(GenerateConfig(prompts_path=str(tmp_path / "p.txt")), DataConfig())
+    assert [prompt.messages[0]["content"] for prompt in read] == ["one", "two"]
+    (tmp_path / "latin").write_bytes(b"a\xff\n")
+    with (tmp_path / "latin").open(encoding="utf-8") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        with pytest.raises(DataError, match="standard input: not UTF-8 text"):
+            prompts.read_prompts(GenerateConfig(), DataConfig())
+    same = GenerateConfig(prompts_path=str(tmp_path / "p.txt"), output=str(tmp_path / "." / "p.txt"))
+    with pytest.raises(ConfigError, match="is --prompts-path too, which it would replace; expected another file"):
+        prompts.check_options(same)
+
+
 def test_a_tokenizer_without_template_asks_for_no_chat_template() -> None:
     tokenizer = byte_tokenizer()
     prompt = prompts.Prompt([{"role": "user", "content": "ab"}], "p.txt:1")

@@ -193,6 +193,11 @@ def test_what_is_no_run_is_said_at_once(tmp_path, capsys):
     assert main(["report", str(tmp_path), "--html", str(tmp_path / "x"), "--lr", "1", "--output", str(tmp_path)]) == 2
     told = "".join(capsys.readouterr())
     assert "--html has no effect on the page of a RUN" in told and "--lr has no effect" in told and "is a folder" in told
+    steps = tmp_path / "metrics.jsonl"
+    steps.write_text('{"iteration": 1}\n')
+    assert main(["report", str(tmp_path), "--output", str(steps)]) == 2
+    assert "holds something other than a page; expected a new file" in "".join(capsys.readouterr())
+    assert steps.read_text() == '{"iteration": 1}\n'
     assert main(["report", "--output", "page.html"]) == 2
     assert "no training data" in "".join(capsys.readouterr())
 

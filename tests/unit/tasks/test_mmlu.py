@@ -111,7 +111,14 @@ def test_too_many_few_shots_are_refused(tmp_path: Path) -> None:
 def test_bad_rows_name_file_and_line(tmp_path: Path) -> None:
     file = tmp_path / "mmlu.jsonl"
     good = json.dumps(question("anatomy", "test", 0))
-    for key, value, message in (("answer", 4, "answer '4'"), ("choices", ["a"], "1 choices"), ("answer", "AB", "answer 'AB'")):
+    wrong = (("question", None, "question is None; expected text"), ("choices", "abcd", "choices is 'abcd'; expected a list"))
+    wrong += (("choices", ["a", None, "c", "d"], "choices is None"), ("question", "\ud800", "question has a lone surrogate"))
+    for key, value, message in (
+        *wrong,
+        ("answer", 4, "answer '4'"),
+        ("choices", ["a"], "1 choices"),
+        ("answer", "AB", "answer 'AB'"),
+    ):
         file.write_text(good + "\n" + json.dumps({**json.loads(good), key: value}) + "\n")
         with pytest.raises(DataError, match=f"mmlu.jsonl:2: .*{message}"):
             mmlu.examples(str(file))

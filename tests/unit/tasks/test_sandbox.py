@@ -35,6 +35,11 @@ HOSTILE = {
     "what stays behind": "import os, sys\nif os.fork() == 0:\n    os.setsid()\n    os.execv('/bin/sleep', ['MARKER', '99'])\n"
     "sys.exit(0)",
     "mount": "import ctypes\nassert ctypes.CDLL(None).mount(b'tmpfs', b'/usr', b'tmpfs', 0, b'') == 0",
+    "memory of no process": "import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.shmget(0, 1 << 26, 0o1600) >= 0, 'refused'",
+    "namespaces": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0, 'refused'",
+    "namespaces by clone": "import ctypes, os\nclone = {'x86_64': 56, 'aarch64': 220}[os.uname().machine]\n"
+    "assert ctypes.CDLL(None).syscall(clone, 0x10000011, 0, 0, 0, 0) >= 0, 'refused'",
+    "memory in a file of no folder": "import os\ntry: os.memfd_create('x')\nexcept PermissionError: raise SystemExit('refused')",
     "forged word": "import os\nos.write(3, b'0' * 32)\nos._exit(0)",
 }
 UID = "import os\nassert (os.getuid(), os.getgid()) == (65534, 65534)\nassert set(os.environ) <= {'HOME', 'PATH', 'LC_CTYPE'}"
@@ -53,6 +58,7 @@ def test_a_hostile_program_is_contained_and_fails(name: str, tmp_path: Path) -> 
             program = program.replace(word, value)
         found = sandbox.run_program(program, limits=QUICK)
         assert not found.passed and "sandbox" not in found.why
+        assert "refused" in found.why or "refused" not in program
         with pytest.raises(TimeoutError):
             server.accept()
     assert not (tmp_path / "marker").exists() and not Path("/marker").exists() and not Path("/usr/marker").exists()
@@ -84,6 +90,20 @@ def test_as_a_user(name: str) -> None:
     found = json.loads(done.stdout)
     assert found["passed"] == (name == "uid") and "no sandbox" not in found["why"], found
     assert not Path("/tmp/marker-of-a-user").exists()
+
+
+def test_a_python_that_cannot_be_run_is_no_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys._base_executable", str(tmp_path))
+    assert sandbox.why_no_sandbox() == f"{tmp_path} cannot be run: Permission denied"
+
+
+@needs_sandbox
+def test_a_program_may_start_threads_and_processes() -> None:
+    forks = "pid = os.fork()\nif pid == 0: os._exit(0)\nassert os.waitpid(pid, 0)[1] == 0"
+    runs = "assert subprocess.run(['/bin/echo', 'a'], capture_output=True).stdout == b'a\\n'"
+    threads = "thread = threading.Thread(target=print)\nthread.start()\nthread.join()"
+    found = sandbox.run_program(f"import os, subprocess, threading\n{forks}\n{runs}\n{threads}")
+    assert found == sandbox.Outcome(True, "")
 
 
 def test_without_a_sandbox_programs_have_limits_all_the_same() -> None:

@@ -56,6 +56,19 @@ def test_arc_reads_both_layouts_and_asks_in_three_formats(tmp_path: Path) -> Non
     )
     with pytest.raises(DataError, match=r"arc\.jsonl:1: 3 choices, 3 labels, answerKey 'D'; expected 2 to 5 choices"):
         TASKS["arc-easy/lm-eval"].load(write_rows(tmp_path / "arc.jsonl", {**ARC_HUB, "answerKey": "D"}), 0)
+    doubled = {**ARC_HUB, "choices": {"text": ["fire", "rain", "sand"], "label": ["1", "2", "2"]}, "answerKey": "2"}
+    nothing = {**ARC_HUB, "choices": {"text": ["fire", None, "sand"], "label": ["1", "2", "3"]}, "answerKey": "2"}
+    for row, message in ((doubled, "3 labels, answerKey '2'; expected"), (nothing, "choices is None; expected text")):
+        with pytest.raises(DataError, match=rf"arc\.jsonl:1: .*{message}"):
+            TASKS["arc-easy/lm-eval"].load(write_rows(tmp_path / "arc.jsonl", row), 0)
+
+
+def test_a_byte_order_mark_is_not_asked(tmp_path: Path) -> None:
+    for name, content in (("book.txt", "A word"), ("words.txt", "word\n"), ("s_test.csv", "Q?,a,b,c,d,B\n")):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert text.load(str(tmp_path / "book.txt"), 0)[0][0].question == "A word"
+    assert spelling.read_words(str(tmp_path / "words.txt")) == ["word"]
+    assert mmlu.examples(str(tmp_path / "s_test.csv"))["test"][""][0].question == "Q?"
 
 
 def test_examples_are_the_first_training_rows(tmp_path: Path) -> None:
@@ -85,6 +98,8 @@ def test_rows_that_are_nowhere_say_what_to_download(tmp_path: Path) -> None:
         gsm8k.load(str(tmp_path / "nothing.jsonl"), 0)
     with pytest.raises(DataError, match=r"rows\.jsonl:1: has question; expected also answer\."):
         gsm8k.load(write_rows(tmp_path / "rows.jsonl", {"question": "?"}), 0)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: answer is None; expected text"):
+        gsm8k.load(write_rows(tmp_path / "rows.jsonl", {"question": "?", "answer": None}), 0)
     with pytest.raises(DataError, match="the answer has no number after ####"):
         gsm8k.load(write_rows(tmp_path / "rows.jsonl", {"question": "?", "answer": "#### many"}), 0)
     with pytest.raises(DataError, match=r"Pass --eval-data text=FILE\.txt"):
@@ -173,6 +188,9 @@ def test_two_files_are_compared_question_by_question(tmp_path: Path) -> None:
     assert (figures["difference"], figures["count"], figures["second_higher"]) == (0.5, 2, 1)
     with pytest.raises(DataError, match="have no question in common"):
         compare(first, write_rows(tmp_path / "d.json", {"tasks": {"mmlu/lm-eval": {"questions": {"x": 1.0}}}}))
+    (tmp_path / "d.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"d\.json: cannot be read"):
+        compare(first, str(tmp_path / "d.json"))
     with pytest.raises(DataError, match=r"d\.json: has no tasks with the score of each question"):
         compare(first, write_rows(tmp_path / "d.json", {"average": 1.0}))
 
