@@ -76,7 +76,7 @@ def main() -> int:
     shared = ["--steps", str(given.steps), "--tokens", str(given.tokens), "--measure"]
     for rank in (0, given.rank):
         command = [sys.executable, __file__, given.folder, "--rank", str(rank), *shared]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
         print(f"rank {rank:3}: " + ", ".join(f"{name} {value:,.3f}" for name, value in found[-1].items()), flush=True)
     print(", ".join(f"{name} {found[1][name] / found[0][name]:.1%}" for name in ("peak_gb", "step_cpu_s", "trained")))
