@@ -172,6 +172,7 @@ def main() -> None:
     args = parser.parse_args()
     log.configure(0)
     importlib.import_module("transformers.models.auto.tokenization_auto")  # before the clock, as in TRL's program
+    importlib.import_module("transformers.activations")  # which a tokenizer's config.json makes AutoTokenizer import: 1 s
     importlib.import_module("tiktoken")
     show("versions", f"numpy {metadata.version('numpy')}, tokenizers {metadata.version('tokenizers')}")
     bench_packing()

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from megatron_sft.errors import ConfigError, DataError
 
 __all__ = ["ChatEncoder", "Encoded", "Rendered", "load_tokenizer"]
 
+P, R = TypeVar("P"), TypeVar("R")
 EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 KEEPS_THINKING: Mapping[str, Any] = {"preserve_thinking": True, "truncate_history_thinking": False, "clear_thinking": False}
 """Arguments by which some templates keep the reasoning of earlier answers (Qwen3.5, Nemotron 3, GLM 4.6)."""
@@ -134,19 +135,43 @@ class ChatEncoder:
             RowError: the template refuses the row, which tokens are the assistant's cannot be decided exactly, or it takes too
                 long. An expendable process ends where C code takes too long.
         """
+        (found,) = self.encode_all([row])
+        if isinstance(found, RowError):
+            raise found
+        return found
+
+    def encode_all(self, rows: Sequence[Row]) -> list[list[Encoded] | RowError]:
+        """What `encode` gives of each row, or raises.
+
+        All are rendered before any is tokenised: in turns the template's code and the tokenizer's tables would push each other
+        out of the processor's caches, and a short row would take an eighth longer. Each of the two has a row's time.
+        """
+        rendered = [self._in_time(row, self.render, row) for row in rows]
+        return [
+            texts if isinstance(texts, RowError) else self._in_time(row, self._encoded, texts)
+            for row, texts in zip(rows, rendered, strict=True)
+        ]
+
+    def _encoded(self, texts: Sequence[Rendered]) -> list[Encoded]:
+        return [self.encode_text(rendered) for rendered in texts]
+
+    def _in_time(self, row: Row, work: Callable[[P], list[R]], part: P) -> list[R] | RowError:
+        """What `work` makes of a row, or why it is a bad one."""
         allowed_s = row_seconds(num_characters([row.messages, row.tools, row.text]))
         try:
             with clock(allowed_s, self.is_expendable):
-                return [self.encode_text(rendered) for rendered in self.render(row)]
+                return work(part)
+        except RowError as error:
+            return error
         except NoPlaces as error:
-            raise RowError(row.where, "no character places", str(error)) from None
+            return RowError(row.where, "no character places", str(error))
         except TimeIsUp:
-            raise RowError(
+            return RowError(
                 row.where,
                 "takes too long",
-                f"the row takes more than {allowed_s:.1f} s to render and tokenise; expected far less. Correct or remove it, or "
-                "pass another --chat-template.",
-            ) from None
+                f"the row takes more than {allowed_s:.1f} s to render, or to tokenise; expected far less. Correct or remove it, "
+                "or pass another --chat-template.",
+            )
 
     def encode_text(self, rendered: Rendered) -> Encoded:
         tokens = self.tokens_of(rendered)

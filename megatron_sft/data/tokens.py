@@ -44,6 +44,8 @@ HASHES = "hashes"
 """Folder beside the stores, for those of large files."""
 PORTION_ROWS = 256
 PORTION_CHARACTERS = 4 * 2**20
+ROWS_TOGETHER = 64
+"""Rows that are rendered before any of them is tokenised (chat.py:encode_all)."""
 LISTED_PROBLEMS = 20
 PROGRESS_S = 10.0
 
@@ -157,11 +159,12 @@ def encode_rows(encoder: Any, config: DataConfig, portion: Portion) -> Result:
     routes, notes = getattr(encoder, "routes", Counter()), getattr(encoder, "notes", Counter())
     routes.clear()
     notes.clear()
-    for number, (where, record) in enumerate(portion.rows):
+    for number, ((where, record), samples) in enumerate(
+        zip(portion.rows, _samples(encoder, config, portion, counts), strict=True)
+    ):
         try:
-            row = to_row(record, where, config)
-            counts[f"schemas:{row.schema}"] += 1
-            samples = encoder.encode(row)
+            if isinstance(samples, RowError):
+                raise samples
             documents, fate, lost = fit(samples, config.seq_length, config.truncation, where)
         except RowError as error:
             problems.append(Problem(where, error.reason, str(error), None if isinstance(record, RowError) else record))
@@ -187,6 +190,30 @@ def encode_rows(encoder: Any, config: DataConfig, portion: Portion) -> Result:
         counts=dict(counts),
         problems=problems,
     )
+
+
+def _samples(encoder: Any, config: DataConfig, portion: Portion, counts: Counter[str]) -> Iterator[Sequence[Any] | RowError]:
+    """Of each row what the encoder makes of it, or why it is a bad one."""
+    for first in range(0, len(portion.rows), ROWS_TOGETHER):
+        found: list[Row | RowError] = []
+        for where, record in portion.rows[first : first + ROWS_TOGETHER]:
+            try:
+                found.append(to_row(record, where, config))
+            except RowError as error:
+                found.append(error)
+        rows = [row for row in found if isinstance(row, Row)]
+        counts.update(f"schemas:{row.schema}" for row in rows)
+        encoded = iter(encoder.encode_all(rows) if isinstance(encoder, ChatEncoder) else _one_by_one(encoder, rows))
+        yield from (next(encoded) if isinstance(row, Row) else row for row in found)
+
+
+def _one_by_one(encoder: Any, rows: Sequence[Row]) -> Iterator[Sequence[Any] | RowError]:
+    """By an encoder that is not ours."""
+    for row in rows:
+        try:
+            yield encoder.encode(row)
+        except RowError as error:
+            yield error
 
 
 def fit(samples: Sequence[Any], seq_length: int, truncation: str, where: str) -> tuple[list[Document], str, int]:

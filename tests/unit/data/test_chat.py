@@ -1,5 +1,6 @@
 """Tokens and masks of real template families, token by token, against the oracle of chat_families.py."""
 
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -10,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_sft.config.run import DataConfig
 from megatron_sft.data.chat import CONTENT_LEFT_OUT, ChatEncoder
+from megatron_sft.data.fast_bpe import NoPlaces, Tokens
 from megatron_sft.data.mask_gate import check_masks
 from megatron_sft.data.schema import Row, RowError, to_row
+from megatron_sft.data.tokens import Portion, encode_rows
 from megatron_sft.errors import ConfigError
 from tests.unit.data.chat_cases import CONTENTS, conversations
 from tests.unit.data.chat_families import FAMILIES, trained_pieces
@@ -64,6 +67,34 @@ def test_no_token_is_masked_wrongly_and_every_end_token_is_trained(name: str) ->
     assert compared >= 30
     rows = [Row(messages, where=f"a:{i}") for i, messages in enumerate(conversations(family.has_system))]
     assert sum(check_masks(encoder, rows).values()) == 32
+
+
+def test_rows_together_are_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad rows of the template and of the tokenizer among good ones, in portions that are rendered two rows at a time."""
+    encoder = encoder_of("qwen3")
+    tokenise = encoder.tokenise
+
+    def fails_on_bang(text: str) -> Tokens:
+        if "!" in text:
+            raise NoPlaces("!")
+        return tokenise(text)
+
+    encoder.tokenise = fails_on_bang
+    said = ["one", "bang!", "", "two", "three", "bang!", "four"]
+    records = [
+        (f"a:{number}", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": word}]})
+        for number, word in enumerate(said)
+    ]
+    records.insert(3, ("a:b", {"messages": []}))
+    alone = [encode_rows(encoder, encoder.config, Portion(0, [record])) for record in records]
+    monkeypatch.setattr("megatron_sft.data.tokens.ROWS_TOGETHER", 2)
+    together = encode_rows(encoder, encoder.config, Portion(0, records))
+    for name in ("tokens", "loss_mask", "lengths"):
+        assert np.array_equal(getattr(together, name), np.concatenate([getattr(result, name) for result in alone]))
+    assert together.where == [where for result in alone for where in result.where]
+    assert together.problems == [problem for result in alone for problem in result.problems]
+    assert sum((Counter(result.counts) for result in alone), Counter()) == Counter(together.counts)
+    assert [problem.where for problem in together.problems][:3] == ["a:1", "a:b", "a:5"]
 
 
 def trained_text(encoder: ChatEncoder, row: Row) -> list[str]:
