@@ -378,6 +378,7 @@ PARTS: dict[str, Part] = {
     "tests-attention-loss": Part(
         functools.partial(tests, 220, "tests/gpu/test_attention.py", "tests/gpu/test_loss.py"), 240, False
     ),
+    "tests-kernels": Part(functools.partial(tests, 160, "tests/unit/kernels"), 180, False),
     "layer": Part(layer, 120),
     "norms": Part(norms, 60),
     "rope": Part(rope, 60),

@@ -14,6 +14,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+CLOSE = 1e-6 if DEVICE.type == "cpu" else 1e-5
+"""What fp32 may be apart from torch, relative to the greatest element; a GPU's exponentials and divisions are approximate."""
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pip install triton")
 BOTH = pytest.mark.parametrize("triton", [pytest.param(False, id="torch"), pytest.param(True, id="triton", marks=needs_triton)])
 """By torch's operations, and by the kernel."""

@@ -199,12 +199,18 @@ class PackedAttention(torch.nn.Module):
             return heads_to_tokens(output, self.cp_group).flatten(1)
         first = self.cp_group.rank() * query.shape[0]
         key, value = gather_keys(key, value, self.cp_group)
+        return self.attend_part(query, key, value, packed_seq_params, first, sinks).flatten(1)
+
+    def attend_part(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams, first: int, sinks: Any
+    ) -> torch.Tensor:
+        """Queries of the tokens from `first` on over keys and values of the whole row -> [tokens, heads, head_dim]."""
+        last = first + query.shape[0]
         if self.is_varlen and fits_flash(query, value):
-            places = _places(packed_seq_params, self.chunk, first, first + query.shape[0])
+            places = _places(packed, self.chunk, first, last)
             seen = slice(places.first_key, places.last_key)
-            return self._flash(query, key[seen], value[seen], places.arguments(), sinks).flatten(1)
-        spans = spans_of(_ends(packed_seq_params), self.chunk, first, first + query.shape[0])
-        return self._by_span(query, key, value, spans, sinks).flatten(1)
+            return self._flash(query, key[seen], value[seen], places.arguments(), sinks)
+        return self._by_span(query, key, value, spans_of(_ends(packed), self.chunk, first, last), sinks)
 
     def _with_cache(self, query: Any, key: Any, value: Any, cache: CachedSeqParams) -> torch.Tensor:
         """Generation: a whole row, with zeros for what stands behind its documents."""

@@ -96,6 +96,24 @@ def run(function, tensors, upstream):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("case", CASES)
 def test_packed_attention_is_what_its_definition_says(case, dtype, groups):
+    compare(case, dtype, groups, lambda module, packed, *qkv: module(*qkv, None, packed_seq_params=packed))
+
+
+@on_device
+@pytest.mark.parametrize("case", ["grouped", "latent", "window", "chunked", "sinks"])
+def test_parts_of_a_row_over_all_keys_are_the_row(case, groups):
+    """What ranks of context parallelism do that gathered keys: flash attention with fewer queries than keys."""
+
+    def by_part(module, packed, query, key, value):
+        starts, sinks = range(0, len(query), 64), module.softmax_offset
+        parts = [module.attend_part(query[at : at + 64], key, value, packed, at, sinks) for at in starts]
+        return torch.cat(parts).flatten(1)
+
+    compare(case, "bf16", groups, by_part)
+
+
+def compare(case, dtype, groups, function):
+    """Asserts that output and gradients of function(module, row, query, key, value) are those of the definition."""
     heads, kv, dim, _ = CASES[case]
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     generator = torch.Generator().manual_seed(1)
@@ -108,7 +126,7 @@ def test_packed_attention_is_what_its_definition_says(case, dtype, groups):
     packed = packed_seq_params(offsets, max(LENGTHS), DEVICE)
     module, plain = attention(case, dtype, groups, DEVICE), attention(case, dtype, groups, "cpu")
 
-    ours = run(lambda *qkv: module(*qkv, None, packed_seq_params=packed), [x.to(DEVICE) for x in drawn], upstream)
+    ours = run(lambda *qkv: function(module, packed, *qkv), [x.to(DEVICE) for x in drawn], upstream)
     exact = run(lambda *qkv: written_out(plain, *qkv), [x.float() for x in drawn], upstream)
     theirs = run(lambda *qkv: written_out(plain, *qkv), drawn, upstream)
     factors = [2, 3, 3, 3] if dtype == "bf16" else [0] * 4

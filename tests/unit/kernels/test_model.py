@@ -12,7 +12,7 @@ from megatron_sft.kernels import takes_triton
 from megatron_sft.model.attention import packed_seq_params
 from megatron_sft.model.self_attention import PackedSelfAttention
 from tests.gpu.training import MODEL, Training
-from tests.triton_kernels import apart, needs_triton
+from tests.triton_kernels import CLOSE, DEVICE, apart, needs_triton
 
 MODELS = {
     "norms": MODEL,
@@ -22,8 +22,10 @@ MODELS = {
     "not ours": dataclasses.replace(MODEL, rotary_percent=0.5),
 }
 
-ROW = torch.arange(24)[None] * 19, torch.cat([torch.arange(10), torch.arange(14)])[None], None
-LABELS, MASK, ENDS = torch.arange(24)[None] * 7, (torch.arange(24)[None] % 3 > 0).float(), torch.tensor([0, 10, 24]).int()
+COUNT = torch.arange(24)[None]
+ROW = COUNT * 19, torch.cat((COUNT[:, :10], COUNT[:, :14]), dim=1), COUNT * 7, (COUNT % 3 > 0).float()
+"""Tokens, positions, labels and mask of documents that end at ENDS."""
+ENDS = torch.tensor([0, 10, 24], dtype=torch.int32)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +42,14 @@ def test_losses_and_gradients_are_those_of_torch(name, ranks):
         training = Training.fresh("fp32", ranks, model=MODELS[name], kernels=word)
         layers = [module for module in training.chunks[0].modules() if isinstance(module, PackedSelfAttention)]
         assert [layer.fuses for layer in layers] == [word == "triton" and name != "not ours"] * 2
-        losses = training.chunks[0](*ROW, labels=LABELS, loss_mask=MASK, packed_seq_params=packed_seq_params(ENDS, 14))
+        tokens, places, labels, mask = (x.to(DEVICE) for x in ROW)
+        documents = packed_seq_params(ENDS, 14, DEVICE)
+        losses = training.chunks[0](tokens, places, None, labels=labels, loss_mask=mask, packed_seq_params=documents)
         losses.sum().backward()
         found[word] = losses, {name: p.main_grad.clone() for name, p in training.chunks[0].named_parameters()}
     (losses, grads), (triton_losses, triton_grads) = found["torch"], found["triton"]
-    assert apart(triton_losses, losses) <= 1e-6
-    assert {n: value for n, g in grads.items() if (value := apart(triton_grads[n], g)) > 2e-6} == {}
+    assert apart(triton_losses, losses) <= CLOSE
+    assert {n: value for n, g in grads.items() if (value := apart(triton_grads[n], g)) > 2 * CLOSE} == {}
 
 
 @needs_triton
