@@ -53,10 +53,17 @@ SIGNATURES: dict[str, str] = {
     "distributed/finalize_model_grads.py:finalize_model_grads": "model num_tokens",
     "distributed/finalize_model_grads.py:_update_router_expert_bias": "model config",
     "distributed/finalize_model_grads.py:_allreduce_embedding_grad": "model embd_group pp_group weight_getter skip_if_none",
+    # train/clipping.py is ChainedOptimizer.step in two parts
+    "optimizer/optimizer.py:ChainedOptimizer.prepare_grads": "self",
+    "optimizer/optimizer.py:ChainedOptimizer.step_with_ready_grads": "self",
+    "optimizer/optimizer.py:ChainedOptimizer.grads_states_parallel_group_is_shared": "self",
+    "optimizer/optimizer.py:MegatronOptimizer.get_grad_stats_parallel_group": "self",
+    "optimizer/clip_grads.py:clip_grad_by_total_norm_fp32": "parameters max_norm total_norm use_decoupled_grad",
     # train/optim.py overrides the first, train/muon.py reads where the distributed optimizer cut a matrix
     "optimizer_param_scheduler.py:OptimizerParamScheduler.get_lr": "self param_group",
     "optimizer/distrib_optimizer.py:DistributedOptimizer._get_model_param_range_map": "self param",
     # model/ overrides or goes around these
+    "transformer/attention.py:SelfAttention.get_query_key_value_tensors": "self hidden_states",
     "tensor_parallel/layers.py:ColumnParallelLinear.forward": "self input_",
     "tensor_parallel/layers.py:RowParallelLinear.forward": "self input_",
     "transformer/moe/experts.py:SequentialMLP.forward": "self permuted_local_hidden_states tokens_per_expert permuted_probs",
