@@ -35,6 +35,7 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _unraisable
+    _open_streams()
     log.configure(rank, to_stderr)
     silence_missing_kernels()
     try:
@@ -65,6 +66,17 @@ def run(command: Callable[[Sequence[str], int], int], argv: Sequence[str], to_st
         if rank != 0 and not is_said:
             log.logger.error("%s", error)
         return error.exit_status
+
+
+def _open_streams() -> None:
+    """A standard stream that was closed (>&-) is /dev/null: a checkpoint would get its number, and prints of C code."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
 
 
 def _interrupt(*_: Any) -> None:

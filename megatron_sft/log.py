@@ -6,6 +6,14 @@ import sys
 logger = logging.getLogger("megatron_sft")
 
 
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Leaves out what nobody reads any more (| head) or what a full disk refuses: a run goes on without its lines."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def configure(rank: int, to_stderr: bool = False) -> None:
     """Sends messages to standard output on rank 0; other ranks show warnings and errors, prefixed with their rank.
 
@@ -15,7 +23,7 @@ def configure(rank: int, to_stderr: bool = False) -> None:
         rank: of this process.
         to_stderr: standard output belongs to something else.
     """
-    handler = logging.StreamHandler(sys.stderr if to_stderr else sys.stdout)
+    handler = _Handler(sys.stderr if to_stderr else sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -57,3 +57,23 @@ def test_ctrl_c_counts_where_python_drops_exceptions(place: str) -> None:
     done = subprocess.run([sys.executable, "-c", CTRL_C, place], capture_output=True, text=True, timeout=50, cwd=ROOT)
     assert done.returncode == 128 + signal.SIGINT
     assert "interrupted: nothing half-written" in done.stdout and "Traceback" not in done.stdout + done.stderr
+
+
+STREAMS = """
+import os, sys
+from megatron_sft import entry, log
+
+def command(argv, world_size):
+    log.logger.info("said")
+    print(sys.stdin.isatty(), sys.stdout.isatty(), [os.fstat(number).st_rdev != 0 for number in range(3)], file=sys.stderr)
+    return 7
+
+os._exit(entry.run(command, []))
+"""
+
+
+@pytest.mark.parametrize("redirection", ["<&- >&-", "</dev/null >/dev/full"])
+def test_a_command_goes_on_without_its_standard_output(redirection: str) -> None:
+    words = ["bash", "-c", f'"$1" -c "$0" {redirection}', STREAMS, sys.executable]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (7, "False False [True, True, False]\n")
