@@ -19,10 +19,13 @@ MOST_BYTES = 1 << 26
 
 
 def append(save: str, line: Mapping[str, Any]) -> None:
-    """Adds a line; raises OSError where it cannot be written, or where no regular file is."""
+    """Adds a line; raises OSError where it cannot be written, or where no regular file is: a link may lead to anything."""
     folder = Path(save)
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ATTEMPTS, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
+    if (folder / ATTEMPTS).is_symlink():
+        raise OSError(errno.EINVAL, "no regular file")
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
+    descriptor = os.open(folder / ATTEMPTS, flags, 0o666)
     with os.fdopen(descriptor, "ab") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

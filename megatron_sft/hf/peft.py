@@ -133,6 +133,7 @@ def load_peft(chunks: Sequence[nn.Module], folder: str | Path, ranks: Ranks) -> 
     """
     path = Path(folder) / WEIGHTS_FILE
     held = list(adapter_shards(chunks, PREFIX))
+    own = {name for item in held for name in item.sources}
     wanted = {name: shape for item in held for name, shape in zip(item.sources, item.placement.shapes, strict=True)}
     for other in gather(wanted):
         wanted |= other
@@ -146,6 +147,8 @@ def load_peft(chunks: Sequence[nn.Module], folder: str | Path, ranks: Ranks) -> 
                 shape, dtype = tuple(stored[name].get_shape()), stored[name].get_dtype()
                 if shape != wanted[name] or dtype not in DTYPES:
                     faults.append(f"{name} is {dtype} {list(shape)}, not {list(wanted[name])}")
+                elif name in own and not torch.isfinite(file.get_tensor(name)).all():
+                    faults.append(f"{name} has NaN or Inf")
             if faults:
                 more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
                 raise CheckpointError(f"{path}: {'; '.join(faults[:4])}{more}. {ADVICE}")

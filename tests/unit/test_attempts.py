@@ -19,6 +19,14 @@ def test_a_half_written_line_does_not_swallow_the_next(tmp_path):
         json_lines(tmp_path / "attempts.jsonl", 3)
 
 
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "notes").write_text("mine\n")
+    (tmp_path / "attempts.jsonl").symlink_to("notes")
+    with pytest.raises(OSError, match="no regular file"):
+        append(str(tmp_path), {"a": 1})
+    assert (tmp_path / "notes").read_text() == "mine\n"
+
+
 def test_a_start_has_its_end_also_when_the_run_fails(tmp_path):
     save = str(tmp_path / "out")
     with recorded(save, 0, {"iteration": 3}) as end:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_sft.config.run import CheckpointConfig, LoraConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sft.errors import CheckpointError, ConfigError
@@ -235,6 +236,14 @@ def test_a_folder_of_peft_is_read_and_a_wrong_one_refused(ranks: Any, tmp_path: 
     with torch.no_grad():
         apart = ours(pair, row, with_labels=False) - model.eval()(row.tokens).logits
     assert apart.abs().max() < 1e-4
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    first = min(tensors)
+    for value in (float("nan"), float("inf")):
+        broken = {**tensors, first: tensors[first].clone()}
+        broken[first].view(-1)[-1] = value
+        save_file(broken, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"{re.escape(first)} has NaN or Inf"):
+            load_peft([pair.chunk], tmp_path / "adapter", ranks)
     path = tmp_path / "adapter" / "adapter_config.json"
     written = json.loads(path.read_text())
     wrong = [
