@@ -27,7 +27,7 @@ T = TypeVar("T")
 NAME = "megatron-sft"
 """Of our class in lm-evaluation-harness."""
 BATCH_SIZE = 8
-"""Where --batch_size is left out or auto."""
+"""Where --batch_size is left out, which cannot be told from 1, or auto."""
 DRAWN = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k"}
 """Of a task's generation_kwargs -> GenerateConfig."""
 

