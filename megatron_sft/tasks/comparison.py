@@ -53,4 +53,12 @@ def _tasks(file: str) -> dict[str, Any]:
     entries = tasks.values() if isinstance(tasks, dict) else [None]
     if not all(isinstance(entry, dict) and isinstance(entry.get("questions"), dict) for entry in entries):
         raise DataError(f"{file}: has no tasks with the score of each question; {expected}.")
+    for name, entry in tasks.items():
+        for numbers in (entry["questions"], entry.get("weights", {})):
+            if not isinstance(numbers, dict) or not all(map(_is_number, numbers.values())):
+                raise DataError(f"{file}: {name} has scores that are no numbers; {expected}.")
     return dict(tasks)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e300 < value < 1e300

@@ -188,6 +188,9 @@ def test_two_files_are_compared_question_by_question(tmp_path: Path) -> None:
     assert (figures["difference"], figures["count"], figures["second_higher"]) == (0.5, 2, 1)
     with pytest.raises(DataError, match="have no question in common"):
         compare(first, write_rows(tmp_path / "d.json", {"tasks": {"mmlu/lm-eval": {"questions": {"x": 1.0}}}}))
+    for score in (None, "1", [], float("nan"), 10**400):
+        with pytest.raises(DataError, match=r"d\.json: gsm8k/chat has scores that are no numbers; expected what"):
+            compare(first, write_rows(tmp_path / "d.json", {"tasks": {"gsm8k/chat": {"questions": {"x": score}}}}))
     (tmp_path / "d.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match=r"d\.json: cannot be read"):
         compare(first, str(tmp_path / "d.json"))
