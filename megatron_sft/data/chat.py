@@ -29,7 +29,8 @@ from megatron_sft.errors import ConfigError, DataError
 
 __all__ = ["ChatEncoder", "Encoded", "Rendered", "load_tokenizer"]
 
-P, R = TypeVar("P"), TypeVar("R")
+P = TypeVar("P")
+R = TypeVar("R")
 EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 KEEPS_THINKING: Mapping[str, Any] = {"preserve_thinking": True, "truncate_history_thinking": False, "clear_thinking": False}
 """Arguments by which some templates keep the reasoning of earlier answers (Qwen3.5, Nemotron 3, GLM 4.6)."""
