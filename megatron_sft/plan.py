@@ -77,7 +77,7 @@ class Weights:
     """Of the output layer; 0 where the embedding is."""
     norm: int
     adapters: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """With --lora-rank: trained parameters of one layer of each kind, beside routed experts and of those."""
+    """With --lora-rank: trained parameters of a layer of each kind, of embedding and head; without experts, and of those."""
 
 
 @dataclass(frozen=True)
@@ -240,8 +240,9 @@ def _weights(hashed: _Hashed, world_size: int) -> Weights:
         return sum(named[name] for name in counted if (".experts." in name) == experts)
 
     layers = {kind: f"decoder.layers.{number}." for number, kind in enumerate(kinds)}
+    adapted = {**layers, "embedding": "embedding.", "head": "output_layer."}
     dense, experts = ({kind: total(prefix, routed) for kind, prefix in layers.items()} for routed in (False, True))
-    adapters = {kind: (total(prefix, False, True), total(prefix, True, True)) for kind, prefix in layers.items()}
+    adapters = {kind: (total(prefix, False, True), total(prefix, True, True)) for kind, prefix in adapted.items()}
     ends = (total("embedding."), total("output_layer."), total("decoder.final_layernorm."))
     parts = Weights(dense, experts, *ends, adapters)
     assert total("") + total("", True) == sum([*dense.values(), *experts.values(), *ends]), named
@@ -291,6 +292,8 @@ def trained_parameters(run: RunConfig, gpus: int) -> list[tuple[int, int]]:
     weights = weights_of(run, gpus)
     assert weights is not None, "layouts() leaves out what cannot be built"
     pairs = [[weights.adapters[kind] for kind in layers] for layers in stages_of(run)]
+    pairs[0].append(weights.adapters["embedding"])
+    pairs[-1].append(weights.adapters["head"])
     return [(sum(dense for dense, _ in stage), sum(experts for _, experts in stage)) for stage in pairs]
 
 

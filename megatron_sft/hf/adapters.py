@@ -22,9 +22,12 @@ from megatron_sft.hf.families import FAMILIES, Family
 from megatron_sft.hf.layout import Piece, Placement
 from megatron_sft.hf.weights import TIED, Held, core_module, held_shards
 from megatron_sft.model.lora import Adapter, Part, Place, adapters_of, add_adapter, can_adapt
+from megatron_sft.model.lora_ends import add_end_adapter
 from megatron_sft.parallel import Ranks, agree, gather
 
 ALL = "all-linear"
+ENDS = ("embedding.word_embeddings.weight", TIED)
+"""Weights that have an adapter where they are named, and not by all-linear."""
 BY_ROWS = frozenset({"row", "qkv", "qkv_fused", "gated", "gated_fused", "mamba_in"})
 """Layouts of weights that are cut along their output."""
 BY_COLUMNS = frozenset({"column", "whole"})
@@ -33,7 +36,13 @@ MEGATRON_NAMES = frozenset(
     "linear_qkv linear_proj linear_fc1 linear_fc2 linear_q_proj linear_q_down_proj linear_q_up_proj linear_kv_down_proj "
     "linear_kv_up_proj in_proj out_proj".split()
 )
-ENDINGS = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_magnitude_vector": ".lora_magnitude_vector"}
+ENDINGS = {
+    "lora_A": ".lora_A.weight",
+    "lora_B": ".lora_B.weight",
+    "lora_magnitude_vector": ".lora_magnitude_vector",
+    "lora_embedding_A": ".lora_embedding_A",
+    "lora_embedding_B": ".lora_embedding_B",
+}
 """Of the names that PEFT gives the parameters of a module's adapter."""
 
 
@@ -51,7 +60,8 @@ def adaptable(chunk: nn.Module, model: ModelConfig, family: Family, ranks: Ranks
     """(shard, module, Hugging Face names) of every matrix of a chunk that stands in a table of the family's projections."""
     core = core_module(chunk)
     for held in held_shards([chunk], model, family, ranks):
-        if held.local.dim() == 2 and held.local_name.endswith(".weight") and held.local_name.startswith("decoder.layers."):
+        is_layer = held.local.dim() == 2 and held.local_name.endswith(".weight") and held.local_name.startswith("decoder.layers.")
+        if is_layer or held.local_name in ENDS:
             modules = tuple(source.removesuffix(".weight") for source in held.sources)
             yield held, core.get_submodule(held.local_name.rpartition(".")[0]), modules
 
@@ -74,7 +84,11 @@ def attach(chunks: Sequence[nn.Module], run: RunConfig, ranks: Ranks) -> None:
             adapter.draw(run.lora.lora_init, run.train.seed)
     every = [item for other in gather(said) for item in other]
     hits, others, known = (set().union(*parts) for parts in zip(*every, strict=True))
-    problems = [f"--lora-target-modules {word}: such weights cannot have an adapter." for word in sorted(others - hits)]
+    is_tied, is_dora = run.model.share_embeddings_and_output_weights, run.lora.lora_type == "dora"
+    why = (
+        " Embeddings and head are one tensor here." if is_tied else " Embeddings and head have none with dora." if is_dora else ""
+    )
+    problems = [f"--lora-target-modules {word}: such weights cannot have an adapter.{why}" for word in sorted(others - hits)]
     problems += [f"--lora-target-modules {word}: no module has this name." for word in words if word not in hits | others]
     if problems:
         raise ConfigError(
@@ -94,17 +108,20 @@ def add_adapters(
     others: set[str] = set()
     known: set[str] = set()
     for held, base, modules in list(adaptable(chunk, model, family, ranks)):
-        fits = can_adapt(base) and held.layout in BY_ROWS | BY_COLUMNS
+        is_end, fits = held.local_name in ENDS, can_adapt(base) and held.layout in BY_ROWS | BY_COLUMNS
+        if is_end:
+            fits = not model.share_embeddings_and_output_weights and lora.lora_type != "dora"
         named = [
             (number, word)
             for number, name in enumerate(modules)
             for word in _words_for(name, held.name, lora.lora_target_modules)
-            if fits or word != ALL
+            if word != ALL or (fits and not is_end)
         ]
         (hits if fits else others).update(word for _, word in named)
         known.update(name.rpartition(".")[2] for name in modules if fits)
         if named and fits:
-            add_adapter(base, _place(held, modules, sorted({number for number, _ in named})), lora)
+            add = add_end_adapter if is_end else add_adapter
+            add(base, _place(held, modules, sorted({number for number, _ in named})), lora)
     return hits, others, known
 
 
@@ -126,6 +143,10 @@ def _place(held: Held, modules: tuple[str, ...], chosen: Sequence[int]) -> Place
     """
     placement, (height, width) = held.placement, held.local.shape
     names = tuple(modules[number] for number in chosen)
+    if held.local_name in ENDS:
+        first, total = held.part[0] * height, placement.shapes[0][0]
+        length = max(0, min(height, total - first))  # the others are padding
+        return Place(names, (Part(0, first, length),), ((0, length),), (total,), 0, width)
     if held.layout not in BY_ROWS:
         first = held.part[0] * width
         return Place(names, (Part(0, 0, height),), ((0, height),), (height,), first, placement.shapes[0][1])
@@ -160,13 +181,16 @@ def adapter_shards(chunks: Sequence[nn.Module], prefix: str = "") -> Iterator[He
             for factor in adapter.factors():
                 column = slice(factor.first_column, factor.first_column + factor.parameter.shape[-1])
                 columns = (column,) if factor.parameter.dim() == 2 else ()
+                turn = -1 if factor.transposed else 1
                 pieces = [
-                    Piece(length, module, (slice(first, first + length), *columns)) for module, first, length in factor.parts
+                    Piece(length, module, (slice(first, first + length), *columns)[::turn], factor.transposed)
+                    for module, first, length in factor.parts
                 ]
                 names = tuple(f"{prefix}{module}{ENDINGS[factor.kind]}" for module in adapter.place.modules)
                 part = (adapter.group.rank(), adapter.group.size()) if factor.is_cut else (0, 1)
                 local = factor.parameter.detach()
-                yield Held(names[0], local, Placement(0, pieces, list(factor.shapes)), names, part, "", local_name)
+                shapes = [shape[::turn] for shape in factor.shapes]
+                yield Held(names[0], local, Placement(0, pieces, shapes), names, part, "", local_name)
 
 
 def with_adapters(chunk: nn.Module, held: Sequence[Held]) -> list[Held]:

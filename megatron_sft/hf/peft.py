@@ -23,7 +23,7 @@ from torch import nn
 from megatron_sft.config.run import BASE_IDENTITY, LoraConfig, ModelConfig, RunConfig
 from megatron_sft.errors import CheckpointError, ConfigError
 from megatron_sft.files import regular
-from megatron_sft.hf.adapters import adaptable, adapter_shards, family_for, model_type_for
+from megatron_sft.hf.adapters import ENDS, adaptable, adapter_shards, family_for, model_type_for
 from megatron_sft.hf.exporter import write_tensors
 from megatron_sft.hf.folder import DTYPES, TensorWriter, open_file
 from megatron_sft.hf.layout import read_shard
@@ -191,7 +191,11 @@ def _modules(chunks: Sequence[nn.Module], model: ModelConfig, ranks: Ranks) -> t
     """Names of all modules that could have an adapter, and of those that have one. Collective."""
     family = agree(lambda: family_for(chunks, model))
     every = {
-        name for chunk in chunks for _, base, names in adaptable(chunk, model, family, ranks) for name in names if can_adapt(base)
+        name
+        for chunk in chunks
+        for held, base, names in adaptable(chunk, model, family, ranks)
+        for name in names
+        if can_adapt(base) or held.local_name in ENDS
     }
     own = {source.split(".lora_")[0] for item in adapter_shards(chunks) for source in item.sources}
     every, own = (set().union(*parts) for parts in zip(*gather((every, own)), strict=True))
@@ -202,7 +206,7 @@ def _target_modules(every: set[str], own: set[str]) -> list[str]:
     """Last parts of the names in `own`; the names from layers.NUMBER on where that would mean others of `every` too."""
     last = {name.rpartition(".")[2] for name in own}
     is_enough = {name for name in every if name.rpartition(".")[2] in last} == own
-    return sorted(last if is_enough else {name[name.index("layers.") :] for name in own})
+    return sorted(last if is_enough else {name[max(0, name.find("layers.")) :] for name in own})
 
 
 def refuse_unreadable(chunks: Sequence[nn.Module], run: RunConfig, ranks: Ranks) -> None:

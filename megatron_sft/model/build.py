@@ -38,7 +38,8 @@ from megatron_sft.model.backend import choose_backend
 from megatron_sft.model.context import token_lengths
 from megatron_sft.model.head import Head, Output
 from megatron_sft.model.layers import HeadsNorm, WholeLinear, wait_for_parameters
-from megatron_sft.model.lora import adapters_of
+from megatron_sft.model.lora import NAME, adapters_of
+from megatron_sft.model.lora_ends import HeadAdapter
 from megatron_sft.model.loss import CROSS_ENTROPY, TokenLoss
 from megatron_sft.model.noise import add_noise
 from megatron_sft.model.rope import RotaryTable, rotate
@@ -107,6 +108,9 @@ class SFTModel(GPTModel):
         wait_for_parameters(self.output_layer)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        if isinstance(adapter := getattr(self.output_layer, NAME, None), HeadAdapter):
+            wait_for_parameters(adapter)
+            weight = adapter.widened(weight)
         group = parallel_state.get_tensor_model_parallel_group()
         return Head(weight, self.vocab_rows, self.final_softcap, group, self.config.sft_triton)
 
@@ -161,6 +165,8 @@ class SFTModel(GPTModel):
             return hidden
         gather = gather_from_sequence_parallel_region if sequence_parallel else copy_to_tensor_model_parallel_region
         states, head = gather(hidden)[:, 0], self.head()
+        if isinstance(adapter := getattr(self.output_layer, NAME, None), HeadAdapter):
+            states = adapter(states)
         if output is not None:
             return output(head, states)
         if labels is None:

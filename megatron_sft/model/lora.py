@@ -80,6 +80,8 @@ class Factor(NamedTuple):
     """Of the whole tensor of each module."""
     is_cut: bool
     """Over the ranks that cut the weight; otherwise each of them has it."""
+    transposed: bool = False
+    """PEFT has it so."""
 
 
 class Adapter(torch.nn.Module):
@@ -112,8 +114,8 @@ class Adapter(torch.nn.Module):
         self.magnitude = torch.nn.Parameter(torch.zeros(height, **settings)) if lora.lora_type == "dora" else None
         for parameter, dim in ((self.a, 1), (self.b, 0), (self.magnitude, 0)):
             if parameter is not None:
-                _mark(self, parameter, weight, dim)
-        order = _order(place.outputs, weight.shape[0])
+                mark(self, parameter, weight, dim)
+        order = order_of(place.outputs, weight.shape[0])
         self.order: torch.Tensor | None
         self.register_buffer("order", None if order is None else order.to(weight.device), persistent=False)
 
@@ -233,8 +235,7 @@ class Adapter(torch.nn.Module):
         self.b.zero_()
         width = self.a.shape[1]
         for number, module in enumerate(self.place.modules):
-            digest = hashlib.sha256(f"{seed} {module}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+            generator = self._generator(seed, module)
             whole = torch.empty(self.rank, self.place.columns)
             if how == "gaussian":
                 whole.normal_(0, 1 / self.rank, generator=generator)
@@ -245,6 +246,11 @@ class Adapter(torch.nn.Module):
             self.a[number * self.rank : (number + 1) * self.rank].copy_(mine)
         if self.magnitude is not None:
             self.magnitude.copy_(self.norms())
+
+    @staticmethod
+    def _generator(seed: int, module: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{seed} {module}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
     def sharded_parameters(self, prefix: str) -> dict[str, Any]:
         """megatron-core's description of every parameter, under the names of the whole model.
@@ -298,7 +304,7 @@ def _kind_of(base: Any) -> type:
     return next(kind for kind in KINDS if isinstance(base, kind))
 
 
-def _order(outputs: Sequence[tuple[int, int]], height: int) -> torch.Tensor | None:
+def order_of(outputs: Sequence[tuple[int, int]], height: int) -> torch.Tensor | None:
     """Which row of B each output has, the number of rows for none; None: they are the same.
 
     Example: outputs (0, 1), (3, 1) of 4 -> [0, 2, 2, 1].
@@ -312,7 +318,7 @@ def _order(outputs: Sequence[tuple[int, int]], height: int) -> torch.Tensor | No
     return order
 
 
-def _mark(adapter: Adapter, parameter: torch.nn.Parameter, weight: torch.Tensor, dim: int) -> None:
+def mark(adapter: Adapter, parameter: torch.nn.Parameter, weight: torch.Tensor, dim: int) -> None:
     """Says megatron-core how the gradient is added up, and which of equal copies counts for the gradient's norm."""
     parameter.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
     is_cut = adapter.cut == ("columns" if dim else "rows")

@@ -40,6 +40,7 @@ STEPS = 2
 LOSS_BAR, NORM_BAR, MOVE_BAR = 1e-6, 1e-5, 1e-5
 EVERY = LoraConfig(lora_rank=4, lora_alpha=8.0)
 DORA = dataclasses.replace(EVERY, lora_type="dora")
+ENDS = LoraConfig(lora_rank=4, lora_target_modules=("embed_tokens", "lm_head", "o_proj"))
 SOME = LoraConfig(lora_rank=3, lora_target_modules=("q_proj", "v_proj", "up_proj", "o_proj"))
 
 
@@ -83,6 +84,7 @@ ALONE = {
     **{model: case(model) for model in MODELS},
     "qwen3 dora": case("qwen3", lora=DORA),
     "qwen3 some": case("qwen3", lora=SOME),
+    "qwen3 ends": case("qwen3", lora=ENDS),
     "qwen3_moe dora": case("qwen3_moe", lora=DORA),
 }
 CASES = {
@@ -97,6 +99,10 @@ CASES = {
     "dp2-distopt": case("qwen3", SHARDED),
     "dp2-overlaps": case("qwen3", OVERLAPS),
     "some-tp2-sp": case("qwen3", TP2, SP, lora=SOME),
+    "ends-tp2": case("qwen3", TP2, lora=ENDS),
+    "ends-tp2-sp": case("qwen3", TP2, SP, lora=ENDS),
+    "ends-pp2": case("qwen3", PP2, lora=ENDS),
+    "ends-overlaps": case("qwen3", OVERLAPS, lora=ENDS),
     "norm-after-tp2-sp": case("gemma2", TP2, SP),
     "fused-tp2-sp": case("phi3", TP2, SP),
     "mamba-tp2-sp": case("nemotron_h", TP2, SP),
@@ -194,7 +200,7 @@ def fill_b(chunks: list[Any]) -> None:
     from megatron_sft.hf.layout import read_shard
 
     for held in adapter_shards(chunks):
-        if ".lora_B." in held.name:
+        if ".lora_B." in held.name or ".lora_embedding_" in held.name:
             drawn = {}
             for number, (name, shape) in enumerate(zip(held.sources, held.placement.shapes, strict=True)):
                 seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
