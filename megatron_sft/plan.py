@@ -229,8 +229,7 @@ def _weights(hashed: _Hashed, world_size: int) -> Weights:
         model = one_of_each_layer(run.model, kinds)
         (chunk,) = build_model(model, run.parallel, run.train)
         if run.lora.lora_rank:
-            layout = run.parallel
-            ranks = Ranks(tp_size=layout.tensor_model_parallel_size, ep_size=layout.expert_model_parallel_size)
+            ranks = Ranks(tp_size=run.parallel.tensor_model_parallel_size, ep_size=run.parallel.expert_model_parallel_size)
             chunk.hf_model_type = model_type_of(run, (run.checkpoint.load, run.data.tokenizer_model))
             add_adapters(chunk, model, family_for([chunk], run.model), run.lora, ranks)
     named = {name: parameter.numel() for name, parameter in chunk.named_parameters()}

@@ -16,6 +16,7 @@ CHOSEN = {
         "dp2-overlaps",
         "some-tp2-sp",
         "dora-tp2-sp",
+        "ends-tp2-sp",
         "norm-after-tp2-sp",
         "moe-tp2-sp-ep1-etp1",
         "moe-tp2-sp-etp2",

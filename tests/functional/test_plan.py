@@ -234,7 +234,12 @@ def test_adapters_alone_have_gradients_and_optimizer_states() -> None:
     flags = ["--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "96", "--num-attention-heads", "4"]
     flags += ["--num-query-groups", "2", "--kv-channels", "16", "--vocab-size", "128", "--padded-vocab-size", "128", "--swiglu"]
     flags += ["--disable-bias-linear", "--normalization", "RMSNorm", "--max-position-embeddings", "64", "--lora-rank", "4"]
-    run = parse([*flags, "--train-data", "any", "--tokenizer-model", "any", "--load", "any"], 1)[0]
+    rest = ["--train-data", "any", "--tokenizer-model", "any", "--load", "any"]
+    run = parse([*flags, *rest], 1)[0]
     widths = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]
     assert trained_parameters(run, 1) == [(2 * 4 * sum(a + b for a, b in widths), 0)]
     assert trained_parameters(run, 1)[0][0] * 4 < rank_parameters(run, 1)[0][0]
+    ends = parse([*flags, "--untie-embeddings-and-output-weights", "--lora-target-modules", "embed_tokens", "lm_head", *rest], 1)[
+        0
+    ]
+    assert trained_parameters(ends, 1) == [(2 * 4 * (128 + 64), 0)]

@@ -295,7 +295,7 @@ def test_names_that_no_weight_has_are_refused_at_once(ranks: Any, tmp_path: Path
         "--lora-target-modules qproj",
         "--lora-target-modules w1",
     ]
-    assert "down_proj, gate_proj, k_proj" in error.value.problems[0]
+    assert "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj" in error.value.problems[0]
 
 
 def test_the_fingerprint_sees_every_change_and_no_adapter(ranks: Any, tmp_path: Path) -> None:
@@ -336,3 +336,14 @@ def test_parameters_are_chosen_by_either_name(ranks: Any, tmp_path: Path) -> Non
     ):
         with pytest.raises(ConfigError, match=text):
             trained(freeze=(word,))
+
+
+@pytest.mark.parametrize(
+    ("model", "lora_type", "why"),
+    [("llama-tied", "lora", "are one tensor here"), ("qwen3", "dora", "have none with dora")],
+)
+def test_ends_that_cannot_have_adapters_are_refused(model: str, lora_type: str, why: str, ranks: Any, tmp_path: Path) -> None:
+    pair = pair_of(model, tmp_path, ranks)
+    lora = LoraConfig(lora_rank=2, lora_type=lora_type, lora_target_modules=("q_proj", "embed_tokens"))
+    with pytest.raises(ConfigError, match=f"embed_tokens: such weights cannot have an adapter. Embeddings and head {why}"):
+        attach([pair.chunk], RunConfig(pair.model, lora=lora), ranks)
