@@ -122,7 +122,7 @@ class Kind:
             pattern: reads a list of integers that is written as one word.
         """
         if self.shape == "pairs":
-            pairs = [tuple(word.split("=", 1)) for word in words]
+            pairs: list[Any] = [word.split("=", 1) for word in words]
             if len({pair[0] for pair in pairs}) != len(pairs):
                 raise ValueError("a name is said twice")
             return dict(pairs)

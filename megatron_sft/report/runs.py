@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_sft.attempts import ATTEMPTS, END, START, json_lines
 from megatron_sft.errors import ConfigError
@@ -99,7 +99,7 @@ class Run:
         return [iteration for (iteration, count), before in zip(told, counts, strict=False) if count > before]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Also NaN and infinity; not what no float holds."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 1000)
 
