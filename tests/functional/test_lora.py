@@ -12,7 +12,18 @@ from safetensors.torch import load_file
 from tests.functional.conftest import metrics_of
 from tests.gloo import run_script
 
-FLAGS = ["--lora-rank", "4", "--lora-target-modules", "all-linear", "--lr", "1e-2", "--global-batch-size", "4"]
+FLAGS = [
+    "--lora-rank",
+    "4",
+    "--lora-target-modules",
+    "all-linear",
+    "embed_tokens",
+    "lm_head",
+    "--lr",
+    "1e-2",
+    "--global-batch-size",
+    "4",
+]
 STEPS = [*FLAGS, "--train-iters", "4", "--save-interval", "2"]
 TOKENS = torch.tensor([[1, 40, 41, 42, 43, 44, 45, 46, 47]])
 
@@ -42,7 +53,7 @@ def test_an_adapter_is_trained_resumed_exported_used_and_merged(finetune: Any, t
     assert {path.name for path in adapter.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
     assert not (adapter / "config.json").exists()
     trained = load_file(adapter / "adapter_model.safetensors")
-    assert len(trained) == 2 * 7 * 4 and all(bool(tensor.any()) for tensor in trained.values())
+    assert len(trained) == 2 * (7 * 4 + 2) and all(bool(tensor.any()) for tensor in trained.values())
     size = sum(path.stat().st_size for path in (save / "iter_0000004").iterdir())
     assert size < sum(tensor.nbytes for tensor in base.values()), "a checkpoint of adapters does not hold the base"
     saved = json.loads((save / "iter_0000004" / "run_config.json").read_text())
