@@ -19,6 +19,7 @@ def measured(folder: str, rank: int, steps: int, tokens: int) -> dict[str, float
     """Trains `steps` steps of one pack of random tokens after one that is not counted."""
     import torch
 
+    from megatron_sft.checkpoint.background import torch_optimizers
     from megatron_sft.config.run import CheckpointConfig, LoraConfig, OptimConfig, RunConfig, TrainConfig
     from megatron_sft.data.loader import TrainLoader
     from megatron_sft.data.packing import PackPlan
@@ -54,7 +55,13 @@ def measured(folder: str, rank: int, steps: int, tokens: int) -> dict[str, float
         train_step(chunks, optimizer, step.micro_batches, 1, str)
         times.append(time.process_time() - begin)
     trained = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)
-    states = sum(t.nbytes for group in optimizer.state.values() for t in group.values() if torch.is_tensor(t))
+    states = sum(
+        t.nbytes
+        for part in torch_optimizers(optimizer)
+        for state in part.state.values()
+        for t in state.values()
+        if torch.is_tensor(t)
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return {"step_cpu_s": sorted(times[1:])[len(times[1:]) // 2], "peak_gb": peak, "trained": trained, "state_bytes": states}
 

@@ -83,6 +83,8 @@ TOLD: Mapping[str, tuple[str, ...]] = {
         "eval_interval",
         "early_stop_patience",
         "deterministic_mode",
+        "kernels",
+        "attention_backend",
     ),
 }
 STATES = (
