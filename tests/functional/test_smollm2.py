@@ -17,14 +17,15 @@ from tests.gloo import ROOT
 FOLDER = ROOT / "demo" / "SmolLM2-135M-Instruct"
 TRAIN, TEST = ROOT / "examples/data/gsm8k_train_400.jsonl", ROOT / "examples/data/gsm8k_test_16.jsonl"
 
-HELD_OUT = ["--valid-data", TEST, "--eval-iters", "-1", "--seq-length", "1056", "--global-batch-size", "2"]
+SIZES = ["--seq-length", "1056", "--global-batch-size", "2"]
+HELD_OUT = ["--valid-data", TEST, "--eval-iters", "-1", *SIZES]
 SCHEDULE = ["--lr", "1e-4", "--lr-decay-style", "cosine", "--train-iters", "30", "--no-save-optim"]
 THIRTY_STEPS = [*HELD_OUT, *SCHEDULE]
 
 pytestmark = pytest.mark.skipif(not (FOLDER / "config.json").exists(), reason="run `make model` first")
 
 
-LOSSES = [1.34085, 1.30373, 1.06572, 0.91330, 0.99180, 0.97263]
+LOSSES = [1.34085, 1.30373, 1.06572, 0.91330]
 """Of the first steps of tests/soak/smollm2.py's run, which goes on to 30 of them and takes a quarter of an hour."""
 
 
@@ -48,7 +49,7 @@ def test_nll_before_and_the_first_steps() -> None:
     """1.4560 +- 0.002 over 2,292 trained tokens; then the losses of steps of about 2,100 tokens."""
     assert nll_before() == (pytest.approx(1.4560, abs=0.002), 2292)
     with tempfile.TemporaryDirectory() as folder:
-        finetune(*THIRTY_STEPS, "--save", folder, "--exit-interval", len(LOSSES), status=4)
+        finetune(*SIZES, *SCHEDULE, "--save", folder, "--exit-interval", len(LOSSES), status=4)
         lines = metrics_of(Path(folder))
     assert [line["sft/loss"] for line in lines] == pytest.approx(LOSSES, abs=5e-4)
     assert lines[-1]["sft/tokens_seen"] / len(LOSSES) == pytest.approx(2100, rel=0.05)
